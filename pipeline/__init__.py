@@ -1,0 +1,1 @@
+"""The domain: token bytes, alignment, support, models, sampling, scoring, the cache, credit and drift."""

@@ -1,0 +1,93 @@
+"""Forward passes of a causal language model in two parts, body and head, so that only the rows that matter get logits."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from schemas.errors import OpdError
+
+
+def head(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits of hidden states: (rows, d) -> (rows, vocab), soft-capped where the architecture does so."""
+    logits = model.get_output_embeddings()(hidden)
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+@torch.inference_mode()
+def check_head(model: Any, name: str) -> None:
+    """Compare `head` with the model's own logits once; an architecture that does something else to them is refused."""
+    ids = torch.arange(1, 5, device=model.device)[None]
+    ours, theirs = head(model, model.base_model(input_ids=ids).last_hidden_state[0]), model(input_ids=ids).logits[0]
+    if not torch.allclose(ours.float(), theirs.float(), atol=1e-2, rtol=1e-2):
+        raise OpdError(f"model {name}: {type(model).__name__} changes its logits in a way this version doesn't know")
+
+
+def batches(lengths: Sequence[int] | np.ndarray, budget: int) -> Iterator[np.ndarray]:
+    """Indices of rows in batches of similar length whose padded size stays within `budget` tokens (one row at least)."""
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    start = 0
+    while start < len(order):
+        width = max(1, int(lengths[order[start]]))
+        size = max(1, budget // width)
+        yield order[start : start + size]
+        start += size
+
+
+def pad(rows: Sequence[np.ndarray], left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stack ragged id rows.
+
+    Returns:
+        int64 (rows, width) ids padded with 0, on the right or the left; int64 mask of the same shape, 1 at real ids.
+    """
+    width = max(map(len, rows))
+    ids = np.zeros((len(rows), width), np.int64)
+    mask = np.zeros_like(ids)
+    for index, row in enumerate(rows):
+        where = slice(width - len(row), None) if left else slice(len(row))
+        ids[index, where] = row
+        mask[index, where] = 1
+    return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+def common_start(rows: Sequence[np.ndarray]) -> int:
+    """How many leading ids all rows share."""
+    shortest = min(map(len, rows))
+    same = np.all([row[:shortest] == rows[0][:shortest] for row in rows], axis=0)
+    return int(np.argmin(np.append(same, False)))
+
+
+@torch.inference_mode()
+def prefix_cache(model: Any, prefix: np.ndarray) -> Any:
+    """Keys and values of a prefix that many rows share, computed once. See `expand`."""
+    ids = torch.from_numpy(np.asarray(prefix, np.int64))[None].to(model.device)
+    return model.base_model(input_ids=ids, use_cache=True).past_key_values
+
+
+def expand(cache: Any, rows: int) -> Any:
+    """A private copy of a prefix cache for a batch of `rows`."""
+    private = copy.deepcopy(cache)
+    private.batch_repeat_interleave(rows)
+    return private
+
+
+def top_k(logits: torch.Tensor, k: int, group: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exact top-k of each row, by falling value: values and int64 indices, both (rows, k).
+
+    A sort of a 262k vocabulary costs more than the matmul that made it. The k largest entries lie in the k groups with
+    the largest maxima, so all but k*group entries are dropped after one pass over the row.
+    """
+    rows, vocab = logits.shape
+    groups = vocab // group
+    if groups <= 2 * k:
+        return logits.topk(k, dim=-1)
+    body = logits[:, : groups * group].view(rows, groups, group)
+    best = body.amax(-1).topk(k, dim=-1).indices  # (rows, k)
+    index = (best[:, :, None] * group + torch.arange(group, device=logits.device)).view(rows, k * group)
+    rest = torch.arange(groups * group, vocab, device=logits.device).expand(rows, -1)
+    index = torch.cat([index, rest], 1)
+    values, where = logits.gather(1, index).topk(k, dim=-1)
+    return values, index.gather(1, where)

@@ -1,0 +1,185 @@
+"""The one place that turns token ids into bytes."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import tokenizers
+from tokenizers import Tokenizer
+
+from schemas.errors import OpdError
+from schemas.manifest import digest
+
+SPACE_MARK = "▁"  # SentencePiece's stand-in for a space
+
+
+@dataclass(frozen=True)
+class TokenBytes:
+    """The bytes that each id of one tokenizer contributes to a text.
+
+    `bytes` is a binary array of shape (vocab,), null where an id has no bytes: special tokens, ids past the
+    tokenizer's vocabulary (a model's embedding is often padded) and strings that the tokenizer can never produce.
+    """
+
+    name: str
+    bytes: pa.LargeBinaryArray
+    special: np.ndarray
+    """bool (vocab,): ids of special tokens."""
+    canonical: np.ndarray
+    """bool (vocab,): exactly one id for each byte string; `<0xNN>` only where no other token spells that byte."""
+    digest: str
+    """sha256 of what was read: the tokenizer's whole definition."""
+
+    def __len__(self) -> int:
+        return len(self.bytes)
+
+    @property
+    def has_bytes(self) -> np.ndarray:
+        """bool (vocab,): ids that contribute bytes."""
+        return self.bytes.is_valid().to_numpy(zero_copy_only=False)
+
+    def starting_with(self, prefix: bytes) -> np.ndarray:
+        """int32 ids whose bytes start with `prefix`, ascending."""
+        starts = [value is not None and value.startswith(prefix) for value in self.bytes.to_pylist()]
+        return np.flatnonzero(starts).astype(np.int32)
+
+    def concatenate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes of a run of ids, and where each ends.
+
+        Args:
+            ids: int (n,). Ids outside the vocabulary or without bytes contribute none.
+        Returns:
+            uint8 (total,) the concatenated bytes; int64 (n,) byte offset at which each id ends.
+        """
+        inside = (ids >= 0) & (ids < len(self))
+        taken = self.bytes.take(pa.array(np.where(inside, ids, 0), mask=~inside))
+        _, offsets, data = taken.buffers()
+        ends = np.frombuffer(offsets, np.int64)[taken.offset + 1 : taken.offset + 1 + len(taken)]
+        total = int(ends[-1]) if len(ends) else 0
+        return np.frombuffer(data, np.uint8)[:total] if total else np.zeros(0, np.uint8), ends
+
+
+def token_bytes(tokenizer: Any, name: str, vocab_size: int) -> TokenBytes:
+    """Read the bytes of every id from a tokenizer's own decoder.
+
+    Args:
+        tokenizer: a fast `transformers` tokenizer (anything with `backend_tokenizer`), or a `tokenizers.Tokenizer`.
+        name: what to call it in errors.
+        vocab_size: the model's vocabulary size; ids past the tokenizer's own get no bytes.
+    Raises:
+        OpdError: the tokenizer's tokens can't be given exact bytes (WordPiece, Unigram without byte fallback, ...).
+    """
+    text = text_tokenizer(tokenizer, name).to_str()
+    spec = json.loads(text)
+    spell = _speller(spec, name)
+    added = {token["id"]: token for token in spec["added_tokens"]}
+    model = spec["model"]
+    if isinstance(model["vocab"], dict):
+        vocab = {index: token for token, index in model["vocab"].items()}
+    else:  # Unigram: a list of (token, score)
+        vocab = {index: token for index, (token, _) in enumerate(model["vocab"])}
+    size = max(vocab_size, max(vocab | added.keys(), default=-1) + 1)
+    spelled: list[bytes | None] = [None] * size
+    special = np.zeros(size, bool)
+    unknown = model.get("unk_token")
+    for index, token in vocab.items():
+        if token != unknown:
+            spelled[index] = spell(token)
+    for index, token in added.items():
+        special[index] = token["special"]
+        spelled[index] = None if token["special"] else token["content"].encode()
+    return TokenBytes(name, pa.array(spelled, pa.large_binary()), special, _canonical(spelled, vocab), digest(spec))
+
+
+def _canonical(spelled: list[bytes | None], vocab: dict[int, str]) -> np.ndarray:
+    chosen: dict[bytes, int] = {}
+    fallback = {index for index, token in vocab.items() if token.startswith("<0x")}
+    ordinary = [index for index in range(len(spelled)) if index not in fallback]
+    for index in [*ordinary, *sorted(fallback)]:
+        value = spelled[index]
+        if value is not None:
+            chosen.setdefault(value, index)
+    canonical = np.zeros(len(spelled), bool)
+    canonical[list(chosen.values())] = True
+    return canonical
+
+
+def text_tokenizer(tokenizer: Any, name: str) -> Tokenizer:
+    """A copy of a tokenizer that encodes look-alikes of special tokens as plain text, without padding or truncation.
+
+    Raises OpdError when the tokenizer has no fast (`tokenizer.json`) form.
+    """
+    if isinstance(tokenizer, Tokenizer):
+        backend = tokenizer
+    else:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise OpdError(
+                f"tokenizer of {name}: {type(tokenizer).__name__} has no fast form (tokenizer.json), "
+                "so the bytes of its tokens can't be read; convert it with transformers first"
+            )
+    copy = tokenizers.Tokenizer.from_str(backend.to_str())
+    copy.no_padding()
+    copy.no_truncation()
+    copy.encode_special_tokens = True
+    return copy
+
+
+def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Encode texts without special tokens, in parallel batches.
+
+    Returns:
+        int32 (tokens,) ids of all texts one after another; int64 (texts + 1,) where each text's ids start.
+    """
+    encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    offsets = np.zeros(len(texts) + 1, np.int64)
+    ids = [np.asarray(e.ids, np.int32) for e in encoded]
+    np.cumsum([len(i) for i in ids], out=offsets[1:])
+    return (np.concatenate(ids) if ids else np.zeros(0, np.int32)), offsets
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's map from printable characters to the bytes they stand for."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+def _speller(spec: dict[str, Any], name: str) -> Any:
+    """The function from a vocabulary string to its bytes (None: no text yields it), chosen by the tokenizer's decoder."""
+    decoder = spec["decoder"] or {}
+    steps = decoder.get("decoders", [decoder])
+    kinds = {step.get("type") for step in steps}
+    model = spec["model"]
+    if "ByteLevel" in kinds:
+        alphabet = _byte_level_alphabet()
+
+        def byte_level(token: str) -> bytes | None:
+            try:
+                return bytes(map(alphabet.__getitem__, token))
+            except KeyError:
+                return None
+
+        return byte_level
+    marks_spaces = "Metaspace" in kinds or any(
+        step.get("type") == "Replace" and step["pattern"].get("String") == SPACE_MARK and step["content"] == " "
+        for step in steps
+    )
+    if marks_spaces and model.get("byte_fallback"):
+        fallback = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
+
+        def sentencepiece(token: str) -> bytes | None:
+            return fallback.get(token) or token.replace(SPACE_MARK, " ").encode()
+
+        return sentencepiece
+    why = (
+        "it has no byte fallback, so characters it doesn't know are lost"
+        if marks_spaces
+        else f"its decoder ({', '.join(sorted(str(k) for k in kinds))}) doesn't give back the exact bytes of a text"
+    )
+    raise OpdError(
+        f"tokenizer of {name}: {model['type']} tokenizer is not supported: {why}; "
+        "byte-level BPE and SentencePiece with byte fallback are"
+    )

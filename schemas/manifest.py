@@ -1,0 +1,65 @@
+"""What a shard is: the identity it was made from, its inputs, its content digest; and how two of them differ."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from schemas.errors import OpdError
+
+FORMAT = 1
+"""Version of the on-disk contracts; a shard of another version is refused."""
+
+
+class Manifest(BaseModel):
+    """Manifest of one shard. `identity` and `inputs` are what determined its content; the rest describes the file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: int
+    kind: str
+    identity: dict[str, Any]
+    inputs: dict[str, str]
+    versions: dict[str, str]
+    rows: int
+    row_groups: int
+    bytes: int
+    sha256: str
+
+    def dump(self) -> str:
+        """Canonical JSON with its own digest as the last line's value; a changed byte anywhere shows on `parse`."""
+        body = self.model_dump()
+        return json.dumps({**body, "self": digest(body)}, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def parse(cls, text: str, where: str) -> "Manifest":
+        """Read what `dump` wrote. Raises OpdError if a byte of it was changed."""
+        broken = OpdError(f"{where}: this manifest is damaged or was edited; delete it and its shard and run again")
+        try:
+            body = json.loads(text)
+            body.pop("self")
+            manifest = cls.model_validate(body)
+        except (ValueError, KeyError, AttributeError, ValidationError) as error:
+            raise broken from error
+        if manifest.dump() != text:
+            raise broken
+        return manifest
+
+
+def digest(value: Any) -> str:
+    """sha256 (hex) of a JSON-able value's canonical form: the same for equal values whatever the key order."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def differences(expected: Any, found: Any, path: str = "") -> Iterator[str]:
+    """Each field in which two nested JSON-able values differ, as `field: expected X, found Y`."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        for key in sorted(expected.keys() | found.keys()):
+            yield from differences(
+                expected.get(key, "nothing"), found.get(key, "nothing"), f"{path}.{key}" if path else key
+            )
+    elif expected != found:
+        yield f"{path}: expected {expected!r}, found {found!r}"

@@ -1,0 +1,113 @@
+"""Arrow schemas of every table on disk. One place defines a column, its type and its meaning (`opd schema` prints it)."""
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+STOP_ID = -1
+"""`cand_id` of the stop candidate: any token of the reader's stop set (ids of real tokens are never negative)."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: its name, Arrow type, and unit, shape and meaning in words."""
+
+    name: str
+    type: pa.DataType
+    doc: str
+    nullable: bool = False
+
+
+def _list(of: pa.DataType) -> pa.DataType:
+    return pa.list_(pa.field("item", of, nullable=False))
+
+
+PROMPTS = (
+    Column("prompt_id", pa.string(), "name of the prompt, unique in the run, stable for the same source row"),
+    Column("split", pa.string(), "examples | train | dev | test; no prompt text is in two splits"),
+    Column("prompt", pa.string(), "the bare question, before any template"),
+    Column("answer", pa.string(), "reference answer; null when the source has none", nullable=True),
+    Column("fields", pa.string(), "JSON object of the source row's other fields; templates may use them"),
+)
+
+ROLLOUTS = (
+    Column("rollout_id", pa.string(), "unique name of the response within the run"),
+    Column("prompt_id", pa.string(), "the prompt it answers"),
+    Column("sample", pa.int32(), "0, 1, ... among the samples of one prompt"),
+    Column("round", pa.int32(), "refresh round whose policy sampled it"),
+    Column("prompt_ids", _list(pa.int32()), "student token ids of the rendered prompt, BOS included"),
+    Column("response_ids", _list(pa.int32()), "student token ids as sampled, the stop token included; never re-tokenised"),
+    Column("response", pa.string(), "longest valid UTF-8 prefix of the response's bytes before any special token"),
+    Column(
+        "behavior_logp",
+        _list(pa.float32()),
+        "nats, one per response id: log-prob under the sampling model at temperature 1; "
+        "at a final stop token that of stopping at all (log-sum-exp over the stop set)",
+    ),
+    Column(
+        "sampler_logp",
+        _list(pa.float32()),
+        "nats, one per response id under the sampler (temperature, top-p applied); null when it is the model itself",
+        nullable=True,
+    ),
+    Column("finish_reason", pa.string(), "stop: the student sampled a stop token | length: cut at max_new_tokens"),
+    Column("answer", pa.string(), "reference answer of the prompt", nullable=True),
+)
+
+SCORES = (
+    Column("rollout_id", pa.string(), "the response; its rows are consecutive, ordered by pos"),
+    Column("pos", pa.int32(), "index of the teacher token in the response; the last row is the end of the response"),
+    Column("byte_start", pa.int32(), "UTF-8 byte offset in `response` where the teacher token starts"),
+    Column("byte_end", pa.int32(), "byte offset where it ends; equals byte_start in the end row"),
+    Column("token_id", pa.int32(), "teacher id of the realised token; -1 in the end row"),
+    Column("logp", pa.float32(), "nats, teacher log-prob of the realised token; of stopping in the end row"),
+    Column("entropy", pa.float32(), "nats, entropy of the teacher's next-token distribution"),
+    Column("stop_logp", pa.float32(), "nats, log of the teacher's mass on its stop set"),
+    Column("tail_logp", pa.float32(), "nats, log of the mass on neither candidates nor stop set; -inf when none is left"),
+    Column("cand_id", _list(pa.int32()), "teacher ids of the kept candidates, by falling probability; no stop tokens"),
+    Column("cand_logp", _list(pa.float32()), "nats, their log-probs, never renormalised"),
+)
+
+UNITS = (
+    Column("rollout_id", pa.string(), "the response; its rows are consecutive, ordered by unit"),
+    Column("unit", pa.int32(), "index of the unit in the response"),
+    Column("kind", pa.string(), "1:1 | n:m | stop | masked (not comparable: no loss, counted)"),
+    Column("s_start", pa.int32(), "first student token of the unit in response_ids"),
+    Column("s_len", pa.int32(), "number of student tokens"),
+    Column("t_start", pa.int32(), "first teacher token of the unit (`pos` of scores)"),
+    Column("t_len", pa.int32(), "number of teacher tokens"),
+    Column("byte_start", pa.int32(), "where the unit starts in `response`, bytes"),
+    Column("byte_end", pa.int32(), "where it ends"),
+    Column("teacher_logp", pa.float32(), "nats, sum of the teacher's log-probs over the unit; null when masked", nullable=True),
+    Column(
+        "cand_id",
+        _list(pa.int32()),
+        f"student ids of the teacher's candidates at the unit's start; {STOP_ID} is the student's stop set",
+    ),
+    Column("cand_logp", _list(pa.float32()), "nats, the teacher's log-probs of those candidates"),
+    Column("tail_logp", pa.float32(), "nats, teacher mass outside its own kept candidates (see scores)", nullable=True),
+    Column("dropped_logp", pa.float32(), "nats, teacher mass kept in scores that has no student id", nullable=True),
+)
+
+WEIGHTS = (
+    Column("rollout_id", pa.string(), "same rows in the same order as units"),
+    Column("unit", pa.int32(), "index of the unit in the response"),
+    Column("student_logp", pa.float32(), "nats, sum of the policy's log-probs over the unit; null when masked", nullable=True),
+    Column("advantage", pa.float32(), "nats, teacher_logp - student_logp; 0 when masked"),
+    Column("credit", pa.float32(), "the advantage after credit assignment"),
+    Column("weight", pa.float32(), "importance weight of the unit's loss"),
+    Column("is_ratio", pa.float32(), "pi_theta / pi_behavior of the unit's tokens, 1 when sampled by this policy"),
+)
+
+TABLES: dict[str, tuple[Column, ...]] = {
+    "prompts": PROMPTS,
+    "rollouts": ROLLOUTS,
+    "scores": SCORES,
+    "units": UNITS,
+    "weights": WEIGHTS,
+}
+
+
+def arrow_schema(kind: str) -> pa.Schema:
+    """Arrow schema of a table, with every column's doc in its field metadata."""
+    return pa.schema([pa.field(c.name, c.type, c.nullable, {"doc": c.doc}) for c in TABLES[kind]])

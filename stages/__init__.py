@@ -1,0 +1,1 @@
+"""One thin entry per Snakemake rule and user command: parse, call, write."""

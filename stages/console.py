@@ -1,0 +1,118 @@
+"""How stages meet the person at the terminal: errors in one line, progress with rate and time left."""
+
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from schemas.errors import OpdError
+
+console = Console(stderr=True, highlight=False)
+
+REPORT_EVERY = 10.0
+"""Seconds between progress lines where the output is no terminal."""
+
+
+def fail(error: Exception) -> int:
+    """Print an error for a person; the exit status to leave with."""
+    console.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+    return 2
+
+
+@contextmanager
+def errors_for_people() -> Iterator[None]:
+    """Turn OpdError, a full disk and out-of-permission writes into one line and exit status 2."""
+    try:
+        yield
+    except OpdError as error:
+        raise typer.Exit(fail(error)) from error
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        raise typer.Exit(fail(OpdError(f"{where}{error.strerror or error}"))) from error
+
+
+def run(main: Callable[..., Any]) -> None:
+    """Run a stage's `main` as a command."""
+    quiet_libraries()
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(reporting(main))
+    app()
+
+
+def reporting(main: Callable[..., Any]) -> Callable[..., Any]:
+    """`main` with `errors_for_people` around it, its signature kept for typer."""
+    import functools  # noqa: PLC0415
+
+    @functools.wraps(main)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with errors_for_people():
+            return main(*args, **kwargs)
+
+    return wrapped
+
+
+def quiet_libraries() -> None:
+    """Library chatter that tells our users nothing they can act on; and no busy waiting of idle threads."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    warnings.filterwarnings("ignore")
+    for name in ("transformers", "torch", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def threads(count: int | None) -> None:
+    """Use this many CPU threads for tensors (None: torch's own choice)."""
+    if count:
+        import torch  # noqa: PLC0415
+
+        torch.set_num_threads(count)
+
+
+@contextmanager
+def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """A function to call with the amount just done; shows a bar on a terminal and a line now and then elsewhere."""
+    began = time.perf_counter()
+    done = 0
+    if console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+        with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bars:
+            task = bars.add_task(label, total=total, rate="")
+
+            def advance(amount: int) -> None:
+                nonlocal done
+                done += amount
+                rate = done / max(1e-9, time.perf_counter() - began)
+                bars.update(task, advance=amount, rate=f"{rate:,.1f} {unit}/s")
+
+            yield advance
+    else:
+        last = began
+
+        def advance(amount: int) -> None:
+            nonlocal done, last
+            done += amount
+            now = time.perf_counter()
+            if now - last >= REPORT_EVERY and done < total:
+                last, rate = now, done / (now - began)
+                say(f"{label}: {done:,}/{total:,} {unit}, {rate:,.1f}/s, {(total - done) / max(rate, 1e-9):.0f} s left")
+
+        yield advance
+    seconds = time.perf_counter() - began
+    say(f"{label}: {done:,} {unit} in {seconds:.1f} s ({done / max(seconds, 1e-9):,.1f}/s)")
+
+
+def say(text: str) -> None:
+    """A line for the person watching."""
+    console.print(text, markup=False, soft_wrap=True)
+    sys.stderr.flush()

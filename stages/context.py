@@ -1,0 +1,111 @@
+"""What several stages open in the same way: the config, prepared models with their tokenizers, prompts."""
+
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from pipeline.models import ModelRef, generation_config, load_model, load_tokenizer, model_config, vocabulary
+from pipeline.prompts import Renderer
+from pipeline.shards import Shard, open_shard
+from pipeline.support import end_ids, stop_ids
+from pipeline.tokens import TokenBytes
+from schemas.config import Config, Model, load_config
+from schemas.errors import OpdError
+from stages import layout
+
+ConfigOption = Annotated[Path, typer.Option("--config", help="the run's YAML file", show_default=True)]
+PhaseOption = Annotated[str, typer.Option(help="round-<r> or eval-<c>")]
+ShardOption = Annotated[int, typer.Option(min=0, help="number of the shard")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default")]
+DEFAULT_CONFIG = Path("config/config.yaml")
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A prepared model and how it is prompted; parts are loaded when first used."""
+
+    ref: ModelRef
+    config: Model
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The `transformers` tokenizer."""
+        return load_tokenizer(self.ref)
+
+    @cached_property
+    def vocabulary(self) -> TokenBytes:
+        """Bytes of every id."""
+        return vocabulary(self.ref, self.tokenizer)
+
+    @cached_property
+    def stop(self) -> np.ndarray:
+        """int32 ids that end a response."""
+        return stop_ids(self.vocabulary, end_ids(self.tokenizer, generation_config(self.ref)), self.config.stop)
+
+    @property
+    def context(self) -> int:
+        """Positions the model has; unlimited when its config doesn't say."""
+        values = model_config(self.ref)
+        return values.get("max_position_embeddings") or values.get("text_config", {}).get(
+            "max_position_embeddings", sys.maxsize
+        )
+
+    def load(self) -> Any:
+        """The model itself."""
+        return load_model(self.ref, self.config.dtype)
+
+    def renderer(self, prompts: "PromptTable") -> Renderer:
+        """Renders prompts for this model, with as many worked examples as the run has."""
+        return Renderer(self.config, self.tokenizer, prompts.split("examples"))
+
+
+@dataclass(frozen=True)
+class PromptTable:
+    """The run's prompts."""
+
+    shard: Shard
+
+    @cached_property
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """Rows by prompt_id, in order."""
+        return {row["prompt_id"]: row for row in self.shard.read().to_pylist()}
+
+    def split(self, name: str) -> list[dict[str, Any]]:
+        """Rows of one split, in order."""
+        return [row for row in self.rows.values() if row["split"] == name]
+
+
+def open_prompts(config: Config) -> PromptTable:
+    """The run's prompts, verified."""
+    return PromptTable(open_shard(layout.run_folder(config) / "prompts.parquet", "prompts"))
+
+
+def read_ref(path: Path, stage: str) -> ModelRef:
+    """A model's reference. Raises OpdError naming the stage that writes it."""
+    try:
+        return ModelRef.model_validate_json(path.read_text())
+    except FileNotFoundError as error:
+        raise OpdError(f"{path}: missing; run `python -m stages.{stage}` first") from error
+    except ValueError as error:
+        raise OpdError(f"{path}: damaged; delete it and run `python -m stages.{stage}` again") from error
+
+
+def teacher(config: Config) -> Speaker:
+    """The teacher."""
+    return Speaker(read_ref(layout.model_file(config, "teacher"), "models"), config.teacher)
+
+
+def policy(config: Config, number: int) -> Speaker:
+    """Checkpoint `number` of the student."""
+    stage = "models" if number == 0 else "train"
+    return Speaker(read_ref(layout.policy_file(config, number), stage), config.student)
+
+
+def read_config(path: Path) -> Config:
+    """The run's config."""
+    return load_config(path)

@@ -1,0 +1,134 @@
+"""Rollouts: sample the policy of a phase on its prompts."""
+
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.lm import check_head
+from pipeline.sample import Response, sample, seed_of
+from pipeline.shards import open_writer
+from schemas.config import Config
+from schemas.errors import OpdError
+from schemas.tables import arrow_schema
+from stages import console, layout
+from stages.context import (
+    DEFAULT_CONFIG,
+    ConfigOption,
+    PhaseOption,
+    PromptTable,
+    ShardOption,
+    Speaker,
+    ThreadsOption,
+    open_prompts,
+    policy,
+    read_config,
+)
+
+ROW_GROUP = 256
+"""Responses per row group: what later stages hold in memory at once."""
+
+
+def main(
+    phase: PhaseOption, shard: ShardOption = 0, config_file: ConfigOption = DEFAULT_CONFIG, threads: ThreadsOption = None
+) -> None:
+    """Sample responses from the phase's policy, with its own log-probs."""
+    config = read_config(config_file)
+    console.threads(threads)
+    _, number = layout.parse_phase(phase)
+    prompts = open_prompts(config)
+    student = policy(config, number)
+    size = config.rollouts.shard_size
+    jobs = responses_of(config, prompts, phase)[shard * size : (shard + 1) * size]
+    if not jobs:
+        raise OpdError(f"--shard {shard}: phase {phase} has {layout.shard_count(config, phase)} shards")
+    limit = student.context - config.rollouts.max_new_tokens
+    ids = student.renderer(prompts).ids([row for row, _ in jobs], limit)
+    model = student.load()
+    check_head(model, student.ref.source)
+    path = layout.shard_path(config, phase, "rollouts", shard)
+    options = config.rollouts
+    identity = {
+        "policy": student.ref.identity(),
+        "dtype": student.config.dtype,
+        "prompt": student.renderer(prompts).identity,
+        "sampling": options.model_dump(include={"temperature", "top_p", "max_new_tokens"}),
+        "stop_ids": student.stop.tolist(),
+        "seed": config.seed,
+        "phase": phase,
+    }
+    inputs = {"prompts": prompts.shard.manifest.sha256}
+    with (
+        console.progress(f"{phase} rollouts", len(jobs), "responses") as advance,
+        open_writer(path, "rollouts", identity, inputs) as writer,
+    ):
+        for start in range(0, len(jobs), ROW_GROUP):
+            chunk = jobs[start : start + ROW_GROUP]
+            names = [f"{phase}-{row['prompt_id']}-s{n}" for row, n in chunk]
+            responses = sample(
+                model,
+                ids[start : start + ROW_GROUP],
+                [seed_of(config.seed, name) for name in names],
+                student.stop,
+                options.max_new_tokens,
+                options.temperature,
+                options.top_p,
+                options.batch_size,
+                advance,
+            )
+            rows = [
+                _row(name, number, job, prompt, response, student, options.temperature != 1 or options.top_p != 1)
+                for name, job, prompt, response in zip(names, chunk, ids[start:], responses, strict=False)
+            ]
+            writer.write(pa.Table.from_pylist(rows, schema=arrow_schema("rollouts")))
+
+
+def responses_of(config: Config, prompts: PromptTable, phase: str) -> list[tuple[dict[str, Any], int]]:
+    """(prompt row, sample number) of every response of a phase. Rounds walk through `train`, starting over at its end."""
+    kind, number = layout.parse_phase(phase)
+    if kind == "eval":
+        held_out = prompts.split(config.evaluate.split)
+        if len(held_out) < config.evaluate.kl_items:
+            raise OpdError(
+                f"evaluate.kl_items is {config.evaluate.kl_items}, but prompts.splits.{config.evaluate.split} "
+                f"has {len(held_out)} prompts"
+            )
+        return [(row, 0) for row in held_out[: config.evaluate.kl_items]]
+    train = prompts.split("train")
+    first = number * config.rollouts.prompts
+    chosen = [train[(first + i) % len(train)] for i in range(config.rollouts.prompts)]
+    return [(row, n) for row in chosen for n in range(config.rollouts.samples)]
+
+
+def _row(
+    name: str, number: int, job: tuple[dict[str, Any], int], prompt: Any, response: Response, student: Speaker, warped: bool
+) -> dict[str, Any]:
+    prompt_row, sample_number = job
+    return {
+        "rollout_id": name,
+        "prompt_id": prompt_row["prompt_id"],
+        "sample": sample_number,
+        "round": number,
+        "prompt_ids": prompt,
+        "response_ids": response.ids,
+        "response": response_text(student, response),
+        "behavior_logp": response.behavior_logp,
+        "sampler_logp": response.sampler_logp if warped else None,
+        "finish_reason": "stop" if response.stopped else "length",
+        "answer": prompt_row["answer"],
+    }
+
+
+def response_text(student: Speaker, response: Response) -> str:
+    """The longest valid UTF-8 prefix of the response's bytes, up to the first special token."""
+    ids = response.ids[: len(response.ids) - response.stopped]
+    without_bytes = ~student.vocabulary.has_bytes[ids]
+    text_ids = ids[: int(without_bytes.argmax())] if without_bytes.any() else ids
+    data = student.vocabulary.concatenate(text_ids)[0].tobytes()
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        return data[: error.start].decode()
+
+
+if __name__ == "__main__":
+    console.run(main)

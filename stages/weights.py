@@ -1,0 +1,33 @@
+"""Weights: advantages, credit and importance weights of a shard, as a table."""
+
+import polars as pl
+import pyarrow as pa
+
+from pipeline.credit import summary, weigh
+from pipeline.shards import open_shard, open_writer
+from stages import console, layout
+from stages.context import DEFAULT_CONFIG, ConfigOption, PhaseOption, ShardOption, read_config
+
+
+def main(phase: PhaseOption, shard: ShardOption = 0, config_file: ConfigOption = DEFAULT_CONFIG) -> None:
+    """Recompute the weights of a shard; needs no model."""
+    config = read_config(config_file)
+    rollouts = open_shard(layout.shard_path(config, phase, "rollouts", shard), "rollouts")
+    units = open_shard(
+        layout.shard_path(config, phase, "units", shard), "units", inputs={"rollouts": rollouts.manifest.sha256}
+    )
+    inputs = {"rollouts": rollouts.manifest.sha256, "units": units.manifest.sha256}
+    path = layout.shard_path(config, phase, "weights", shard)
+    tables = []
+    with open_writer(path, "weights", config.weights.model_dump(), inputs) as writer:
+        for sampled, aligned in zip(rollouts.row_groups(), units.row_groups(), strict=True):
+            frames = [pl.DataFrame(pl.from_arrow(table)) for table in (aligned, sampled)]
+            table = weigh(*frames, config.weights.scheme, config.weights.gamma)
+            writer.write(pa.Table.from_batches(table.to_arrow().to_batches()))
+            tables.append(table)
+    figures = summary(pl.concat(tables))
+    console.say(f"{phase} weights: " + ", ".join(f"{key} {value}" for key, value in figures.items()))
+
+
+if __name__ == "__main__":
+    console.run(main)

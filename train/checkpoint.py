@@ -1,0 +1,63 @@
+"""Checkpoints: a `save_pretrained` folder for users, the optimiser's state beside it for us. All safetensors, all atomic."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.models import ModelRef, reference
+from pipeline.shards import publish
+from schemas.errors import OpdError
+from schemas.manifest import differences
+
+
+def save_state(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
+    """Write tensors and a JSON-able description to one safetensors file, atomically."""
+    with publish(path) as temporary:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"opd": json.dumps(about, sort_keys=True)})
+
+
+def load_state(path: Path, expect: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read what `save_state` wrote.
+
+    Args:
+        expect: fields of the description that must match.
+    Raises:
+        OpdError: the file is damaged or belongs to another run.
+    """
+    from safetensors import SafetensorError, safe_open  # noqa: PLC0415
+
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {})["opd"])
+        tensors = load_file(path)
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise OpdError(f"{path}: this training state is damaged; delete it to train the round again") from error
+    if different := list(differences(expect, {k: about.get(k) for k in expect})):
+        raise OpdError(f"{path}: this training state is another run's: {'; '.join(different)}")
+    return tensors, about
+
+
+def export(model: Any, tokenizer: Any, folder: Path, card: str, source: str) -> ModelRef:
+    """Publish a folder that `from_pretrained` loads: weights, tokenizer, generation config and a model card."""
+    work = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        work.mkdir(parents=True)
+        model.save_pretrained(work)
+        tokenizer.save_pretrained(work)
+        (work / "README.md").write_text(card)
+        for file in work.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        shutil.rmtree(folder, ignore_errors=True)
+        work.rename(folder)
+    except OSError as error:
+        raise OpdError(f"{folder}: cannot write: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return reference(source, folder)

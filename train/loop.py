@@ -1,0 +1,128 @@
+"""One round of training: stream, accumulate, step, record; resumable at every saved state."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from schemas.config import Config
+from train.checkpoint import load_state, save_state
+from train.optimiser import MasterAdamW, learning_rate
+from train.policy import unit_logps
+from train.recipes import losses
+from train.stream import Batch, Triple, batches, count_batches
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run of several rounds stands, in optimiser steps."""
+
+    before: int
+    """Steps that earlier rounds took."""
+    total: int
+    """Steps of the whole run, for the learning-rate schedule."""
+
+
+def train_round(
+    model: Any,
+    stop: torch.Tensor,
+    shards: Sequence[Triple],
+    config: Config,
+    round_index: int,
+    progress: Progress,
+    start_from: Path | None,
+    state_path: Path,
+    metrics_path: Path,
+    identity: dict[str, Any],
+    report: Callable[[dict[str, float]], None] = lambda _: None,
+) -> None:
+    """Train `model` in place on one round's shards.
+
+    Args:
+        stop: int64, the student's stop ids.
+        start_from: optimiser state that the last round left; None in the first.
+        state_path: this round's own state, written every `save_every` steps and at the end; found there, it is resumed.
+        metrics_path: JSON lines, one a step; steps that a resumed run repeats replace the earlier lines.
+        identity: what determines this round; a state with another is refused.
+        report: called with each step's metrics.
+    """
+    optimiser = MasterAdamW(model, config.train)
+    done = 0
+    if state_path.exists():
+        tensors, about = load_state(state_path, {"identity": identity})
+        optimiser.load(tensors)
+        done = about["step"]
+    elif start_from is not None:
+        tensors, _ = load_state(start_from, {})
+        optimiser.load(tensors)
+    lines = metrics_path.read_text().splitlines()[:done] if metrics_path.exists() else []
+    metrics_path.parent.mkdir(parents=True, exist_ok=True)
+    metrics_path.write_text("".join(line + "\n" for line in lines))
+
+    model.train()
+    per_epoch = count_batches(shards, config.train.batch_size)
+    steps = per_epoch * config.train.epochs
+    stream = (
+        parts
+        for epoch in range(config.train.epochs)
+        for parts in batches(shards, config.train.batch_size, config.train.micro_batch_size, config.seed + round_index, epoch)
+    )
+    with metrics_path.open("a") as metrics:
+        began = time.perf_counter()
+        for step, parts in enumerate(islice(stream, done, None), done):
+            waited = time.perf_counter() - began
+            rate = learning_rate(config.train, progress.before + step, progress.total)
+            figures = train_step(model, stop, parts, optimiser, rate, config)
+            seconds = time.perf_counter() - began
+            figures |= {
+                "round": round_index,
+                "step": step,
+                "steps": steps,
+                "learning_rate": rate,
+                "seconds": seconds,
+                "data_wait": waited / seconds,
+                "tokens_per_second": figures["tokens"] / seconds,
+            }
+            metrics.write(json.dumps(figures) + "\n")
+            metrics.flush()
+            report(figures)
+            if (step + 1) % config.train.save_every == 0 and step + 1 < steps:
+                save_state(state_path, optimiser.state(), {"identity": identity, "step": step + 1})
+            began = time.perf_counter()
+    save_state(state_path, optimiser.state(), {"identity": identity, "step": steps})
+    model.eval()
+
+
+def train_step(
+    model: Any, stop: torch.Tensor, parts: Sequence[Batch], optimiser: MasterAdamW, rate: float, config: Config
+) -> dict[str, float]:
+    """One optimiser step over micro-batches. The loss is the weighted mean over the units that the recipe uses."""
+    device = model.device
+    moved = [part.to(device) for part in parts]
+    units = sum(len(part.unit_row) for part in moved)
+    sums = {"loss": 0.0, "sampled_kl": 0.0, "used": 0.0}
+    for part in moved:
+        if not len(part.unit_row):
+            continue
+        student = unit_logps(model, part, stop)
+        scored = losses(student, part, config.objective)
+        weight = part.weight * scored.used
+        loss = (weight * scored.loss).sum() / units
+        loss.backward()
+        sums["loss"] += float(loss.detach())
+        sums["sampled_kl"] += float((student.unit.detach() - part.teacher_logp).sum())
+        sums["used"] += float(scored.used.sum())
+    norm = optimiser.step(rate) if units else 0.0
+    return {
+        "loss": sums["loss"],
+        "sampled_kl": sums["sampled_kl"] / max(1, units),
+        "grad_norm": norm,
+        "units": units,
+        "used_share": sums["used"] / max(1, units),
+        "tokens": float(sum(int(part.mask.sum()) for part in parts)),
+    }
