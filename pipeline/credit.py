@@ -53,10 +53,7 @@ def summary(weights: pl.DataFrame) -> dict[str, object]:
     """Figures of one shard: mean advantage, |A| share per tenth of the response, effective sample size of the weights."""
     position = (pl.col("unit") / pl.len().over("rollout_id") * 10).cast(pl.Int32)
     decile = (
-        weights.with_columns(decile=position)
-        .group_by("decile")
-        .agg(pl.col("advantage").abs().sum())
-        .sort("decile")
+        weights.with_columns(decile=position).group_by("decile").agg(pl.col("advantage").abs().sum()).sort("decile")
     )
     total = decile["advantage"].sum() or 1.0
     w = weights["weight"].cast(pl.Float64)

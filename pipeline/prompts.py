@@ -27,7 +27,7 @@ def collect(config: Prompts, seed: int) -> pa.Table:
 
     Returns:
         A table of schema `prompts`: all of `examples`, then `test`, `dev`, `train`. A larger `train` never changes the
-        other splits of a file or generator.
+        other splits.
     Raises:
         OpdError: the source is missing, broken, or has too few distinct prompts.
     """
@@ -46,11 +46,18 @@ def collect(config: Prompts, seed: int) -> pa.Table:
             f"prompts: {config.source} holds {len(rows)} different prompts, but prompts.splits asks for {need} "
             f"(examples {wanted.examples} + train {wanted.train} + dev {wanted.dev} + test {wanted.test})"
         )
-    order = np.random.default_rng(seed).permutation(len(rows))[:need]
+    # A generator's items are in random order already, and taking them as they come keeps the splits when `train` grows.
+    generated = config.source.startswith("reasoning-gym:")
+    order = np.arange(need) if generated else np.random.default_rng(seed).permutation(len(rows))[:need]
     items = list(rows.values())
     names = [
         split
-        for split, count in (("examples", wanted.examples), ("test", wanted.test), ("dev", wanted.dev), ("train", wanted.train))
+        for split, count in (
+            ("examples", wanted.examples),
+            ("test", wanted.test),
+            ("dev", wanted.dev),
+            ("train", wanted.train),
+        )
         for _ in range(count)
     ]
     width = len(str(need))
@@ -70,7 +77,9 @@ def _item(row: Mapping[str, Any], config: Prompts) -> dict[str, Any]:
             )
     prompt = row[config.prompt_field]
     if not isinstance(prompt, str) or not prompt.strip():
-        raise OpdError(f"prompts: {config.source}: field {config.prompt_field!r} must be non-empty text, found {prompt!r}")
+        raise OpdError(
+            f"prompts: {config.source}: field {config.prompt_field!r} must be non-empty text, found {prompt!r}"
+        )
     answer = row[config.answer_field] if config.answer_field else None
     rest = {k: v for k, v in row.items() if k not in (config.prompt_field, config.answer_field)}
     return {
@@ -209,9 +218,8 @@ class Renderer:
         rows = list(rows)
         encoded = self._tokenizer([self.text(row) for row in rows], add_special_tokens=False).input_ids if rows else []
         out = []
-        for row, ids in zip(rows, encoded, strict=True):
-            if self._bos is not None and ids[:1] != [self._bos]:
-                ids = [self._bos, *ids]
+        for row, bare in zip(rows, encoded, strict=True):
+            ids = [self._bos, *bare] if self._bos is not None and bare[:1] != [self._bos] else bare
             if not ids:
                 raise OpdError(f"prompt {row['prompt_id']}: renders to no tokens for {self._name}")
             if len(ids) > limit:

@@ -107,7 +107,9 @@ def _sample_batch(
     ]
 
 
-def _draw(logp: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _draw(
+    logp: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """One token per row by inverse CDF, and the sampler's log-probs (rows, vocab)."""
     if temperature == 0:
         token = logp.argmax(-1)

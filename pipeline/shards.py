@@ -98,7 +98,13 @@ def open_writer(path: Path, kind: str, identity: dict[str, Any], inputs: dict[st
     `identity` and `inputs` (name -> sha256) go into footer and manifest and are what `open_shard` checks.
     Raises OpdError when the folder or the disk can't take it.
     """
-    about = {"format": FORMAT, "kind": kind, "identity": identity, "inputs": inputs, "versions": versions()}
+    about: dict[str, Any] = {
+        "format": FORMAT,
+        "kind": kind,
+        "identity": identity,
+        "inputs": inputs,
+        "versions": versions(),
+    }
     schema = arrow_schema(kind)
     metadata = {METADATA_KEY: json.dumps(about, sort_keys=True, ensure_ascii=False).encode()}
     with publish(path) as temporary:
@@ -160,7 +166,9 @@ def read_manifest(path: Path) -> Manifest:
         text = where.read_text()
     except FileNotFoundError as error:
         state = "was left unfinished" if path.exists() else "does not exist"
-        raise OpdError(f"{path}: this shard {state} (no manifest {where.name}); run the stage that writes it") from error
+        raise OpdError(
+            f"{path}: this shard {state} (no manifest {where.name}); run the stage that writes it"
+        ) from error
     except UnicodeDecodeError as error:
         raise OpdError(f"{where}: this manifest is damaged; delete it and its shard and run again") from error
     return Manifest.parse(text, str(where))

@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import tokenizers
 from tokenizers import Tokenizer
 
 from schemas.errors import OpdError
-from schemas.manifest import digest
+from schemas.tables import arrow_schema
 
 SPACE_MARK = "▁"  # SentencePiece's stand-in for a space
 
@@ -29,8 +28,6 @@ class TokenBytes:
     """bool (vocab,): ids of special tokens."""
     canonical: np.ndarray
     """bool (vocab,): exactly one id for each byte string; `<0xNN>` only where no other token spells that byte."""
-    digest: str
-    """sha256 of what was read: the tokenizer's whole definition."""
 
     def __len__(self) -> int:
         return len(self.bytes)
@@ -71,8 +68,7 @@ def token_bytes(tokenizer: Any, name: str, vocab_size: int) -> TokenBytes:
     Raises:
         OpdError: the tokenizer's tokens can't be given exact bytes (WordPiece, Unigram without byte fallback, ...).
     """
-    text = text_tokenizer(tokenizer, name).to_str()
-    spec = json.loads(text)
+    spec = json.loads(_backend(tokenizer, name).to_str())
     spell = _speller(spec, name)
     added = {token["id"]: token for token in spec["added_tokens"]}
     model = spec["model"]
@@ -90,7 +86,7 @@ def token_bytes(tokenizer: Any, name: str, vocab_size: int) -> TokenBytes:
     for index, token in added.items():
         special[index] = token["special"]
         spelled[index] = None if token["special"] else token["content"].encode()
-    return TokenBytes(name, pa.array(spelled, pa.large_binary()), special, _canonical(spelled, vocab), digest(spec))
+    return TokenBytes(name, pa.array(spelled, pa.large_binary()), special, _canonical(spelled, vocab))
 
 
 def _canonical(spelled: list[bytes | None], vocab: dict[int, str]) -> np.ndarray:
@@ -106,25 +102,39 @@ def _canonical(spelled: list[bytes | None], vocab: dict[int, str]) -> np.ndarray
     return canonical
 
 
+def vocabulary_table(tokens: TokenBytes, stop: np.ndarray) -> pa.Table:
+    """`tokens` and its stop ids as a table of schema `vocabulary`; `from_table` reads it back."""
+    ids = np.arange(len(tokens), dtype=np.int32)
+    columns = [ids, tokens.bytes, tokens.special, tokens.canonical, np.isin(ids, stop)]
+    return pa.table(columns, schema=arrow_schema("vocabulary"))
+
+
+def from_table(table: pa.Table, name: str) -> tuple[TokenBytes, np.ndarray]:
+    """The token bytes and int32 stop ids that `vocabulary_table` wrote."""
+    special, canonical, stop = (table[column].to_numpy() for column in ("special", "canonical", "stop"))
+    return TokenBytes(name, table["bytes"].combine_chunks(), special, canonical), np.flatnonzero(stop).astype(np.int32)
+
+
 def text_tokenizer(tokenizer: Any, name: str) -> Tokenizer:
     """A copy of a tokenizer that encodes look-alikes of special tokens as plain text, without padding or truncation.
 
     Raises OpdError when the tokenizer has no fast (`tokenizer.json`) form.
     """
-    if isinstance(tokenizer, Tokenizer):
-        backend = tokenizer
-    else:
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if not isinstance(backend, Tokenizer):
-            raise OpdError(
-                f"tokenizer of {name}: {type(tokenizer).__name__} has no fast form (tokenizer.json), "
-                "so the bytes of its tokens can't be read; convert it with transformers first"
-            )
-    copy = tokenizers.Tokenizer.from_str(backend.to_str())
+    copy = Tokenizer.from_str(_backend(tokenizer, name).to_str())
     copy.no_padding()
     copy.no_truncation()
     copy.encode_special_tokens = True
     return copy
+
+
+def _backend(tokenizer: Any, name: str) -> Tokenizer:
+    backend = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise OpdError(
+            f"tokenizer of {name}: {type(tokenizer).__name__} has no fast form (tokenizer.json), "
+            "so the bytes of its tokens can't be read; convert it with transformers first"
+        )
+    return backend
 
 
 def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:

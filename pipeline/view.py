@@ -48,7 +48,7 @@ def student_view(
     token_id = scores["token_id"].to_numpy()
     halts = np.isin(token_id, teacher_stop)
     logp[halts] = np.clip(scores["tail_logp"].to_numpy()[halts], LOG_FLOOR, logp[halts])
-    halted_before = np.cumsum(halts) - halts
+    halted_before: np.ndarray = np.cumsum(halts) - halts
     kind[halted_before[at] > halted_before[t_row_start[units.row]]] = MASKED
 
     masked = kind == MASKED

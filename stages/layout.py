@@ -46,6 +46,11 @@ def model_file(config: Config, role: str) -> Path:
     return run_folder(config) / "models" / f"{role}.json"
 
 
+def vocabulary_path(config: Config, role: str) -> Path:
+    """Bytes of every token of the student or teacher, and which of them stop."""
+    return run_folder(config) / "models" / f"{role}-vocabulary.parquet"
+
+
 def policy_file(config: Config, number: int) -> Path:
     """Reference of checkpoint `number` of the student."""
     return model_file(config, "student") if number == 0 else checkpoint_folder(config, number - 1).with_suffix(".json")

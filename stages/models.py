@@ -1,26 +1,35 @@
 """Models: make student and teacher available as local folders, once."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from pipeline.models import prepare
-from pipeline.shards import write_text
+from pipeline.models import generation_config, load_tokenizer, prepare, vocabulary
+from pipeline.shards import open_writer, write_text
+from pipeline.support import end_ids, stop_ids
+from pipeline.tokens import vocabulary_table
 from stages import console, layout
-from stages.context import DEFAULT_CONFIG, ConfigOption, Speaker, read_config
+from stages.context import DEFAULT_CONFIG, ConfigOption, read_config
 
 
 def main(
-    role: Annotated[str, typer.Option(help="student or teacher")], config_file: ConfigOption = DEFAULT_CONFIG
+    role: Annotated[Literal["student", "teacher"], typer.Option(help="which of the two models")],
+    config_file: ConfigOption = DEFAULT_CONFIG,
 ) -> None:
     """Fetch and convert one model, check that its tokenizer can be aligned, write its reference."""
     config = read_config(config_file)
     wanted = config.student if role == "student" else config.teacher
     ref = prepare(wanted.model, layout.cache_folder(config), wanted.revision, console.say)
-    speaker = Speaker(ref, wanted)
-    known = int(speaker.vocabulary.has_bytes.sum())
+    tokenizer = load_tokenizer(ref)
+    tokens = vocabulary(ref, tokenizer)
+    stop = stop_ids(tokens, end_ids(tokenizer, generation_config(ref)), wanted.stop)
+    identity = {"tokenizer": ref.tokenizer, "stop": list(wanted.stop)}
+    with open_writer(layout.vocabulary_path(config, role), "vocabulary", identity, {}) as writer:
+        writer.write(vocabulary_table(tokens, stop))
     write_text(layout.model_file(config, role), ref.model_dump_json(indent=1) + "\n")
-    console.say(f"{role}: {ref.source} ({known:,} tokens with bytes, {len(speaker.stop)} that stop) in {ref.path}")
+    console.say(
+        f"{role}: {ref.source}, {int(tokens.has_bytes.sum()):,} tokens with bytes, {len(stop)} that stop, in {ref.path}"
+    )
 
 
 if __name__ == "__main__":

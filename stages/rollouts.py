@@ -29,7 +29,10 @@ ROW_GROUP = 256
 
 
 def main(
-    phase: PhaseOption, shard: ShardOption = 0, config_file: ConfigOption = DEFAULT_CONFIG, threads: ThreadsOption = None
+    phase: PhaseOption,
+    shard: ShardOption = 0,
+    config_file: ConfigOption = DEFAULT_CONFIG,
+    threads: ThreadsOption = None,
 ) -> None:
     """Sample responses from the phase's policy, with its own log-probs."""
     config = read_config(config_file)
@@ -100,7 +103,13 @@ def responses_of(config: Config, prompts: PromptTable, phase: str) -> list[tuple
 
 
 def _row(
-    name: str, number: int, job: tuple[dict[str, Any], int], prompt: Any, response: Response, student: Speaker, warped: bool
+    name: str,
+    number: int,
+    job: tuple[dict[str, Any], int],
+    prompt: Any,
+    response: Response,
+    student: Speaker,
+    warped: bool,
 ) -> dict[str, Any]:
     prompt_row, sample_number = job
     return {

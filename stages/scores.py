@@ -34,7 +34,10 @@ from stages.context import (
 
 
 def main(
-    phase: PhaseOption, shard: ShardOption = 0, config_file: ConfigOption = DEFAULT_CONFIG, threads: ThreadsOption = None
+    phase: PhaseOption,
+    shard: ShardOption = 0,
+    config_file: ConfigOption = DEFAULT_CONFIG,
+    threads: ThreadsOption = None,
 ) -> None:
     """Score a shard of rollouts with the teacher, once; the shard in the run is a link into the cache."""
     config = read_config(config_file)
@@ -101,7 +104,14 @@ def write_scores(
                         f"{speaker.ref.source}, whose context is {context}; lower rollouts.max_new_tokens"
                     )
             scored = score(
-                model, asked, responses, speaker.stop, config.scores.mass, config.scores.k_max, config.scores.batch_tokens, advance
+                model,
+                asked,
+                responses,
+                speaker.stop,
+                config.scores.mass,
+                config.scores.k_max,
+                config.scores.batch_tokens,
+                advance,
             )
             writer.write(_table(group["rollout_id"], ids, offsets, ends, scored))
 

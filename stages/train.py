@@ -66,10 +66,14 @@ def main(
                 identity,
                 report,
             )
-        ref = export(model, student.tokenizer, folder, model_card(config, student, identity), f"{config.run} round {round_index}")
+        ref = export(
+            model, student.tokenizer, folder, model_card(config, student, identity), f"{config.run} round {round_index}"
+        )
         write_text(layout.policy_file(config, round_index + 1), ref.model_dump_json(indent=1) + "\n")
     if last:
-        console.say(f"round-{round_index} train: loss {last['loss']:.3f}, sampled KL {last['sampled_kl']:.3f}, in {folder}")
+        console.say(
+            f"round-{round_index} train: loss {last['loss']:.3f}, sampled KL {last['sampled_kl']:.3f}, in {folder}"
+        )
 
 
 def open_shards(config: Config, phase: str) -> list[Triple]:

@@ -22,9 +22,8 @@ def main(phase: PhaseOption, shard: ShardOption = 0, config_file: ConfigOption =
     )
     pairs = pair_ids(scorer.vocabulary, student.vocabulary)
     identity = {
-        "student_tokenizer": student.ref.tokenizer,
-        "student_stop_ids": student.stop.tolist(),
-        "teacher": scorer.ref.identity(),
+        "student_vocabulary": student.vocabulary_shard.manifest.sha256,
+        "teacher_vocabulary": scorer.vocabulary_shard.manifest.sha256,
     }
     inputs = {"rollouts": rollouts.manifest.sha256, "scores": scores.manifest.sha256}
     counts: dict[str, int] = {}
@@ -38,6 +37,7 @@ def main(phase: PhaseOption, shard: ShardOption = 0, config_file: ConfigOption =
     total = sum(counts.values()) or 1
     shares = ", ".join(f"{kind} {100 * n / total:.1f} %" for kind, n in sorted(counts.items()))
     console.say(f"{phase} units: {total:,} student tokens: {shares}")
+
 
 if __name__ == "__main__":
     console.run(main)

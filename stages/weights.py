@@ -21,8 +21,8 @@ def main(phase: PhaseOption, shard: ShardOption = 0, config_file: ConfigOption =
     tables = []
     with open_writer(path, "weights", config.weights.model_dump(), inputs) as writer:
         for sampled, aligned in zip(rollouts.row_groups(), units.row_groups(), strict=True):
-            frames = [pl.DataFrame(pl.from_arrow(table)) for table in (aligned, sampled)]
-            table = weigh(*frames, config.weights.scheme, config.weights.gamma)
+            units_frame, rollouts_frame = (pl.DataFrame(pl.from_arrow(table)) for table in (aligned, sampled))
+            table = weigh(units_frame, rollouts_frame, config.weights.scheme, config.weights.gamma)
             writer.write(pa.Table.from_batches(table.to_arrow().to_batches()))
             tables.append(table)
     figures = summary(pl.concat(tables))

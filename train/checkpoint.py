@@ -18,7 +18,9 @@ from schemas.manifest import differences
 def save_state(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
     """Write tensors and a JSON-able description to one safetensors file, atomically."""
     with publish(path) as temporary:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"opd": json.dumps(about, sort_keys=True)})
+        save_file(
+            {k: v.contiguous() for k, v in tensors.items()}, temporary, {"opd": json.dumps(about, sort_keys=True)}
+        )
 
 
 def load_state(path: Path, expect: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -70,7 +70,9 @@ def train_round(
     stream = (
         parts
         for epoch in range(config.train.epochs)
-        for parts in batches(shards, config.train.batch_size, config.train.micro_batch_size, config.seed + round_index, epoch)
+        for parts in batches(
+            shards, config.train.batch_size, config.train.micro_batch_size, config.seed + round_index, epoch
+        )
     )
     with metrics_path.open("a") as metrics:
         began = time.perf_counter()

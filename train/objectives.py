@@ -9,9 +9,7 @@ from typing import Literal
 import torch
 
 
-def clipped_sampled_path(
-    student_logp: torch.Tensor, teacher_logp: torch.Tensor, clip: float
-) -> torch.Tensor:
+def clipped_sampled_path(student_logp: torch.Tensor, teacher_logp: torch.Tensor, clip: float) -> torch.Tensor:
     """Policy-gradient surrogate of reverse KL on the sampled unit: -sg[clamp(log p_T - log p_S)] * log p_S.
 
     Lightning OPD (arXiv 2604.13010) and Thinking Machines' on-policy distillation. (U,) x (U,) -> (U,).

@@ -45,9 +45,13 @@ class MasterAdamW:
         """Continue from `state`."""
         for name, master in self._masters.items():
             master.copy_(tensors[f"master/{name}"])
-            moments = {key: tensors[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors}
+            moments = {
+                key: tensors[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors
+            }
             if moments:
-                self._adam.state[master] = {k: v.to(master.device if k != "step" else v.device) for k, v in moments.items()}
+                self._adam.state[master] = {
+                    k: v.to(master.device if k != "step" else v.device) for k, v in moments.items()
+                }
         self._publish()
 
     @torch.no_grad()

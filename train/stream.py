@@ -23,6 +23,7 @@ class Batch:
         rows: int64 (R,), flat index into (B * T) of the position that predicts each response token.
         targets: int64 (R,), the response tokens; STOP_ID at a sampled stop.
         unit_row: int64 (U,), the unit's first token as an index into R.
+        response_of_unit: int64 (U,), the unit's response as an index into B.
         token_unit: int64 (R,), the unit each token belongs to; U for tokens of masked units.
         s_len, t_len: int64 (U,), tokens of the unit on either side; a stop counts one.
         teacher_logp, weight: float32 (U,).
@@ -36,6 +37,7 @@ class Batch:
     rows: torch.Tensor
     targets: torch.Tensor
     unit_row: torch.Tensor
+    response_of_unit: torch.Tensor
     token_unit: torch.Tensor
     s_len: torch.Tensor
     t_len: torch.Tensor
@@ -47,7 +49,7 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in vars(self).items()
         }
         return Batch(**moved)
@@ -56,9 +58,7 @@ class Batch:
 Triple = tuple[Shard, Shard, Shard]
 
 
-def batches(
-    shards: Sequence[Triple], size: int, micro_size: int, seed: int, epoch: int
-) -> Iterator[list[Batch]]:
+def batches(shards: Sequence[Triple], size: int, micro_size: int, seed: int, epoch: int) -> Iterator[list[Batch]]:
     """Batches of `size` responses (the last one may be smaller) in an order that only seed and epoch determine.
 
     Row groups come in shuffled order and their responses are shuffled within; a batch may span two row groups.
@@ -104,9 +104,7 @@ class _Response:
 
 def _row_group(shards: Triple, group: int) -> list[_Response]:
     rollouts, units, weights = (shard.row_group(group) for shard in shards)
-    if not (
-        units["rollout_id"].equals(weights["rollout_id"]) and units["unit"].equals(weights["unit"])
-    ):
+    if not (units["rollout_id"].equals(weights["rollout_id"]) and units["unit"].equals(weights["unit"])):
         raise OpdError(f"{shards[2].path}: its rows are not those of {shards[1].path}; run the weights stage again")
     names = rollouts["rollout_id"].to_pylist()
     starts = np.flatnonzero(units["unit"].to_numpy() == 0)
@@ -160,7 +158,8 @@ def collate(responses: Sequence[_Response]) -> Batch:
 
     units = {key: np.concatenate([r.units[key] for r in responses]) for key in responses[0].units}
     keep = units["comparable"]
-    unit_row = np.repeat(first, [len(r.cand_count) for r in responses]) + units["s_start"]
+    response_of_unit = np.repeat(np.arange(len(responses)), [len(r.cand_count) for r in responses])
+    unit_row = first[response_of_unit] + units["s_start"]
     s_len = units["s_len"].astype(np.int64)
     number = np.where(keep, np.cumsum(keep) - 1, keep.sum())
     token_unit = np.repeat(number, s_len)  # units cover every token once, in order
@@ -177,6 +176,7 @@ def collate(responses: Sequence[_Response]) -> Batch:
         "rows": rows,
         "targets": targets,
         "unit_row": unit_row[keep].astype(np.int64),
+        "response_of_unit": response_of_unit[keep],
         "token_unit": token_unit,
         "s_len": s_len[keep],
         "t_len": np.maximum(units["t_len"], 1)[keep].astype(np.int64),

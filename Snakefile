@@ -1,0 +1,265 @@
+"""Offline on-policy distillation, top to bottom:
+
+prompts, models -> (rollouts -> scores -> units -> weights -> train) per round -> evaluate before and after -> report
+
+A phase is `round-<r>`, trained on, or `eval-<c>`, held-out rollouts of checkpoint c. Each rule calls one stage; what a
+rule depends on beside its files is the digest of the config sections it reads (`params: reads`), so a changed learning
+rate retrains but samples and scores nothing anew.
+"""
+
+import sys
+
+from schemas.config import parse_config
+from schemas.errors import OpdError
+from schemas.manifest import digest
+from stages import layout, resume
+from stages.report import print_summary, write_config
+
+if not workflow.config_settings.configfiles:
+
+    configfile: "config/config.yaml"
+
+
+try:
+    CONFIG = parse_config(config, " ".join(map(str, workflow.configfiles)))
+except OpdError as error:
+    sys.exit(f"error: {error}")
+
+RUN = layout.run_folder(CONFIG)
+ROUNDS = range(CONFIG.rollouts.rounds)
+CHECKPOINTS = (0, len(ROUNDS))
+STAGE = f"{sys.executable} -m stages"
+LOCK = resume.claim()
+
+
+def reads(*sections):
+    """Digest of what a rule reads of the config: `section` or `section.key`."""
+    values = CONFIG.model_dump(mode="json")
+    for section in sections:
+        assert section.split(".")[0] in values, section
+    picked = {}
+    for section in sections:
+        value = values
+        for key in section.split("."):
+            value = value[key]
+        picked[section] = value
+    return digest(picked)
+
+
+def shards(table, phase):
+    """All shards of a table of a phase."""
+    return [layout.shard_path(CONFIG, phase, table, i) for i in range(layout.shard_count(CONFIG, phase))]
+
+
+def policy(wildcards):
+    """The checkpoint that a phase samples from."""
+    return layout.policy_file(CONFIG, layout.parse_phase(wildcards.phase)[1])
+
+
+def shard_of(table):
+    """The two files of a shard: the table and its manifest."""
+    return [f"{RUN}/{{phase}}/{table}/{{shard}}.{kind}" for kind in ("parquet", "json")]
+
+
+wildcard_constraints:
+    phase=r"(round|eval)-\d+",
+    shard=r"\d{3}",
+    role="student|teacher",
+
+
+rule all:
+    input:
+        RUN / "report.html",
+
+
+rule prompts:
+    output:
+        RUN / "prompts.parquet",
+        RUN / "prompts.json",
+    params:
+        reads=reads("prompts", "seed"),
+    log:
+        RUN / "logs/prompts.log",
+    benchmark:
+        RUN / "timings/prompts.tsv"
+    shell:
+        "{STAGE}.prompts --config {RUN}/config.yaml 2>&1 | tee {log}"
+
+
+rule models:
+    output:
+        RUN / "models/{role}.json",
+        RUN / "models/{role}-vocabulary.parquet",
+        RUN / "models/{role}-vocabulary.json",
+    params:
+        reads=lambda wildcards: reads(f"{wildcards.role}.model", f"{wildcards.role}.revision", f"{wildcards.role}.stop"),
+    log:
+        RUN / "logs/models-{role}.log",
+    benchmark:
+        RUN / "timings/models-{role}.tsv"
+    shell:
+        "{STAGE}.models --config {RUN}/config.yaml --role {wildcards.role} 2>&1 | tee {log}"
+
+
+rule rollouts:
+    input:
+        RUN / "prompts.parquet",
+        RUN / "models/student-vocabulary.parquet",
+        policy,
+    output:
+        shard_of("rollouts"),
+    params:
+        reads=lambda wildcards: reads(
+            "student",
+            "seed",
+            *(
+                f"rollouts.{key}"
+                for key in (
+                    "max_new_tokens",
+                    "temperature",
+                    "top_p",
+                    "batch_size",
+                    "shard_size",
+                )
+            ),
+            *(
+                ("rollouts.prompts", "rollouts.samples")
+                if wildcards.phase.startswith("round")
+                else ("evaluate.split", "evaluate.kl_items")
+            ),
+        ),
+    threads: workflow.cores
+    resources:
+        model=1,
+    log:
+        RUN / "logs/{phase}-rollouts-{shard}.log",
+    benchmark:
+        RUN / "timings/{phase}-rollouts-{shard}.tsv"
+    shell:
+        "{STAGE}.rollouts --config {RUN}/config.yaml --phase {wildcards.phase} --shard {wildcards.shard}"
+        " --threads {threads} 2>&1 | tee {log}"
+
+
+rule scores:
+    input:
+        shard_of("rollouts"),
+        RUN / "prompts.parquet",
+        RUN / "models/teacher.json",
+        RUN / "models/teacher-vocabulary.parquet",
+    output:
+        shard_of("scores"),
+    params:
+        reads=reads("teacher", "scores", "rollouts.max_new_tokens"),
+    threads: workflow.cores
+    resources:
+        model=1,
+    log:
+        RUN / "logs/{phase}-scores-{shard}.log",
+    benchmark:
+        RUN / "timings/{phase}-scores-{shard}.tsv"
+    shell:
+        "{STAGE}.scores --config {RUN}/config.yaml --phase {wildcards.phase} --shard {wildcards.shard}"
+        " --threads {threads} 2>&1 | tee {log}"
+
+
+rule units:
+    input:
+        shard_of("rollouts"),
+        shard_of("scores"),
+        RUN / "models/student-vocabulary.parquet",
+        RUN / "models/teacher-vocabulary.parquet",
+    output:
+        shard_of("units"),
+    log:
+        RUN / "logs/{phase}-units-{shard}.log",
+    benchmark:
+        RUN / "timings/{phase}-units-{shard}.tsv"
+    shell:
+        "{STAGE}.units --config {RUN}/config.yaml --phase {wildcards.phase} --shard {wildcards.shard} 2>&1 | tee {log}"
+
+
+rule weights:
+    input:
+        shard_of("rollouts"),
+        shard_of("units"),
+    output:
+        shard_of("weights"),
+    params:
+        reads=reads("weights"),
+    log:
+        RUN / "logs/{phase}-weights-{shard}.log",
+    benchmark:
+        RUN / "timings/{phase}-weights-{shard}.tsv"
+    shell:
+        "{STAGE}.weights --config {RUN}/config.yaml --phase {wildcards.phase} --shard {wildcards.shard} 2>&1 | tee {log}"
+
+
+rule train:
+    input:
+        lambda wildcards: [
+            path
+            for table in ("rollouts", "units", "weights")
+            for path in shards(table, f"round-{wildcards.round}")
+        ],
+        lambda wildcards: layout.policy_file(CONFIG, int(wildcards.round)),
+    output:
+        RUN / "round-{round}/checkpoint.json",
+        RUN / "round-{round}/checkpoint/config.json",
+    params:
+        reads=reads("objective", "train", "seed", "rollouts.rounds"),
+    threads: workflow.cores
+    resources:
+        model=1,
+    log:
+        RUN / "logs/round-{round}-train.log",
+    benchmark:
+        RUN / "timings/round-{round}-train.tsv"
+    shell:
+        "{STAGE}.train --config {RUN}/config.yaml --round {wildcards.round} --threads {threads} 2>&1 | tee {log}"
+
+
+rule evaluate:
+    input:
+        lambda wildcards: [
+            path
+            for table in ("rollouts", "units", "weights")
+            for path in shards(table, f"eval-{wildcards.checkpoint}")
+        ],
+        lambda wildcards: layout.policy_file(CONFIG, int(wildcards.checkpoint)),
+        RUN / "prompts.parquet",
+    output:
+        RUN / "eval-{checkpoint}/result.json",
+        RUN / "eval-{checkpoint}/answers.parquet",
+    params:
+        reads=reads("evaluate", "student", "rollouts.max_new_tokens"),
+    threads: workflow.cores
+    resources:
+        model=1,
+    log:
+        RUN / "logs/eval-{checkpoint}.log",
+    benchmark:
+        RUN / "timings/eval-{checkpoint}-answers.tsv"
+    shell:
+        "{STAGE}.evaluate --config {RUN}/config.yaml --checkpoint {wildcards.checkpoint} --threads {threads}"
+        " 2>&1 | tee {log}"
+
+
+rule report:
+    input:
+        [RUN / f"eval-{c}/result.json" for c in CHECKPOINTS],
+        [layout.policy_file(CONFIG, r + 1) for r in ROUNDS],
+    output:
+        RUN / "report.html",
+        RUN / "summary.json",
+    log:
+        RUN / "logs/report.log",
+    shell:
+        "{STAGE}.report --config {RUN}/config.yaml 2>&1 | tee {log}"
+
+
+onstart:
+    write_config(CONFIG)
+
+
+onsuccess:
+    print_summary(CONFIG)

@@ -1,0 +1,52 @@
+"""Is a response right? Extraction of an answer and the task's own scorer; and intervals for what is measured."""
+
+import importlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+
+
+def extract(response: str, how: Literal["last_number", "whole"]) -> str:
+    """The answer that a response gives: its last number, or all of it without outer space; empty when there is none."""
+    if how == "whole":
+        return response.strip()
+    found = NUMBER.findall(response.replace(",", ""))
+    return found[-1] if found else ""
+
+
+def is_right(answer: str, row: Mapping[str, Any], source: str) -> bool:
+    """Whether an extracted answer is right.
+
+    reasoning-gym tasks are scored by their own scorer (full marks only); other sources by equality with the reference.
+    """
+    if not answer or row["answer"] is None:
+        return False
+    if source.startswith("reasoning-gym:"):
+        scorer = importlib.import_module("reasoning_gym").get_score_answer_fn(source.partition(":")[2])
+        entry = {"question": row["prompt"], "answer": row["answer"], "metadata": json.loads(row["fields"])["metadata"]}
+        return float(scorer(answer, entry)) == 1.0
+    return answer == row["answer"].strip()
+
+
+def wilson(right: int, total: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """95 % Wilson score interval of a share (Wilson 1927)."""
+    if total == 0:
+        return 0.0, 1.0
+    p, zz = right / total, z * z
+    middle = (p + zz / (2 * total)) / (1 + zz / total)
+    half = z * ((p * (1 - p) + zz / (4 * total)) / total) ** 0.5 / (1 + zz / total)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def bootstrap_ratio(sums: np.ndarray, counts: np.ndarray, seed: int, draws: int = 2000) -> tuple[float, float]:
+    """95 % percentile interval of sum(sums) / sum(counts) when the pairs (responses) are drawn anew."""
+    rng = np.random.default_rng(seed)
+    picks = rng.integers(0, len(sums), (draws, len(sums)))
+    ratios = sums[picks].sum(1) / np.maximum(counts[picks].sum(1), 1)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return float(low), float(high)

@@ -1,0 +1,140 @@
+"""Evaluate: accuracy of a checkpoint's greedy answers on held-out prompts, and its on-policy reverse KL to the teacher."""
+
+import json
+from typing import Annotated, Any
+
+import numpy as np
+import polars as pl
+import torch
+import typer
+
+from pipeline.answers import bootstrap_ratio, extract, is_right, wilson
+from pipeline.lm import check_head
+from pipeline.sample import sample
+from pipeline.shards import publish, write_text
+from schemas.config import Config
+from stages import console, layout
+from stages.context import (
+    DEFAULT_CONFIG,
+    ConfigOption,
+    PromptTable,
+    Speaker,
+    ThreadsOption,
+    open_prompts,
+    policy,
+    read_config,
+)
+from stages.rollouts import response_text
+from stages.train import open_shards
+from train.objectives import bucket_kl
+from train.policy import unit_logps
+from train.stream import batches
+
+
+def main(
+    checkpoint: Annotated[int, typer.Option(min=0, help="0 is the student as given, n what n rounds made of it")],
+    config_file: ConfigOption = DEFAULT_CONFIG,
+    threads: ThreadsOption = None,
+) -> None:
+    """Measure a checkpoint on the held-out split; writes result.json and the answers beside it."""
+    config = read_config(config_file)
+    console.threads(threads)
+    prompts = open_prompts(config)
+    student = policy(config, checkpoint)
+    model = student.load()
+    check_head(model, student.ref.source)
+    phase = f"eval-{checkpoint}"
+    folder = layout.run_folder(config) / phase
+    answers = greedy_answers(model, student, prompts, config, phase)
+    with publish(folder / "answers.parquet") as temporary:
+        answers.write_parquet(temporary)
+    right = int(answers["right"].sum())
+    result: dict[str, Any] = {
+        "checkpoint": checkpoint,
+        "split": config.evaluate.split,
+        "items": len(answers),
+        "right": right,
+        "accuracy": right / max(1, len(answers)),
+        "accuracy_95": wilson(right, len(answers)),
+        "stopped": float(answers["stopped"].mean()),  # type: ignore[arg-type]
+        **on_policy_kl(model, student, config, phase),
+    }
+    write_text(folder / "result.json", json.dumps(result, indent=1) + "\n")
+    console.say(
+        f"{phase}: {right}/{len(answers)} right ({100 * result['accuracy']:.1f} %), "
+        f"on-policy reverse KL {result['reverse_kl']:.3f} nats per token"
+    )
+
+
+def greedy_answers(model: Any, student: Speaker, prompts: PromptTable, config: Config, phase: str) -> pl.DataFrame:
+    """One greedy response per held-out prompt: prompt_id, prompt, reference, response, answer, right, stopped."""
+    rows = prompts.split(config.evaluate.split)
+    new = config.rollouts.max_new_tokens
+    ids = student.renderer(prompts).ids(rows, student.context - new)
+    with console.progress(f"{phase} answers", len(rows), "responses") as advance:
+        responses = sample(
+            model,
+            ids,
+            [0] * len(rows),
+            student.stop,
+            new,
+            temperature=0,
+            batch_size=config.rollouts.batch_size,
+            advance=advance,
+        )
+    texts = [response_text(student, response) for response in responses]
+    given = [extract(text, config.evaluate.extract) for text in texts]
+    return pl.DataFrame(
+        {
+            "prompt_id": [row["prompt_id"] for row in rows],
+            "prompt": [row["prompt"] for row in rows],
+            "reference": [row["answer"] for row in rows],
+            "response": texts,
+            "answer": given,
+            "right": [is_right(a, row, config.prompts.source) for a, row in zip(given, rows, strict=True)],
+            "stopped": [response.stopped for response in responses],
+        }
+    )
+
+
+@torch.inference_mode()
+def on_policy_kl(model: Any, student: Speaker, config: Config, phase: str) -> dict[str, Any]:
+    """Reverse KL of the checkpoint to the teacher on its own held-out rollouts, nats per comparable student token.
+
+    `reverse_kl`: at 1:1 units and stops the KL over the teacher's candidates, the realised token and one class for the
+    rest (exact up to what that class hides, so a lower bound); at longer units the sampled log-ratio. `sampled_kl`: the
+    log-ratio everywhere, unbiased and noisier. Intervals: bootstrap over responses.
+    """
+    stop = torch.from_numpy(student.stop.astype(np.int64)).to(model.device)
+    size = config.train.micro_batch_size
+    sums: dict[str, list[float]] = {"kl": [], "sampled": [], "tokens": []}
+    for parts in batches(open_shards(config, phase), size, size, config.seed, 0):
+        for part in (part.to(model.device) for part in parts):
+            logps = unit_logps(model, part, stop)
+            sampled = logps.unit - part.teacher_logp
+            listed = (part.cand_id == part.targets[part.unit_row][:, None]) & (part.cand_logp > -torch.inf)
+            extra = torch.where(listed.any(1), -torch.inf, 0.0)[:, None]
+            unused = part.cand_logp == -torch.inf
+            q_s = torch.cat([logps.cand.masked_fill(unused, -torch.inf), logps.unit[:, None] + extra], 1)
+            q_t = torch.cat([part.cand_logp, part.teacher_logp[:, None] + extra], 1)
+            one = (part.s_len == 1) & (part.t_len == 1)
+            kl = torch.where(one, bucket_kl(q_s, q_t), sampled)
+            for row in range(len(part.responses)):
+                mine = part.response_of_unit == row
+                sums["kl"].append(float(kl[mine].sum()))
+                sums["sampled"].append(float(sampled[mine].sum()))
+                sums["tokens"].append(float(part.s_len[mine].sum()))
+    kl_sum, sampled_sum, tokens = (np.array(sums[name]) for name in ("kl", "sampled", "tokens"))
+    total = max(1.0, tokens.sum())
+    return {
+        "reverse_kl": float(kl_sum.sum() / total),
+        "reverse_kl_95": bootstrap_ratio(kl_sum, tokens, config.seed),
+        "sampled_kl": float(sampled_sum.sum() / total),
+        "sampled_kl_95": bootstrap_ratio(sampled_sum, tokens, config.seed),
+        "kl_responses": len(tokens),
+        "kl_tokens": int(tokens.sum()),
+    }
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,243 @@
+"""Report: before and after, training curves, coverage, credit by position and cost, as one self-contained HTML file."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import jinja2
+import polars as pl
+import yaml
+from rich.table import Table
+
+from pipeline.shards import open_shard, write_text
+from schemas.config import Config
+from schemas.errors import OpdError
+from stages import console, layout
+from stages.context import DEFAULT_CONFIG, ConfigOption, read_config
+
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
+KIND_ORDER = ["1:1", "n:m", "stop", "masked"]
+
+
+def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
+    """Write report.html and summary.json from what the run left."""
+    config = read_config(config_file)
+    run = layout.run_folder(config)
+    summary = summarise(config)
+    before, after = (pl.read_parquet(run / f"eval-{c}" / "answers.parquet") for c in (0, config.rollouts.rounds))
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    page = environment.from_string(TEMPLATE.read_text()).render(
+        config=config,
+        config_text=config_text(config),
+        summary=summary,
+        examples=examples(before, after),
+        charts=charts(config, summary),
+    )
+    write_text(run / "report.html", page)
+    write_text(run / "summary.json", json.dumps(summary, indent=1) + "\n")
+    console.say(f"report: {run / 'report.html'}")
+
+
+def summarise(config: Config) -> dict[str, Any]:
+    """The run's figures: results of each evaluated checkpoint, coverage and credit of each phase, seconds of each stage."""
+    run = layout.run_folder(config)
+    results = [json.loads((run / f"eval-{c}" / "result.json").read_text()) for c in (0, config.rollouts.rounds)]
+    phases = [f"round-{r}" for r in range(config.rollouts.rounds)] + ["eval-0", f"eval-{config.rollouts.rounds}"]
+    both = pl.concat(
+        [pl.read_parquet(run / f"eval-{r['checkpoint']}" / "answers.parquet") for r in results], how="vertical"
+    )
+    before, after = both.head(results[0]["items"]), both.tail(results[1]["items"])
+    return {
+        "run": config.run,
+        "before": results[0],
+        "after": results[1],
+        "fixed": int((~before["right"] & after["right"]).sum()),
+        "broken": int((before["right"] & ~after["right"]).sum()),
+        "reverse_kl_ratio": results[1]["reverse_kl"] / results[0]["reverse_kl"] if results[0]["reverse_kl"] else None,
+        "phases": [phase_figures(config, phase) for phase in phases],
+        "seconds": timings(run),
+        "checkpoint": str(layout.checkpoint_folder(config, config.rollouts.rounds - 1)),
+        "report": str(run / "report.html"),
+    }
+
+
+def phase_figures(config: Config, phase: str) -> dict[str, Any]:
+    """Coverage, lengths, entropy and |A| share by position of one phase."""
+
+    def table(name: str) -> pl.DataFrame:
+        shards = [
+            open_shard(layout.shard_path(config, phase, name, i), name)
+            for i in range(layout.shard_count(config, phase))
+        ]
+        return pl.concat([pl.DataFrame(pl.from_arrow(shard.read())) for shard in shards])
+
+    rollouts, units, weights = table("rollouts"), table("units"), table("weights")
+    tokens = units["s_len"].sum()
+    kinds = dict(units.group_by("kind").agg(pl.col("s_len").sum()).iter_rows())
+    shared = units.filter(pl.col("kind") != "masked").select(pl.col("dropped_logp").exp().mean()).item()
+    place = (pl.col("unit") * 10 / pl.len().over("rollout_id")).floor().cast(pl.Int32)
+    share = weights.group_by(decile=place).agg(pl.col("advantage").abs().sum()).sort("decile")
+    total = share["advantage"].sum() or 1.0
+    return {
+        "phase": phase,
+        "responses": len(rollouts),
+        "student_tokens": int(tokens),
+        "coverage": {kind: kinds.get(kind, 0) / max(1, tokens) for kind in KIND_ORDER},
+        "teacher_mass_without_student_id": shared,
+        "truncated": float((rollouts["finish_reason"] == "length").mean()),  # type: ignore[arg-type]
+        "mean_behavior_logp": rollouts["behavior_logp"].explode().mean(),
+        "advantage_share_per_decile": dict(
+            zip(share["decile"].to_list(), (share["advantage"] / total).to_list(), strict=True)
+        ),
+    }
+
+
+def timings(run: Path) -> dict[str, float]:
+    """Wall seconds of each job, from Snakemake's benchmark files; empty when the stages were run by hand."""
+    return {
+        path.stem: float(pl.read_csv(path, separator="\t")["s"][0]) for path in sorted((run / "timings").glob("*.tsv"))
+    }
+
+
+def examples(before: pl.DataFrame, after: pl.DataFrame, count: int = 8) -> list[dict[str, Any]]:
+    """The first held-out prompts with the answers before and after, as rows for the page."""
+    joined = before.join(after, on="prompt_id", suffix="_after", maintain_order="left").head(count)
+    return joined.to_dicts()
+
+
+def charts(config: Config, summary: dict[str, Any]) -> dict[str, str]:
+    """Inline SVG of each plot, by name."""
+    run = layout.run_folder(config)
+    steps = pl.concat(
+        [
+            pl.read_ndjson(run / f"round-{r}" / "train" / "metrics.jsonl", infer_schema_length=None)
+            for r in range(config.rollouts.rounds)
+        ]
+    ).with_row_index("at")
+    curve = (
+        alt.Chart(steps)
+        .mark_line(point=True)
+        .encode(
+            x=alt.X("at:Q", title="optimiser step", axis=alt.Axis(tickMinStep=1)),
+            y=alt.Y("sampled_kl:Q", title="sampled reverse KL, nats per unit"),
+            color=alt.Color("round:N", title="round"),
+        )
+    )
+    ends = pl.DataFrame(
+        [
+            {"when": when, "accuracy": r["accuracy"], "low": r["accuracy_95"][0], "high": r["accuracy_95"][1]}
+            | {"kl": r["reverse_kl"], "kl_low": r["reverse_kl_95"][0], "kl_high": r["reverse_kl_95"][1]}
+            for when, r in (("before", summary["before"]), ("after", summary["after"]))
+        ]
+    )
+    order = alt.X("when:N", sort=["before", "after"], title=None, axis=alt.Axis(labelAngle=0))
+    accuracy = alt.Chart(ends).mark_bar(size=40).encode(
+        x=order, y=alt.Y("accuracy:Q", title="held-out accuracy", axis=alt.Axis(format="%"))
+    ) + alt.Chart(ends).mark_rule().encode(x=order, y="low:Q", y2="high:Q")
+    kl = alt.Chart(ends).mark_bar(size=40, color="#e45756").encode(
+        x=order, y=alt.Y("kl:Q", title="on-policy reverse KL, nats per token")
+    ) + alt.Chart(ends).mark_rule().encode(x=order, y="kl_low:Q", y2="kl_high:Q")
+    coverage = pl.DataFrame(
+        [
+            {"phase": figures["phase"], "kind": kind, "share": share, "order": KIND_ORDER.index(kind)}
+            for figures in summary["phases"]
+            for kind, share in figures["coverage"].items()
+        ]
+    )
+    covered = (
+        alt.Chart(coverage)
+        .mark_bar()
+        .encode(
+            y=alt.Y("phase:N", title=None),
+            x=alt.X(
+                "share:Q", title="share of student tokens", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])
+            ),
+            color=alt.Color("kind:N", sort=KIND_ORDER, title="unit"),
+            order="order:Q",
+        )
+    )
+    deciles = pl.DataFrame(
+        [
+            {"phase": figures["phase"], "decile": int(decile), "share": share}
+            for figures in summary["phases"]
+            if figures["phase"].startswith("round")
+            for decile, share in figures["advantage_share_per_decile"].items()
+        ]
+    )
+    credit = (
+        alt.Chart(deciles)
+        .mark_line(point=True)
+        .encode(
+            x=alt.X("decile:O", title="tenth of the response", axis=alt.Axis(labelAngle=0)),
+            y=alt.Y("share:Q", title="share of |advantage|", axis=alt.Axis(format="%")),
+            color=alt.Color("phase:N", title=None),
+        )
+    )
+    drawn = {
+        "accuracy": accuracy.properties(width=170, height=200) | kl.properties(width=170, height=200),
+        "curve": curve.properties(width=430, height=200),
+        "coverage": covered.properties(width=400),
+        "credit": credit.properties(width=400, height=180),
+    }
+    if summary["seconds"]:
+        cost = pl.DataFrame({"job": list(summary["seconds"]), "seconds": list(summary["seconds"].values())})
+        drawn["cost"] = (
+            alt.Chart(cost)
+            .mark_bar()
+            .encode(y=alt.Y("job:N", sort="-x", title=None), x=alt.X("seconds:Q", title="wall seconds"))
+            .properties(width=400)
+        )
+    return {name: svg(chart) for name, chart in drawn.items()}
+
+
+def svg(chart: alt.TopLevelMixin) -> str:
+    """A chart as SVG text; no script, no network."""
+    out = io.StringIO()
+    chart.save(out, format="svg")
+    return out.getvalue()
+
+
+def config_text(config: Config) -> str:
+    """The resolved config as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def write_config(config: Config) -> None:
+    """Put the resolved config into the run's folder, where its stages read it."""
+    write_text(layout.run_folder(config) / "config.yaml", config_text(config))
+
+
+def print_summary(config: Config) -> None:
+    """Before and after, and where the results are, on the terminal."""
+    try:
+        summary = json.loads((layout.run_folder(config) / "summary.json").read_text())
+    except FileNotFoundError as error:
+        raise OpdError(f"{layout.run_folder(config)}: no summary.json yet; run the report stage") from error
+    table = Table(title=f"{summary['run']}: before and after", title_justify="left")
+    for heading in ("", "before", "after"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    before, after = summary["before"], summary["after"]
+
+    def percent(result: dict[str, Any]) -> str:
+        low, high = result["accuracy_95"]
+        return f"{100 * result['accuracy']:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+
+    def nats(result: dict[str, Any]) -> str:
+        low, high = result["reverse_kl_95"]
+        return f"{result['reverse_kl']:.3f} ({low:.3f} to {high:.3f})"
+
+    table.add_row(f"held-out accuracy, {before['items']} items", percent(before), percent(after))
+    table.add_row("on-policy reverse KL, nats per token", nats(before), nats(after))
+    table.add_row("answers that stop", f"{100 * before['stopped']:.0f} %", f"{100 * after['stopped']:.0f} %")
+    console.console.print(table)
+    console.say(f"{summary['fixed']} answers fixed, {summary['broken']} broken")
+    if summary["seconds"]:
+        console.say(f"{sum(summary['seconds'].values()):.0f} s in {len(summary['seconds'])} jobs")
+    console.say(f"model:  {summary['checkpoint']}  (AutoModelForCausalLM.from_pretrained)")
+    console.say(f"report: {summary['report']}")
+
+
+if __name__ == "__main__":
+    console.run(main)

