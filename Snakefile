@@ -28,7 +28,7 @@ except OpdError as error:
 RUN = layout.run_folder(CONFIG)
 ROUNDS = range(CONFIG.rollouts.rounds)
 CHECKPOINTS = (0, len(ROUNDS))
-STAGE = f"{sys.executable} -m stages"
+SETTINGS = f"{RUN}/config.yaml"  # the resolved config; no input, for its time stamp says nothing: see `reads`
 LOCK = resume.claim()
 
 
@@ -76,14 +76,17 @@ rule prompts:
     output:
         RUN / "prompts.parquet",
         RUN / "prompts.json",
-    params:
-        reads=reads("prompts", "seed"),
     log:
         RUN / "logs/prompts.log",
     benchmark:
         RUN / "timings/prompts.tsv"
+    conda:
+        "config/environment.yaml"
+    params:
+        config=SETTINGS,
+        reads=reads("prompts", "seed"),
     shell:
-        "{STAGE}.prompts --config {RUN}/config.yaml 2>&1 | tee {log}"
+        "python -m stages.prompts --config {params.config} 2>&1 | tee {log}"
 
 
 rule models:
@@ -91,14 +94,17 @@ rule models:
         RUN / "models/{role}.json",
         RUN / "models/{role}-vocabulary.parquet",
         RUN / "models/{role}-vocabulary.json",
-    params:
-        reads=lambda wildcards: reads(f"{wildcards.role}.model", f"{wildcards.role}.revision", f"{wildcards.role}.stop"),
     log:
         RUN / "logs/models-{role}.log",
     benchmark:
         RUN / "timings/models-{role}.tsv"
+    conda:
+        "config/environment.yaml"
+    params:
+        config=SETTINGS,
+        reads=lambda wildcards: reads(f"{wildcards.role}.model", f"{wildcards.role}.revision", f"{wildcards.role}.stop"),
     shell:
-        "{STAGE}.models --config {RUN}/config.yaml --role {wildcards.role} 2>&1 | tee {log}"
+        "python -m stages.models --config {params.config} --role {wildcards.role} 2>&1 | tee {log}"
 
 
 rule rollouts:
@@ -108,7 +114,17 @@ rule rollouts:
         policy,
     output:
         shard_of("rollouts"),
+    log:
+        RUN / "logs/{phase}-rollouts-{shard}.log",
+    benchmark:
+        RUN / "timings/{phase}-rollouts-{shard}.tsv"
+    conda:
+        "config/environment.yaml"
+    threads: workflow.cores
+    resources:
+        model=1,
     params:
+        config=SETTINGS,
         reads=lambda wildcards: reads(
             "student",
             "seed",
@@ -128,15 +144,8 @@ rule rollouts:
                 else ("evaluate.split", "evaluate.kl_items")
             ),
         ),
-    threads: workflow.cores
-    resources:
-        model=1,
-    log:
-        RUN / "logs/{phase}-rollouts-{shard}.log",
-    benchmark:
-        RUN / "timings/{phase}-rollouts-{shard}.tsv"
     shell:
-        "{STAGE}.rollouts --config {RUN}/config.yaml --phase {wildcards.phase} --shard {wildcards.shard}"
+        "python -m stages.rollouts --config {params.config} --phase {wildcards.phase} --shard {wildcards.shard}"
         " --threads {threads} 2>&1 | tee {log}"
 
 
@@ -148,17 +157,20 @@ rule scores:
         RUN / "models/teacher-vocabulary.parquet",
     output:
         shard_of("scores"),
-    params:
-        reads=reads("teacher", "scores", "rollouts.max_new_tokens"),
-    threads: workflow.cores
-    resources:
-        model=1,
     log:
         RUN / "logs/{phase}-scores-{shard}.log",
     benchmark:
         RUN / "timings/{phase}-scores-{shard}.tsv"
+    conda:
+        "config/environment.yaml"
+    threads: workflow.cores
+    resources:
+        model=1,
+    params:
+        config=SETTINGS,
+        reads=reads("teacher", "scores", "rollouts.max_new_tokens"),
     shell:
-        "{STAGE}.scores --config {RUN}/config.yaml --phase {wildcards.phase} --shard {wildcards.shard}"
+        "python -m stages.scores --config {params.config} --phase {wildcards.phase} --shard {wildcards.shard}"
         " --threads {threads} 2>&1 | tee {log}"
 
 
@@ -174,8 +186,12 @@ rule units:
         RUN / "logs/{phase}-units-{shard}.log",
     benchmark:
         RUN / "timings/{phase}-units-{shard}.tsv"
+    conda:
+        "config/environment.yaml"
+    params:
+        config=SETTINGS,
     shell:
-        "{STAGE}.units --config {RUN}/config.yaml --phase {wildcards.phase} --shard {wildcards.shard} 2>&1 | tee {log}"
+        "python -m stages.units --config {params.config} --phase {wildcards.phase} --shard {wildcards.shard} 2>&1 | tee {log}"
 
 
 rule weights:
@@ -184,38 +200,42 @@ rule weights:
         shard_of("units"),
     output:
         shard_of("weights"),
-    params:
-        reads=reads("weights"),
     log:
         RUN / "logs/{phase}-weights-{shard}.log",
     benchmark:
         RUN / "timings/{phase}-weights-{shard}.tsv"
+    conda:
+        "config/environment.yaml"
+    params:
+        config=SETTINGS,
+        reads=reads("weights"),
     shell:
-        "{STAGE}.weights --config {RUN}/config.yaml --phase {wildcards.phase} --shard {wildcards.shard} 2>&1 | tee {log}"
+        "python -m stages.weights --config {params.config} --phase {wildcards.phase} --shard {wildcards.shard} 2>&1 | tee {log}"
 
 
 rule train:
     input:
         lambda wildcards: [
-            path
-            for table in ("rollouts", "units", "weights")
-            for path in shards(table, f"round-{wildcards.round}")
+            path for table in ("rollouts", "units", "weights") for path in shards(table, f"round-{wildcards.round}")
         ],
         lambda wildcards: layout.policy_file(CONFIG, int(wildcards.round)),
     output:
         RUN / "round-{round}/checkpoint.json",
         RUN / "round-{round}/checkpoint/config.json",
-    params:
-        reads=reads("objective", "train", "seed", "rollouts.rounds"),
-    threads: workflow.cores
-    resources:
-        model=1,
     log:
         RUN / "logs/round-{round}-train.log",
     benchmark:
         RUN / "timings/round-{round}-train.tsv"
+    conda:
+        "config/environment.yaml"
+    threads: workflow.cores
+    resources:
+        model=1,
+    params:
+        config=SETTINGS,
+        reads=reads("objective", "train", "seed", "rollouts.rounds"),
     shell:
-        "{STAGE}.train --config {RUN}/config.yaml --round {wildcards.round} --threads {threads} 2>&1 | tee {log}"
+        "python -m stages.train --config {params.config} --round {wildcards.round} --threads {threads} 2>&1 | tee {log}"
 
 
 rule evaluate:
@@ -230,17 +250,20 @@ rule evaluate:
     output:
         RUN / "eval-{checkpoint}/result.json",
         RUN / "eval-{checkpoint}/answers.parquet",
-    params:
-        reads=reads("evaluate", "student", "rollouts.max_new_tokens"),
-    threads: workflow.cores
-    resources:
-        model=1,
     log:
         RUN / "logs/eval-{checkpoint}.log",
     benchmark:
         RUN / "timings/eval-{checkpoint}-answers.tsv"
+    conda:
+        "config/environment.yaml"
+    threads: workflow.cores
+    resources:
+        model=1,
+    params:
+        config=SETTINGS,
+        reads=reads("evaluate", "student", "rollouts.max_new_tokens"),
     shell:
-        "{STAGE}.evaluate --config {RUN}/config.yaml --checkpoint {wildcards.checkpoint} --threads {threads}"
+        "python -m stages.evaluate --config {params.config} --checkpoint {wildcards.checkpoint} --threads {threads}"
         " 2>&1 | tee {log}"
 
 
@@ -253,8 +276,12 @@ rule report:
         RUN / "summary.json",
     log:
         RUN / "logs/report.log",
+    conda:
+        "config/environment.yaml"
+    params:
+        config=SETTINGS,
     shell:
-        "{STAGE}.report --config {RUN}/config.yaml 2>&1 | tee {log}"
+        "python -m stages.report --config {params.config} 2>&1 | tee {log}"
 
 
 onstart:

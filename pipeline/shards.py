@@ -71,7 +71,7 @@ def file_digest(path: Path) -> str:
 
 def versions() -> dict[str, str]:
     """The versions that can change a shard's content."""
-    packages = ("offline-opd", "numpy", "pyarrow", "tokenizers", "torch", "transformers")
+    packages = ("numpy", "pyarrow", "tokenizers", "torch", "transformers")
     return {name: importlib.metadata.version(name) for name in packages}
 
 

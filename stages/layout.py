@@ -22,7 +22,8 @@ def cache_folder(config: Config) -> Path:
 
 
 def shard_path(config: Config, phase: str, table: str, shard: int) -> Path:
-    """A shard of a table of a phase."""
+    """A shard of a table of a phase. Raises OpdError when there is no such phase."""
+    parse_phase(phase)
     return run_folder(config) / phase / table / f"{shard:03}.parquet"
 
 

@@ -20,8 +20,8 @@ CODE = {
     "assembly": "_start:\n\tmov\trax, [rbx+8*rcx-0x10]\t; load\n\tjnz\t.L1\n",
     "diff": "--- a/x\n+++ b/x\n@@ -1,2 +1,2 @@\n-old\t\n+new  \n \n\\ No newline at end of file",
     "json": '{"a":[1,-2.50e+10,null,true],"\\u00e9\\ud83d\\ude00":{"":"\\\\\\"\\/\\b"},\n  "k" : [ ]}',
-    "latex": "\\begin{align*}\n  \\frac{\\partial^2 u}{x_{i}^2} &= \\sum_{k=0}^{\\infty} \\alpha_k\\,x^{k} \\\\\n\\end{align*}",
-    "math": "$$\\int_0^1 \\! e^{-x^2}\\,\\mathrm{d}x \\approx 0.746824$$ so \\boxed{\\frac{1}{2}} ∀ε>0 ∃δ: |x−y|<δ ⇒ ≤≠∞",
+    "latex": "\\begin{align*}\n  \\frac{\\partial^2 u}{x_{i}^2} &= \\sum_{k=0}^{\\infty} a_k\\,x^k \\\\\n\\end{align*}",
+    "math": "$$\\int_0^1 \\! e^{-x^2}\\,\\mathrm{d}x \\approx 0.746824$$ so \\boxed{\\frac{1}{2}} ∀ε>0 ∃δ: |x|<δ ⇒ ≤≠",
     "markdown": "# T\n\n* a\n\t* b  \n1. c\n\n```py\nx\n```\n| a | b |\n|---|:-:|\n> **q** _i_ ~~s~~ [l](u)\n",
 }
 SCRIPTS = {
@@ -52,13 +52,15 @@ SCRIPTS = {
 EMOJI = [
     "😀", "👍🏽", "🇩🇪🇯🇵", "🇩", "👩\u200d👩\u200d👧\u200d👦",
     "🏳\ufe0f\u200d🌈", "🧑🏿\u200d🚀", "❤\ufe0f\u200d🔥", "1\ufe0f\u20e3",
-    "🏴\U000e0067\U000e0062\U000e0073\U000e0063\U000e0074\U000e007f", "☺\ufe0e☺\ufe0f", "🤷🏻\u200d♀\ufe0f ok", "🫠🫨🪿",
+    "🏴\U000e0067\U000e0062\U000e0073\U000e0063\U000e0074\U000e007f", "☺\ufe0e☺\ufe0f",
+    "🤷🏻\u200d♀\ufe0f ok", "🫠🫨🪿",
 ]  # fmt: skip
 LOOK_ALIKES = [
-    "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|begin_of_text|>", "<eos>", "<bos>", "<pad>", "<unk>",
-    "<s>", "</s>", "<mask>", "<0x0A>", "<0x00>", "<0xFF>", "<0xE2><0x82>", "[INST]", "[/INST]", "<<SYS>>", "[UNK]",
-    "<start_of_turn>", "<end_of_turn>", "<unused0>", "<unused99>", "[multimodal]", "<think>", "</think>", "<repo_name>",
-    "<file_sep>", "<empty_output>", "<tool_call>", "<｜end▁of▁sentence｜>", "<|IM_END|>", "<|im_end", "< |im_end|>",
+    "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|begin_of_text|>", "<eos>", "<bos>", "<pad>",
+    "<unk>", "<s>", "</s>", "<mask>", "<0x0A>", "<0x00>", "<0xFF>", "<0xE2><0x82>", "[INST]", "[/INST]", "<<SYS>>",
+    "[UNK]", "<start_of_turn>", "<end_of_turn>", "<unused0>", "<unused99>", "[multimodal]", "<think>", "</think>",
+    "<repo_name>", "<file_sep>", "<empty_output>", "<tool_call>", "<｜end▁of▁sentence｜>",
+    "<|IM_END|>", "<|im_end", "< |im_end|>",
 ]  # fmt: skip
 MARKS = ["Ġ", "▁", "Ċ", "ĉ", "č", "Â", "Ń", "##ing", "@@", "</w>", "Ġthe", "▁the", "a▁b", "▁▁", "ĠĊ", "hello▁world Ġ"]
 NUMBERS = [
@@ -70,7 +72,8 @@ NUMBERS = [
 SPACES = [
     *(char * n for char in " \n\t" for n in (1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 33, 64, 100)),
     *(f"a{char}b" for char in "\u00a0\u0085\u1680\u2003\u2009\u2028\u2029\u202f\u205f\u3000"),
-    "\r\n", "\r\n\r\n", "\r", "\n\r", " \n", "\n ", "  x", "x  ", " x ", "\t x\t\n", "a \n \n b", "a\n\n\nb\r\n\tc", "\v\f",
+    "\r\n", "\r\n\r\n", "\r", "\n\r", " \n", "\n ", "  x", "x  ", " x ", "\t x\t\n", "a \n \n b", "a\n\n\nb\r\n\tc",
+    "\v\f",
 ]  # fmt: skip
 INVISIBLE = (
     "\u200b\u200c\u200d\u2060\ufeff\u00ad\u034f\u061c\u180e"
@@ -83,7 +86,8 @@ RARE = [
     "\U0001d15e", "\u2126", "\u00bc\u00bd\u00be",
 ]  # fmt: skip
 PLAIN = [
-    "", "a", "Hello, world!", "don't can't I'll we've", "ALL CAPS", "camelCaseAndSnake_case", "a" * 1000, "…", "'", "\\",
+    "", "a", "Hello, world!", "don't can't I'll we've", "ALL CAPS", "camelCaseAndSnake_case", "a" * 1000, "…",
+    "'", "\\",
 ]  # fmt: skip
 CONTROLS = [chr(code) for code in (*range(0x20), 0x7F)]
 
@@ -113,8 +117,9 @@ HARD_TEXTS: list[str] = _hard_texts()
 
 _MULTI_BYTE = ["é", "ß", "€", "中", "ก", "न", "😀", "𠮷", "👩\u200d👩\u200d👧", "🇩🇪", "e\u0301"]
 _INVALID = [
-    b"\x80", b"\xff", b"\xfe\xff", b"\xc0\xaf", b"\xe0\x80\x80", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xf0\x28\x8c\x28",
-    b"\xe2\x82", b"\xe2\x82 then text", b"\xc3(", b"\xbf\xbf\xbf", b"\xf8\x88\x80\x80\x80", b"\xe4\xb8\xe4\xb8\xad",
+    b"\x80", b"\xff", b"\xfe\xff", b"\xc0\xaf", b"\xe0\x80\x80", b"\xed\xa0\x80", b"\xf4\x90\x80\x80",
+    b"\xf0\x28\x8c\x28", b"\xe2\x82", b"\xe2\x82 then text", b"\xc3(", b"\xbf\xbf\xbf",
+    b"\xf8\x88\x80\x80\x80", b"\xe4\xb8\xe4\xb8\xad",
 ]  # fmt: skip
 
 CUT_BYTES: list[bytes] = list(

@@ -1,9 +1,10 @@
-"""Minimal aligned units of one response by brute force, written from the formula (design, section 3), not from the code.
+"""Minimal aligned units of one response by brute force, written from the formula (design, section 3).
 
-Tokens of both sides are the nodes of a graph, tokens that overlap in bytes are connected, and the connected components in
-byte order are the units. A component is comparable if both sides have tokens in it and it ends within the longest prefix
-on which student, teacher and response agree. All from the first component that isn't, a sampled stop included, is one
-masked unit, which ends where the student's bytes end. A token without bytes overlaps nothing, so it is never comparable.
+Tokens of both sides are the nodes of a graph, tokens that overlap in bytes are connected, and the connected components
+in byte order are the units. A component is comparable if both sides have tokens in it and it ends within the longest
+prefix on which student, teacher and response agree. Everything from the first component that isn't, a sampled stop
+included, is one masked unit, which ends where the student's bytes end. A token without bytes overlaps nothing, so it is
+never comparable.
 """
 
 from itertools import accumulate, takewhile
@@ -17,9 +18,7 @@ Node = tuple[str, int]
 def reference_units(student: list[bytes], teacher: list[bytes], response: bytes, stop: bool) -> list[Unit]:
     """Units of a response; `student` is without the final stop, `stop` says whether one was sampled."""
     s_bytes, t_bytes = b"".join(student), b"".join(teacher)
-    together = zip(s_bytes, t_bytes, response, strict=False)
-    agreed = len(list(takewhile(lambda column: len(set(column)) == 1, together)))
-
+    agreed = agreed_bytes(s_bytes, t_bytes, response)
     units: list[Unit] = []
     s_done = t_done = done = 0
     for members, start, end in components(student, teacher):
@@ -34,6 +33,11 @@ def reference_units(student: list[bytes], teacher: list[bytes], response: bytes,
     elif stop:
         units.append(("stop", s_done, 1, t_done, 0, done, done))
     return units
+
+
+def agreed_bytes(*texts: bytes) -> int:
+    """Length of the longest prefix that all share."""
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*texts, strict=False)))
 
 
 def components(student: list[bytes], teacher: list[bytes]) -> list[tuple[list[Node], int, int]]:

@@ -1,5 +1,6 @@
 """The config names what is wrong with it; its documentation is generated from it."""
 
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,15 @@ def test_the_shipped_config_is_valid() -> None:
 
 
 def test_config_readme_documents_every_key() -> None:
-    assert config_markdown() in Path("config/README.md").read_text(), "run: opd config, and paste it into config/README.md"
+    assert config_markdown() in Path("config/README.md").read_text(), (
+        "run: opd config, and paste it into config/README.md"
+    )
+
+
+def test_the_conda_environment_lists_the_projects_dependencies() -> None:
+    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    listed = yaml.safe_load(Path("config/environment.yaml").read_text())["dependencies"][-1]["pip"]
+    assert sorted(listed) == sorted(project["dependencies"] + project["optional-dependencies"]["demo"])
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,7 @@ def test_weights_are_those_of_a_loop_over_responses(responses: list[Response], g
     assert {table[name].dtype for name in table.columns[2:]} == {pl.Float32}
 
 
+@settings(deadline=None)
 @given(batch_of_responses)
 def test_no_gamma_and_no_scheme_weigh_nothing(responses: list[Response]) -> None:
     units, rollouts = tables(responses)

