@@ -289,4 +289,5 @@ onstart:
 
 
 onsuccess:
-    print_summary(CONFIG)
+    if (RUN / "summary.json").exists():
+        print_summary(CONFIG)

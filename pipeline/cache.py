@@ -1,14 +1,25 @@
 """The content-addressed store of teacher scores: an entry's name is the digest of all that determines it."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from pipeline.shards import open_shard
+from pipeline.shards import Shard, open_shard
 from schemas.errors import OpdError
 from schemas.manifest import digest
+
+
+def responses_digest(rollouts: Shard) -> str:
+    """sha256 of what the teacher reads of the rollouts: names and texts, in their row groups."""
+    running = hashlib.sha256()
+    for group in rollouts.row_groups():
+        for name, text in zip(group["rollout_id"].to_pylist(), group["response"].to_pylist(), strict=True):
+            running.update(f"{name}\0{len(text)}\0{text}\0".encode())
+        running.update(b"\1")
+    return running.hexdigest()
 
 
 def entry_path(cache: Path, identity: dict[str, Any], inputs: dict[str, str]) -> Path:

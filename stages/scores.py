@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.cache import fetch_or_make
+from pipeline.cache import fetch_or_make, responses_digest
 from pipeline.lm import check_head
 from pipeline.prompts import Renderer
 from pipeline.score import Scores, score
 from pipeline.shards import Shard, manifest_path, open_shard, open_writer
-from pipeline.tokens import encode_texts, text_tokenizer
-from pipeline.units import common_prefix, flat
+from pipeline.tokens import Spelling, spell, text_tokenizer
 from schemas.config import Config
 from schemas.errors import OpdError
 from schemas.tables import arrow_schema
@@ -87,15 +86,15 @@ def write_scores(
     check_head(model, speaker.ref.source)
     tokenizer = text_tokenizer(speaker.tokenizer, speaker.ref.source)
     context = speaker.context
-    encoded = [_encode(group["response"], tokenizer, speaker) for group in rollouts.row_groups()]
-    total = sum(len(ids) for ids, _, _ in encoded)
+    spelled = [spell(tokenizer, speaker.vocabulary, group["response"].to_pylist()) for group in rollouts.row_groups()]
+    total = sum(len(spelling.ids) for spelling in spelled)
     with (
         console.progress(label, total, "teacher tokens") as advance,
         open_writer(path, "scores", identity, inputs) as writer,
     ):
-        for group, (ids, offsets, ends) in zip(rollouts.row_groups(), encoded, strict=True):
+        for group, spelling in zip(rollouts.row_groups(), spelled, strict=True):
             rows = [prompts.rows[name] for name in group["prompt_id"].to_pylist()]
-            responses = [ids[offsets[i] : offsets[i + 1]] for i in range(len(rows))]
+            responses = np.split(spelling.ids, spelling.offsets[1:-1])
             asked = renderer.ids(rows, context)
             for name, prompt, response in zip(group["rollout_id"].to_pylist(), asked, responses, strict=True):
                 if len(prompt) + len(response) > context:
@@ -113,32 +112,20 @@ def write_scores(
                 config.scores.batch_tokens,
                 advance,
             )
-            writer.write(_table(group["rollout_id"], ids, offsets, ends, scored))
+            writer.write(_table(group["rollout_id"], spelling, scored))
 
 
-def _encode(responses: pa.ChunkedArray, tokenizer: Any, speaker: Speaker) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Teacher ids, their offsets, and each token's byte end in its response (-1 where the two spell other bytes)."""
-    texts = responses.to_pylist()
-    ids, offsets = encode_texts(tokenizer, texts)
-    data, running = speaker.vocabulary.concatenate(ids)
-    starts = np.concatenate([[0], running])[offsets]
-    wanted = [text.encode() for text in texts]
-    text_starts = np.concatenate([[0], np.cumsum([len(w) for w in wanted])]).astype(np.int64)
-    checked = common_prefix(data, starts, np.frombuffer(b"".join(wanted), np.uint8), text_starts)
-    ends = flat(offsets, running).ends
-    return ids, offsets, np.where(ends <= np.repeat(checked, np.diff(offsets)), ends, -1)
-
-
-def _table(names: pa.ChunkedArray, ids: np.ndarray, offsets: np.ndarray, ends: np.ndarray, scored: Scores) -> pa.Table:
-    """Rows of schema `scores`: each response's tokens, then its end row."""
-    counts = np.diff(offsets)
-    rows = len(ids) + len(counts)
-    row_first = offsets[:-1] + np.arange(len(counts))
+def _table(names: pa.ChunkedArray, spelling: Spelling, scored: Scores) -> pa.Table:
+    """Rows of schema `scores`: each response's tokens, then its end row. Ends past the exact spelling become -1."""
+    counts = np.diff(spelling.offsets)
+    ends = np.where(spelling.ends <= np.repeat(spelling.exact, counts), spelling.ends, -1)
+    rows = len(ends) + len(counts)
+    row_first = spelling.offsets[:-1] + np.arange(len(counts))
     is_end = np.zeros(rows, bool)
     is_end[row_first + counts] = True
     owner = np.repeat(np.arange(len(counts)), counts + 1)
     token_id, byte_end = np.full(rows, -1, np.int32), np.zeros(rows, np.int32)
-    token_id[~is_end], byte_end[~is_end] = ids, ends
+    token_id[~is_end], byte_end[~is_end] = spelling.ids, ends
     byte_start = np.zeros(rows, np.int32)
     inner = np.flatnonzero(np.arange(rows) != row_first[owner])
     byte_start[inner] = byte_end[inner - 1]
@@ -157,16 +144,6 @@ def _table(names: pa.ChunkedArray, ids: np.ndarray, offsets: np.ndarray, ends: n
         "cand_logp": pa.ListArray.from_arrays(lists, pa.array(scored.cand_logp), type=schema.field("cand_logp").type),
     }
     return pa.table(columns, schema=schema)
-
-
-def responses_digest(rollouts: Shard) -> str:
-    """sha256 of what the teacher reads of the rollouts: names and texts, in their row groups."""
-    running = hashlib.sha256()
-    for group in rollouts.row_groups():
-        for name, text in zip(group["rollout_id"].to_pylist(), group["response"].to_pylist(), strict=True):
-            running.update(f"{name}\0{len(text)}\0{text}\0".encode())
-        running.update(b"\1")
-    return running.hexdigest()
 
 
 def prompts_digest(rollouts: Shard, prompts: PromptTable, renderer: Renderer, limit: int) -> str:

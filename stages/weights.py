@@ -26,7 +26,10 @@ def main(phase: PhaseOption, shard: ShardOption = 0, config_file: ConfigOption =
             writer.write(pa.Table.from_batches(table.to_arrow().to_batches()))
             tables.append(table)
     figures = summary(pl.concat(tables))
-    console.say(f"{phase} weights: " + ", ".join(f"{key} {value}" for key, value in figures.items()))
+    console.say(
+        f"{phase} weights: {figures.units:,} units, mean advantage {figures.advantage_mean:.3f} nats, "
+        f"effective sample size {100 * figures.ess:.1f} %"
+    )
 
 
 if __name__ == "__main__":

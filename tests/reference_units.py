@@ -3,8 +3,9 @@
 Tokens of both sides are the nodes of a graph, tokens that overlap in bytes are connected, and the connected components
 in byte order are the units. A component is comparable if both sides have tokens in it and it ends within the longest
 prefix on which student, teacher and response agree. Everything from the first component that isn't, a sampled stop
-included, is one masked unit, which ends where the student's bytes end. A token without bytes overlaps nothing, so it is
-never comparable.
+included, is one masked unit, which ends where the student's bytes end. A token without bytes overlaps nothing: the
+student's (a special token within the response) is comparable to nothing, the teacher's (the space that some tokenizers
+put in front of a text) goes with the token after it.
 """
 
 from itertools import accumulate, takewhile
@@ -57,6 +58,9 @@ def components(student: list[bytes], teacher: list[bytes]) -> list[tuple[list[No
     for node, (start, end) in span.items():
         for byte in range(start, end):
             parent[root(node)] = root(first_at.setdefault(byte, node))
+    for i, token in enumerate(teacher[:-1]):
+        if not token:
+            parent[root(("t", i))] = root(("t", i + 1))
     members: dict[Node, list[Node]] = {}
     for node in span:
         members.setdefault(root(node), []).append(node)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.answers import bootstrap_ratio, extract, is_right, wilson
-from pipeline.credit import advantages, iw_opd, summary, weigh
+from pipeline.credit import Summary, advantages, iw_opd, summary, weigh
 from schemas.tables import arrow_schema
 
 
@@ -117,30 +117,31 @@ def test_masked_unit_carries_nothing() -> None:
     assert [masked[0], masked[2]] == left_out
 
 
-def test_summary_of_a_shard() -> None:
+@pytest.mark.parametrize("lengths", [(10, 23, 40), (3, 7), (1,)])
+def test_summary_of_a_shard(lengths: tuple[int, ...]) -> None:
     rng = np.random.default_rng(4)
     responses = [
-        [Unit(float(-rng.integers(1, 64)) / 16, (float(-rng.integers(1, 64)) / 16,)) for _ in range(n)]
-        for n in (10, 23, 40)
+        [Unit(float(-rng.integers(1, 64)) / 16, (float(-rng.integers(1, 64)) / 16,)) for _ in range(n)] for n in lengths
     ]
-    table = weigh(*tables(responses), "iw_opd", 0.5)
-    figures = summary(table)
+    figures = summary(weigh(*tables(responses), "iw_opd", 0.5))
     sizes = [[abs(u.advantage) for u in response] for response in responses]
-    share = [0.0] * 10
+    share: dict[int, float] = {}
     for row in sizes:
         for i, size in enumerate(row):
-            share[10 * i // len(row)] += size / sum(map(sum, sizes))
+            tenth = 10 * i // len(row)
+            share[tenth] = share.get(tenth, 0.0) + size / sum(map(sum, sizes))
     weights = [w for row in sizes for w in importance(row, 0.5)]
-    assert figures["units"] == len(weights)
-    assert figures["advantage_mean"] == pytest.approx(np.mean([u.advantage for r in responses for u in r]), abs=1e-6)
-    assert figures["advantage_share_per_decile"] == pytest.approx(share, abs=1e-4)
-    assert figures["ess"] == pytest.approx(sum(weights) ** 2 / sum(w * w for w in weights) / len(weights), rel=1e-6)
+    assert figures.units == len(weights) == sum(lengths)
+    assert figures.advantage_mean == pytest.approx(np.mean([u.advantage for r in responses for u in r]), abs=1e-6)
+    assert list(figures.advantage_share) == sorted(share)
+    assert figures.advantage_share == pytest.approx(share, abs=1e-6)
+    assert figures.ess == pytest.approx(sum(weights) ** 2 / sum(w * w for w in weights) / len(weights), rel=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="tenths that no unit falls into are left out, so the list's places lose meaning")
-def test_summary_has_ten_tenths() -> None:
-    table = weigh(*tables([[Unit(-1.0, (-0.5,))] * 3]), "iw_opd", 0.5)
-    assert len(summary(table)["advantage_share_per_decile"]) == 10
+def test_summary_of_nothing_to_learn_and_of_nothing() -> None:
+    table = weigh(*tables([[Unit(-1.0, (-1.0,))] * 2]), "uniform", 0.5)
+    assert summary(table) == Summary(2, 0.0, {0: 0.0, 5: 0.0}, 1.0)
+    assert summary(table.clear()) == Summary(0, 0.0, {}, 0.0)
 
 
 @pytest.mark.parametrize(

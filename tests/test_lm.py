@@ -16,6 +16,8 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
@@ -24,7 +26,7 @@ from transformers import (
 
 from pipeline import score as score_module
 from pipeline.lm import batches, check_head, common_start, head, pad, top_k
-from pipeline.sample import Response, sample, seed_of
+from pipeline.sample import Response, _draw, sample, seed_of
 from pipeline.score import Scores, score
 from schemas.errors import OpdError
 
@@ -47,6 +49,11 @@ MODELS: dict[str, tuple[Any, Any]] = {
     "gemma3 window 5": (Gemma3ForCausalLM, Gemma3TextConfig(**SHAPE, **LAYERS, sliding_window=5)),
     "gemma3 window 100": (Gemma3ForCausalLM, Gemma3TextConfig(**SHAPE, **LAYERS, sliding_window=100)),
     "gemma2 cap 3": (Gemma2ForCausalLM, Gemma2Config(**SHAPE, **LAYERS, sliding_window=5, final_logit_softcapping=3.0)),
+    # Absolute positions: rotary models can't tell when all of a row's positions are off by the same number.
+    "gpt2": (
+        GPT2LMHeadModel,
+        GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.35),
+    ),
 }
 
 
@@ -204,7 +211,7 @@ def test_score_is_the_naive_forward(name: str, shared: int, batch_tokens: int, m
     assert sum(advanced) == sum(map(len, responses))
 
 
-@pytest.mark.parametrize(("mass", "k_max"), [(1.0, 1), (0.3, 9), (0.7, 200), (0.999, 40)])
+@pytest.mark.parametrize(("mass", "k_max"), [(1.0, 1), (0.3, 9), (0.7, 200), (0.999, 900)])
 def test_candidates_stop_at_mass_or_k_max(mass: float, k_max: int) -> None:
     model, rng = model_of("gemma3 window 5"), np.random.default_rng(2)
     prompts, responses = rows_with(rng, 4)
@@ -378,6 +385,15 @@ def test_steps_draw_independently() -> None:
     responses = sample(model, [prompt] * n, list(range(n)), STOP, 2, batch_size=1000)
     classes = [4 * quarter[r.ids[0]] + quarter[r.ids[1]] if len(r.ids) == 2 else 16 for r in responses]
     assert_drawn_from(np.bincount(classes, minlength=17), p)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
+def test_the_outermost_uniforms_draw_tokens_that_have_mass(uniform: float, top_p: float) -> None:
+    logp = torch.from_numpy(np.random.default_rng(12).normal(size=(200, 50))).float()
+    logp[:, [0, -1]] = -torch.inf
+    token, sampler = _draw(logp.log_softmax(-1), torch.full((200,), uniform, dtype=torch.float64), 1.0, top_p)
+    assert (sampler.gather(1, token[:, None]) > -torch.inf).all()
 
 
 def test_seeds_depend_on_every_part() -> None:
