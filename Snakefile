@@ -7,6 +7,7 @@ rule depends on beside its files is the digest of the config sections it reads (
 rate retrains but samples and scores nothing anew.
 """
 
+import os
 import sys
 
 from schemas.config import parse_config
@@ -30,6 +31,7 @@ ROUNDS = range(CONFIG.rollouts.rounds)
 CHECKPOINTS = (0, len(ROUNDS))
 SETTINGS = f"{RUN}/config.yaml"  # the resolved config; no input, for its time stamp says nothing: see `reads`
 LOCK = resume.claim()
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning idle threads slow contended cores twentyfold
 
 
 def reads(*sections):

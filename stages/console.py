@@ -66,7 +66,7 @@ def reporting(main: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def quiet_libraries() -> None:
-    """Library chatter that tells our users nothing they can act on; and no busy waiting of idle threads."""
+    """Silence library chatter that tells our users nothing they can act on."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.filterwarnings("ignore")
