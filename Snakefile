@@ -1,6 +1,6 @@
 """Offline on-policy distillation, top to bottom:
 
-prompts, models -> (rollouts -> scores -> units -> weights -> train) per round -> evaluate before and after -> report
+prompts, models -> (rollouts -> scores -> units -> weights, coverage -> train) per round -> evaluate before and after -> report
 
 A phase is `round-<r>`, trained on, or `eval-<c>`, held-out rollouts of checkpoint c. Each rule calls one stage; what a
 rule depends on beside its files is the digest of the config sections it reads (`params: reads`), so a changed learning
@@ -215,8 +215,28 @@ rule weights:
         "python -m stages.weights --config {params.config} --phase {wildcards.phase} --shard {wildcards.shard} 2>&1 | tee {log}"
 
 
+rule coverage:
+    input:
+        lambda wildcards: [path for table in ("rollouts", "units") for path in shards(table, wildcards.phase)],
+        RUN / "models/student-vocabulary.parquet",
+    output:
+        RUN / "{phase}/coverage.json",
+    log:
+        RUN / "logs/{phase}-coverage.log",
+    benchmark:
+        RUN / "timings/{phase}-coverage.tsv"
+    conda:
+        "config/environment.yaml"
+    params:
+        config=SETTINGS,
+        reads=reads("coverage"),
+    shell:
+        "python -m stages.coverage --config {params.config} --phase {wildcards.phase} 2>&1 | tee {log}"
+
+
 rule train:
     input:
+        RUN / "round-{round}/coverage.json",
         lambda wildcards: [
             path for table in ("rollouts", "units", "weights") for path in shards(table, f"round-{wildcards.round}")
         ],

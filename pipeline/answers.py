@@ -8,14 +8,18 @@ from typing import Any, Literal
 
 import numpy as np
 
-NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+NUMBER = re.compile(r"(?<!\d)-?(?:\d+(?:\.\d+)?|\.\d+)")
+THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
 def extract(response: str, how: Literal["last_number", "whole"]) -> str:
-    """The answer that a response gives: its last number, or all of it without outer space; empty when there is none."""
+    """The answer that a response gives: its last number, or all of it without outer space; empty when there is none.
+
+    A minus between digits subtracts (`10-4` ends in 4); commas are dropped where they part thousands.
+    """
     if how == "whole":
         return response.strip()
-    found = NUMBER.findall(response.replace(",", ""))
+    found = NUMBER.findall(THOUSANDS.sub("", response))
     return found[-1] if found else ""
 
 

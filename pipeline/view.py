@@ -4,8 +4,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.tokens import TokenBytes, common_prefix
-from pipeline.units import KINDS, MASKED, STOP, Tokens, Units, align, flat
+from pipeline.tokens import TokenBytes
+from pipeline.units import KINDS, MASKED, STOP, Tokens, Units, align
 from schemas.errors import OpdError
 from schemas.tables import STOP_ID, arrow_schema
 
@@ -38,8 +38,9 @@ def student_view(
     teacher, text_limit, t_row_start = _teacher_tokens(rollouts, scores)
     sampled, limit, stopped = _student_tokens(rollouts, student, student_stop)
     limit = np.minimum(limit, text_limit)
-    # Teacher tokens past the checked text end nowhere; anything beyond `limit` does.
-    ends = np.where(teacher.ends < 0, np.repeat(limit + 1, teacher.counts), teacher.ends)
+    # Past `limit` any end will do, as long as ends never fall; the shard has -1 where tokens don't spell the response.
+    beyond = np.repeat(limit + 1, teacher.counts)
+    ends = np.where(teacher.ends < 0, beyond, np.minimum(teacher.ends, beyond))
     units = align(sampled, Tokens(teacher.offsets, ends), limit, stopped)
     kind = units.kind.copy()
 
@@ -106,20 +107,8 @@ def _student_tokens(
     keep = np.ones(len(ids), bool)
     keep[last[stopped]] = False
     ids, offsets = ids[keep], np.concatenate([[0], np.cumsum(np.diff(offsets) - stopped)])
-    data, ends = student.concatenate(ids)
-    tokens = flat(offsets, ends)
-    starts = np.concatenate([[0], ends])[offsets]
-    text, text_starts = _text_bytes(rollouts["response"].combine_chunks())
-    return tokens, common_prefix(data, starts, text, text_starts), stopped
-
-
-def _text_bytes(text: pa.StringArray) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 bytes of all texts and int64 (texts + 1,) where each starts."""
-    binary = text.cast(pa.large_binary())
-    _, offsets, data = binary.buffers()
-    starts = np.frombuffer(offsets, np.int64)[binary.offset : binary.offset + len(binary) + 1]
-    size = int(starts[-1])
-    return (np.frombuffer(data, np.uint8)[:size] if size else np.zeros(0, np.uint8))[starts[0] :], starts - starts[0]
+    ends, exact = student.ends(ids, offsets, rollouts["response"].combine_chunks())
+    return Tokens(offsets, ends), exact, stopped
 
 
 def _candidates(

@@ -88,6 +88,16 @@ class Scores(Section):
     batch_tokens: int = Field(4096, ge=1, description="padded tokens per forward pass")
 
 
+class Coverage(Section):
+    """What a round must reach before anything is trained on it; shares of student tokens."""
+
+    min_compared: float = Field(0.5, ge=0, le=1, description="tokens in units that carry loss (not masked), at least")
+    min_one_to_one: float = Field(0.3, ge=0, le=1, description="tokens in 1:1 units and stops, at least")
+    min_shared_mass: float = Field(
+        0.9, ge=0, le=1, description="share of the teacher's kept mass that has a student id, at least"
+    )
+
+
 class Objective(Section):
     """The loss."""
 
@@ -161,6 +171,7 @@ class Config(Section):
     teacher: Model
     rollouts: Rollouts = Rollouts()
     scores: Scores = Scores()
+    coverage: Coverage = Field(Coverage(), description="gate before training")
     objective: Objective = Objective()
     weights: Weights = Weights()
     train: Train = Train()

@@ -9,7 +9,21 @@ from rich.table import Table
 
 from schemas.config import Config, Section
 from schemas.tables import TABLES
-from stages import console, evaluate, models, prompts, report, rollouts, scores, train, units, weights
+from stages import (
+    align,
+    console,
+    coverage,
+    evaluate,
+    models,
+    prompts,
+    report,
+    rollouts,
+    scores,
+    support,
+    train,
+    units,
+    weights,
+)
 from stages.context import DEFAULT_CONFIG, read_config
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -20,12 +34,17 @@ STAGES = {
     "scores": scores,
     "units": units,
     "weights": weights,
+    "coverage": coverage,
     "train": train,
     "evaluate": evaluate,
     "report": report,
 }
 for name, stage in STAGES.items():
     app.command(name, rich_help_panel="Stages (the Snakefile runs them in order)")(console.reporting(stage.main))
+
+
+app.command("align", rich_help_panel="Ask")(console.reporting(align.main))
+app.command("support", rich_help_panel="Ask")(console.reporting(support.main))
 
 
 @app.command(rich_help_panel="Ask")

@@ -35,7 +35,7 @@ class Speaker:
     @cached_property
     def tokenizer(self) -> Any:
         """The `transformers` tokenizer."""
-        return load_tokenizer(self.ref)
+        return load_tokenizer(self.ref.source, self.ref.path)
 
     @cached_property
     def _vocabulary(self) -> tuple[TokenBytes, np.ndarray]:
@@ -54,7 +54,7 @@ class Speaker:
     @property
     def context(self) -> int:
         """Positions the model has; unlimited when its config doesn't say."""
-        values = model_config(self.ref)
+        values = model_config(self.ref.path)
         return values.get("max_position_embeddings") or values.get("text_config", {}).get(
             "max_position_embeddings", sys.maxsize
         )

@@ -18,13 +18,23 @@ def run_folder(config: Config) -> Path:
 
 def cache_folder(config: Config) -> Path:
     """The cache that runs share."""
-    return Path(os.environ.get("OPD_CACHE", config.cache)).expanduser().absolute()
+    return cache_root(config.cache)
+
+
+def cache_root(configured: str) -> Path:
+    """The configured cache, unless OPD_CACHE says otherwise."""
+    return Path(os.environ.get("OPD_CACHE", configured)).expanduser().absolute()
 
 
 def shard_path(config: Config, phase: str, table: str, shard: int) -> Path:
     """A shard of a table of a phase. Raises OpdError when there is no such phase."""
     parse_phase(phase)
     return run_folder(config) / phase / table / f"{shard:03}.parquet"
+
+
+def coverage_path(config: Config, phase: str) -> Path:
+    """What the coverage gate measured."""
+    return run_folder(config) / phase / "coverage.json"
 
 
 def shard_count(config: Config, phase: str) -> int:

@@ -20,9 +20,9 @@ def main(
     config = read_config(config_file)
     wanted = config.student if role == "student" else config.teacher
     ref = prepare(wanted.model, layout.cache_folder(config), wanted.revision, console.say)
-    tokenizer = load_tokenizer(ref)
-    tokens = vocabulary(ref, tokenizer)
-    stop = stop_ids(tokens, end_ids(tokenizer, generation_config(ref)), wanted.stop)
+    tokenizer = load_tokenizer(ref.source, ref.path)
+    tokens = vocabulary(ref.source, ref.path, tokenizer)
+    stop = stop_ids(tokens, end_ids(tokenizer, generation_config(ref.path)), wanted.stop)
     identity = {"tokenizer": ref.tokenizer, "stop": list(wanted.stop)}
     with open_writer(layout.vocabulary_path(config, role), "vocabulary", identity, {}) as writer:
         writer.write(vocabulary_table(tokens, stop))

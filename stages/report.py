@@ -45,7 +45,7 @@ def summarise(config: Config) -> dict[str, Any]:
     """The run's figures: results of each evaluated checkpoint, coverage and credit of each phase, seconds of each stage."""
     run = layout.run_folder(config)
     results = [json.loads((run / f"eval-{c}" / "result.json").read_text()) for c in (0, config.rollouts.rounds)]
-    phases = [f"round-{r}" for r in range(config.rollouts.rounds)] + ["eval-0", f"eval-{config.rollouts.rounds}"]
+    phases = ["eval-0", *(f"round-{r}" for r in range(config.rollouts.rounds)), f"eval-{config.rollouts.rounds}"]
     both = pl.concat(
         [pl.read_parquet(run / f"eval-{r['checkpoint']}" / "answers.parquet") for r in results], how="vertical"
     )
@@ -116,7 +116,7 @@ def charts(config: Config, summary: dict[str, Any]) -> dict[str, str]:
         alt.Chart(steps)
         .mark_line(point=True)
         .encode(
-            x=alt.X("at:Q", title="optimiser step", axis=alt.Axis(tickMinStep=1)),
+            x=alt.X("at:Q", title="optimiser step", axis=alt.Axis(tickMinStep=1, format="d")),
             y=alt.Y("sampled_kl:Q", title="sampled reverse KL, nats per unit"),
             color=alt.Color("round:N", title="round"),
         )
@@ -146,7 +146,7 @@ def charts(config: Config, summary: dict[str, Any]) -> dict[str, str]:
         alt.Chart(coverage)
         .mark_bar()
         .encode(
-            y=alt.Y("phase:N", title=None),
+            y=alt.Y("phase:N", title=None, sort=None),
             x=alt.X(
                 "share:Q", title="share of student tokens", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])
             ),
@@ -174,8 +174,8 @@ def charts(config: Config, summary: dict[str, Any]) -> dict[str, str]:
     drawn = {
         "accuracy": accuracy.properties(width=170, height=200) | kl.properties(width=170, height=200),
         "curve": curve.properties(width=430, height=200),
-        "coverage": covered.properties(width=400),
-        "credit": by_tenth.properties(width=400, height=180),
+        "coverage": covered.properties(width=330),
+        "credit": by_tenth.properties(width=330, height=180),
     }
     if summary["seconds"]:
         cost = pl.DataFrame({"job": list(summary["seconds"]), "seconds": list(summary["seconds"].values())})

@@ -25,13 +25,13 @@ class RealModel:
 
     def stop(self, *strings: str) -> np.ndarray:
         """Its stop ids with these stop strings."""
-        return stop_ids(self.vocabulary, end_ids(self.tokenizer, generation_config(self.ref)), strings)
+        return stop_ids(self.vocabulary, end_ids(self.tokenizer, generation_config(self.ref.path)), strings)
 
 
 def _real(source: str) -> RealModel:
     ref = prepare(source, CACHE)
-    tokenizer = load_tokenizer(ref)
-    return RealModel(ref, tokenizer, vocabulary(ref, tokenizer))
+    tokenizer = load_tokenizer(ref.source, ref.path)
+    return RealModel(ref, tokenizer, vocabulary(ref.source, ref.path, tokenizer))
 
 
 @pytest.fixture(scope="session")

@@ -49,8 +49,9 @@ class MasterAdamW:
                 key: tensors[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors
             }
             if moments:
+                # Copies: what is loaded must not change with what goes on. AdamW keeps `step` on the CPU.
                 self._adam.state[master] = {
-                    k: v.to(master.device if k != "step" else v.device) for k, v in moments.items()
+                    k: v.clone() if k == "step" else v.to(master.device, copy=True) for k, v in moments.items()
                 }
         self._publish()
 

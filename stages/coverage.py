@@ -1,0 +1,57 @@
+"""Coverage: the gate before training. Stops the run with a table when too little can be compared."""
+
+import json
+from collections.abc import Iterator
+
+import polars as pl
+import pyarrow as pa
+from rich.table import Table
+
+from pipeline.coverage import CLASSES, measure, shares, shortfalls
+from pipeline.shards import open_shard, write_text
+from pipeline.units import KINDS
+from schemas.errors import OpdError
+from stages import console, layout
+from stages.context import DEFAULT_CONFIG, ConfigOption, PhaseOption, policy, read_config
+
+
+def main(phase: PhaseOption, config_file: ConfigOption = DEFAULT_CONFIG) -> None:
+    """Measure what of a phase can be compared, and refuse to go on below the configured thresholds."""
+    config = read_config(config_file)
+    _, number = layout.parse_phase(phase)
+    student = policy(config, number)
+
+    def tables() -> Iterator[tuple[pa.Table, pa.Table]]:
+        for index in range(layout.shard_count(config, phase)):
+            shards = (open_shard(layout.shard_path(config, phase, name, index), name) for name in ("units", "rollouts"))
+            yield from zip(*(shard.row_groups() for shard in shards), strict=True)
+
+    measured = measure(tables(), student.vocabulary)
+    found = shares(measured)
+    missing = shortfalls(found, config.coverage)
+    console.console.print(coverage_table(measured, phase))
+    if missing:
+        raise OpdError(
+            f"{phase}: too little of the rollouts can be compared with the teacher: {'; '.join(missing)} "
+            "(look at the table above and at `opd support`, or lower the threshold)"
+        )
+    result = {"phase": phase, **found, "by_class": measured.to_dicts()}
+    write_text(layout.coverage_path(config, phase), json.dumps(result, indent=1) + "\n")
+
+
+def coverage_table(measured: pl.DataFrame, phase: str) -> Table:
+    """Student tokens by class of text (rows) and kind of unit (columns), in per cent of the class."""
+    table = Table(title=f"{phase}: student tokens by text and unit", title_justify="left")
+    for heading in ("text", "tokens", *KINDS):
+        table.add_column(heading, justify="left" if heading == "text" else "right")
+    for name in (*CLASSES, "all"):
+        rows = measured if name == "all" else measured.filter(pl.col("class") == name)
+        total = int(rows["tokens"].sum())
+        if total:
+            by_kind = {kind: int(rows.filter(pl.col("kind") == kind)["tokens"].sum()) for kind in KINDS}
+            table.add_row(name, f"{total:,}", *(f"{100 * n / total:.1f} %" for n in by_kind.values()))
+    return table
+
+
+if __name__ == "__main__":
+    console.run(main)
