@@ -121,11 +121,10 @@ def _candidates(
     ids, offsets = taken_id.flatten().to_numpy(), _offsets(taken_id)
     logp = taken_logp.flatten().to_numpy()
     unit = np.repeat(np.arange(len(at)), np.diff(offsets))
-    mapped = pairs[ids]
-    keep = (mapped >= 0) & ~np.isin(mapped, student_stop)
-    dropped = np.zeros(len(at))
-    np.add.at(dropped, unit[~keep], np.exp(logp[~keep].astype(np.float64)))
-
+    # What stops the student is the stop candidate's business, even where the teacher means it as text.
+    mapped = np.where(np.isin(pairs, student_stop), -1, pairs)[ids]
+    keep = mapped >= 0
+    dropped = np.bincount(unit[~keep], np.exp(logp[~keep].astype(np.float64)), len(at))
     kept = np.bincount(unit[keep], minlength=len(at))
     size = kept + ~masked
     starts = np.concatenate([[0], np.cumsum(size)])

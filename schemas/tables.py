@@ -44,7 +44,11 @@ VOCABULARY = (
 )
 
 ROLLOUTS = (
-    Column("rollout_id", pa.string(), "unique name of the response within the run"),
+    Column(
+        "rollout_id",
+        pa.string(),
+        "unique name of the response within the run: r<round> or e<checkpoint>, prompt, sample",
+    ),
     Column("prompt_id", pa.string(), "the prompt it answers"),
     Column("sample", pa.int32(), "0, 1, ... among the samples of one prompt"),
     Column("round", pa.int32(), "refresh round whose policy sampled it"),

