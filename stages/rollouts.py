@@ -45,7 +45,8 @@ def main(
     if not jobs:
         raise OpdError(f"--shard {shard}: phase {phase} has {layout.shard_count(config, phase)} shards")
     limit = student.context - config.rollouts.max_new_tokens
-    ids = student.renderer(prompts).ids([row for row, _ in jobs], limit)
+    renderer = student.renderer(prompts)
+    ids = renderer.ids([row for row, _ in jobs], limit)
     model = student.load()
     check_head(model, student.ref.source)
     path = layout.shard_path(config, phase, "rollouts", shard)
@@ -53,7 +54,7 @@ def main(
     identity = {
         "policy": student.ref.identity(),
         "dtype": student.config.dtype,
-        "prompt": student.renderer(prompts).identity,
+        "prompt": renderer.identity,
         "sampling": options.model_dump(include={"temperature", "top_p", "max_new_tokens"}),
         "stop_ids": student.stop.tolist(),
         "seed": config.seed,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from pipeline.models import ModelRef, reference
@@ -17,10 +18,12 @@ from schemas.manifest import differences
 
 def save_state(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
     """Write tensors and a JSON-able description to one safetensors file, atomically."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with publish(path) as temporary:
-        save_file(
-            {k: v.contiguous() for k, v in tensors.items()}, temporary, {"opd": json.dumps(about, sort_keys=True)}
-        )
+        try:
+            save_file(contiguous, temporary, {"opd": json.dumps(about, sort_keys=True)})
+        except SafetensorError as error:  # how safetensors reports a full disk
+            raise OpdError(f"{path}: cannot write: {error}") from error
 
 
 def load_state(path: Path, expect: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -31,8 +34,6 @@ def load_state(path: Path, expect: dict[str, Any]) -> tuple[dict[str, torch.Tens
     Raises:
         OpdError: the file is damaged or belongs to another run.
     """
-    from safetensors import SafetensorError, safe_open  # noqa: PLC0415
-
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {})["opd"])
@@ -58,8 +59,8 @@ def export(model: Any, tokenizer: Any, folder: Path, card: str, source: str) -> 
                 os.fsync(handle.fileno())
         shutil.rmtree(folder, ignore_errors=True)
         work.rename(folder)
-    except OSError as error:
-        raise OpdError(f"{folder}: cannot write: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise OpdError(f"{folder}: cannot write: {getattr(error, 'strerror', None) or error}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return reference(source, folder)
