@@ -236,7 +236,7 @@ rule coverage:
 
 rule train:
     input:
-        RUN / "round-{round}/coverage.json",
+        ancient(RUN / "round-{round}/coverage.json"),  # a gate: that it was passed matters, not when
         lambda wildcards: [
             path for table in ("rollouts", "units", "weights") for path in shards(table, f"round-{wildcards.round}")
         ],

@@ -79,6 +79,17 @@ def measure(tables: Iterable[tuple[pa.Table, pa.Table]], student: TokenBytes) ->
     )
 
 
+def sizes(tables: Iterable[tuple[pa.Table, pa.Table]]) -> pl.DataFrame:
+    """n:m units by size: s_len, t_len, units, largest groups first. `tables` as for `measure`."""
+    parts = [
+        pl.DataFrame(pl.from_arrow(units.select(["kind", "s_len", "t_len"]))).filter(pl.col("kind") == "n:m")
+        for units, _ in tables
+    ]
+    return (
+        pl.concat(parts).group_by("s_len", "t_len").agg(units=pl.len()).sort("units", "s_len", "t_len", descending=True)
+    )
+
+
 def shares(measured: pl.DataFrame) -> dict[str, float]:
     """The figures that the gate compares, from `measure`: shares of student tokens, and of the teacher's kept mass."""
     tokens = max(1, int(measured["tokens"].sum()))

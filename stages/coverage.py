@@ -7,7 +7,7 @@ import polars as pl
 import pyarrow as pa
 from rich.table import Table
 
-from pipeline.coverage import CLASSES, measure, shares, shortfalls
+from pipeline.coverage import CLASSES, measure, shares, shortfalls, sizes
 from pipeline.shards import open_shard, write_text
 from pipeline.units import KINDS
 from schemas.errors import OpdError
@@ -35,7 +35,7 @@ def main(phase: PhaseOption, config_file: ConfigOption = DEFAULT_CONFIG) -> None
             f"{phase}: too little of the rollouts can be compared with the teacher: {'; '.join(missing)} "
             "(look at the table above and at `opd support`, or lower the threshold)"
         )
-    result = {"phase": phase, **found, "by_class": measured.to_dicts()}
+    result = {"phase": phase, **found, "by_class": measured.to_dicts(), "n_to_m": sizes(tables()).to_dicts()}
     write_text(layout.coverage_path(config, phase), json.dumps(result, indent=1) + "\n")
 
 

@@ -152,6 +152,19 @@ def test_again_does_nothing_and_a_learning_rate_only_retrains(run: Run) -> None:
     assert "round-0-rollouts" not in plan and "round-0-scores" not in plan
 
 
+def test_too_little_coverage_stops_the_run_with_a_table(run: Run) -> None:
+    found = json.loads((run.run / "round-0/coverage.json").read_text())
+    units = pl.read_parquet(run.run / "round-0/units/*.parquet")
+    assert sum(row["units"] for row in found["n_to_m"]) == (units["kind"] == "n:m").sum() > 0
+    process = run.start("--config", "coverage={min_one_to_one: 1.0}")
+    output, _ = process.communicate()
+    assert process.returncode != 0
+    assert "student tokens by text and unit" in output and "digits" in output
+    assert "too little of the rollouts can be compared" in output and "coverage.min_one_to_one is 100.0 %" in output
+    again = run.snakemake()  # with the threshold as before it measures again, and trains nothing anew
+    assert "rule coverage" in again and "rule train" not in again
+
+
 def test_a_deleted_run_scores_nothing_again(run: Run) -> None:
     before = run.shards()
     shutil.rmtree(run.run)

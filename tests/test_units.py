@@ -401,6 +401,32 @@ def test_an_encoding_spells_its_text_or_the_first_difference_is_known(spellers: 
 
 
 @pytest.mark.parametrize(("student", "teacher"), DIRECTIONS)
+@settings(max_examples=40, deadline=None)
+@given(texts=st.lists(st.text(max_size=30), min_size=1, max_size=4))
+def test_any_text_between_real_tokenizers(
+    spellers: dict[str, Speller], student: str, teacher: str, texts: list[str]
+) -> None:
+    both = zip(texts, spellers[student].encode(texts), spellers[teacher].encode(texts), strict=True)
+    rows = [Response(s, t, text.encode()) for text, s, t in both]
+    assert aligned(rows) == [reference_units(row.student, row.teacher, row.text, row.stop) for row in rows]
+
+
+@pytest.mark.parametrize(("student", "teacher"), DIRECTIONS)
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), length=st.integers(0, 30), stop=st.booleans())
+def test_random_token_sequences_between_real_tokenizers(
+    spellers: dict[str, Speller], student: str, teacher: str, seed: int, length: int, stop: bool
+) -> None:
+    """What a model of random weights would sample: any ids, broken characters included."""
+    known = [token for token in spellers[student].spelled if token]
+    picks = np.random.default_rng(seed).integers(0, len(known), length)
+    sampled = [known[i] for i in picks]
+    text = valid_prefix(b"".join(sampled))
+    row = Response(sampled, spellers[teacher].encode([text])[0], text.encode(), stop)
+    assert aligned([row])[0] == reference_units(row.student, row.teacher, row.text, row.stop)
+
+
+@pytest.mark.parametrize(("student", "teacher"), DIRECTIONS)
 def test_hard_texts_between_real_tokenizers(spellers: dict[str, Speller], student: str, teacher: str) -> None:
     both = zip(HARD_TEXTS, spellers[student].encode(HARD_TEXTS), spellers[teacher].encode(HARD_TEXTS), strict=True)
     rows = [Response(s, t, text.encode(), stop=i % 2 == 0) for i, (text, s, t) in enumerate(both)]
