@@ -9,7 +9,11 @@ rate retrains but samples and scores nothing anew.
 
 import os
 import sys
+from pathlib import Path
 
+from snakemake.exceptions import WorkflowError
+
+from pipeline.models import IDENTITY_FILES, TOKENIZER_FILES
 from schemas.config import parse_config
 from schemas.errors import OpdError
 from schemas.manifest import digest
@@ -30,7 +34,11 @@ RUN = layout.run_folder(CONFIG)
 ROUNDS = range(CONFIG.rollouts.rounds)
 CHECKPOINTS = (0, len(ROUNDS))
 SETTINGS = f"{RUN}/config.yaml"  # the resolved config; no input, for its time stamp says nothing: see `reads`
-LOCK = resume.claim()
+LOCK = resume.claim() if workflow.is_main_process else None
+try:
+    CORES = workflow.cores
+except WorkflowError:  # a cluster run without --cores: its profile sets the threads of these rules
+    CORES = 1
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning idle threads slow contended cores twentyfold
 
 
@@ -63,6 +71,14 @@ def shard_of(table):
     return [f"{RUN}/{{phase}}/{table}/{{shard}}.{kind}" for kind in ("parquet", "json")]
 
 
+def local_files(source):
+    """The user's own files that a source names, so that an edit of them is seen; none for packages and the hub."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return sorted(file for pattern in (*IDENTITY_FILES, *TOKENIZER_FILES) for file in path.glob(pattern))
+    return [path] if path.is_file() else []
+
+
 wildcard_constraints:
     phase=r"(round|eval)-\d+",
     shard=r"\d{3}",
@@ -75,6 +91,8 @@ rule all:
 
 
 rule prompts:
+    input:
+        local_files(CONFIG.prompts.source),
     output:
         RUN / "prompts.parquet",
         RUN / "prompts.json",
@@ -92,6 +110,8 @@ rule prompts:
 
 
 rule models:
+    input:
+        lambda wildcards: local_files(getattr(CONFIG, wildcards.role).model),
     output:
         RUN / "models/{role}.json",
         RUN / "models/{role}-vocabulary.parquet",
@@ -122,7 +142,7 @@ rule rollouts:
         RUN / "timings/{phase}-rollouts-{shard}.tsv"
     conda:
         "config/environment.yaml"
-    threads: workflow.cores
+    threads: CORES
     resources:
         model=1,
     params:
@@ -165,7 +185,7 @@ rule scores:
         RUN / "timings/{phase}-scores-{shard}.tsv"
     conda:
         "config/environment.yaml"
-    threads: workflow.cores
+    threads: CORES
     resources:
         model=1,
     params:
@@ -250,12 +270,17 @@ rule train:
         RUN / "timings/round-{round}-train.tsv"
     conda:
         "config/environment.yaml"
-    threads: workflow.cores
+    threads: CORES
     resources:
         model=1,
     params:
         config=SETTINGS,
-        reads=reads("objective", "train", "seed", "rollouts.rounds"),
+        reads=reads(
+            "objective",
+            *(f"train.{key}" for key in type(CONFIG.train).model_fields if key != "save_every"),
+            "seed",
+            "rollouts.rounds",
+        ),
     shell:
         "python -m stages.train --config {params.config} --round {wildcards.round} --threads {threads} 2>&1 | tee {log}"
 
@@ -278,7 +303,7 @@ rule evaluate:
         RUN / "timings/eval-{checkpoint}-answers.tsv"
     conda:
         "config/environment.yaml"
-    threads: workflow.cores
+    threads: CORES
     resources:
         model=1,
     params:
@@ -302,6 +327,7 @@ rule report:
         "config/environment.yaml"
     params:
         config=SETTINGS,
+        reads=reads(*(name for name in type(CONFIG).model_fields if name != "cache")),
     shell:
         "python -m stages.report --config {params.config} 2>&1 | tee {log}"
 

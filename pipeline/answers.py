@@ -23,10 +23,11 @@ def extract(response: str, how: Literal["last_number", "whole"]) -> str:
     return found[-1] if found else ""
 
 
-def is_right(answer: str, row: Mapping[str, Any], source: str) -> bool:
+def is_right(answer: str, row: Mapping[str, Any], source: str, how: Literal["last_number", "whole"]) -> bool:
     """Whether an extracted answer is right.
 
-    reasoning-gym tasks are scored by their own scorer (full marks only); other sources by equality with the reference.
+    reasoning-gym tasks are scored by their own scorer (full marks only); other sources by equality with what
+    `extract` finds in the reference.
     """
     if not answer or row["answer"] is None:
         return False
@@ -34,7 +35,7 @@ def is_right(answer: str, row: Mapping[str, Any], source: str) -> bool:
         scorer = importlib.import_module("reasoning_gym").get_score_answer_fn(source.partition(":")[2])
         entry = {"question": row["prompt"], "answer": row["answer"], "metadata": json.loads(row["fields"])["metadata"]}
         return float(scorer(answer, entry)) == 1.0
-    return answer == row["answer"].strip()
+    return answer == extract(row["answer"], how)
 
 
 def wilson(right: int, total: int, z: float = 1.959963984540054) -> tuple[float, float]:

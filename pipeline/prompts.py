@@ -60,9 +60,8 @@ def collect(config: Prompts, seed: int) -> pa.Table:
         )
         for _ in range(count)
     ]
-    width = len(str(need))
     table = [
-        {"prompt_id": f"p{i:0{width}}", "split": split, **items[index]}
+        {"prompt_id": f"p{i:03}", "split": split, **items[index]}
         for i, (split, index) in enumerate(zip(names, order.tolist(), strict=True))
     ]
     return pa.Table.from_pylist(table, schema=arrow_schema("prompts"))
@@ -96,6 +95,8 @@ def _read(config: Prompts, seed: int, need: int) -> Iterator[Mapping[str, Any]]:
     elif path.name.endswith((".jsonl", ".jsonl.zst", ".parquet")):
         if not path.is_file():
             raise OpdError(f"prompts: {source}: no such file")
+        if config.options:
+            raise OpdError(f"prompts: {source} is a file, which takes no prompts.options, found {config.options}")
         yield from _parquet(path) if path.suffix == ".parquet" else _jsonl(path)
     else:
         yield from _hub(source, config.options)
@@ -197,15 +198,17 @@ class Renderer:
         try:
             prompt = self._prompt.render(values)
             system = self._system.render(values) if self._system else None
+            if not self.chat:
+                return prompt
+            messages = [{"role": "user", "content": prompt}]
+            if system is not None:
+                messages.insert(0, {"role": "system", "content": system})
+            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except jinja2.UndefinedError as error:
             known = ", ".join(sorted(values))
             raise OpdError(f"model {self._name}: prompt template: {error}; known names: {known}") from error
-        if not self.chat:
-            return prompt
-        messages = [{"role": "user", "content": prompt}]
-        if system is not None:
-            messages.insert(0, {"role": "system", "content": system})
-        return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except (jinja2.TemplateError, TypeError, ValueError) as error:  # a chat template without a system role, say
+            raise OpdError(f"model {self._name}: prompt {row['prompt_id']} can't be rendered: {error}") from error
 
     def ids(self, rows: Iterable[Mapping[str, Any]], limit: int) -> list[np.ndarray]:
         """Token ids of each row's rendered prompt, BOS included where the tokenizer wants one.

@@ -57,6 +57,13 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
+def sync_folder(folder: Path) -> None:
+    """fsync a folder's files and the folder, before it is renamed into place."""
+    for file in folder.iterdir():
+        _fsync(file)
+    _fsync(folder)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small text file atomically."""
     with publish(path) as temporary:

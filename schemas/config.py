@@ -177,6 +177,14 @@ class Config(Section):
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
 
+    @model_validator(mode="after")
+    def _float16_cannot_train(self) -> "Config":
+        if self.student.dtype == "float16":
+            raise ValueError(
+                "`student.dtype`: float16 overflows in training without loss scaling; use bfloat16 or float32"
+            )
+        return self
+
 
 def parse_config(values: Any, where: str) -> Config:
     """Validate a mapping read from `where` (a file's name). Raises OpdError naming each wrong key."""
@@ -210,4 +218,6 @@ def _explain(error: Any) -> str:
     if error["type"] == "missing":
         return f"`{key}` is missing"
     message = error["msg"].removeprefix("Value error, ")
+    if not key:
+        return message
     return f"`{key}`: {message[:1].lower()}{message[1:]}, found {error['input']!r}"

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from pipeline.models import ModelRef, load_model, load_tokenizer, model_config
+from pipeline.models import ModelRef, load_model, load_tokenizer, model_config, reference
 from pipeline.prompts import Renderer
 from pipeline.shards import Shard, open_shard
 from pipeline.tokens import TokenBytes, from_table
@@ -60,7 +60,12 @@ class Speaker:
         )
 
     def load(self) -> Any:
-        """The model itself."""
+        """The model itself. Raises OpdError when its files are no longer those that were prepared."""
+        if reference(self.ref.source, Path(self.ref.path)).identity() != self.ref.identity():
+            raise OpdError(
+                f"model {self.ref.source!r}: the files in {self.ref.path} changed after they were prepared; run the models "
+                "stage again"
+            )
         return load_model(self.ref, self.config.dtype)
 
     def renderer(self, prompts: "PromptTable") -> Renderer:
@@ -92,11 +97,14 @@ def open_prompts(config: Config) -> PromptTable:
 def read_ref(path: Path, stage: str) -> ModelRef:
     """A model's reference. Raises OpdError naming the stage that writes it."""
     try:
-        return ModelRef.model_validate_json(path.read_text())
+        ref = ModelRef.model_validate_json(path.read_text())
     except FileNotFoundError as error:
         raise OpdError(f"{path}: missing; run `python -m stages.{stage}` first") from error
     except ValueError as error:
         raise OpdError(f"{path}: damaged; delete it and run `python -m stages.{stage}` again") from error
+    if not Path(ref.path).is_dir():
+        raise OpdError(f"{path}: its model folder {ref.path} is gone; delete this file and run again")
+    return ref
 
 
 def teacher(config: Config) -> Speaker:

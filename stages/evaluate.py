@@ -84,6 +84,7 @@ def greedy_answers(model: Any, student: Speaker, prompts: PromptTable, config: C
         )
     texts = [response_text(student, response) for response in responses]
     given = [extract(text, config.evaluate.extract) for text in texts]
+    scored = zip(given, rows, strict=True)
     return pl.DataFrame(
         {
             "prompt_id": [row["prompt_id"] for row in rows],
@@ -91,7 +92,7 @@ def greedy_answers(model: Any, student: Speaker, prompts: PromptTable, config: C
             "reference": [row["answer"] for row in rows],
             "response": texts,
             "answer": given,
-            "right": [is_right(a, row, config.prompts.source) for a, row in zip(given, rows, strict=True)],
+            "right": [is_right(a, row, config.prompts.source, config.evaluate.extract) for a, row in scored],
             "stopped": [response.stopped for response in responses],
         }
     )

@@ -58,7 +58,7 @@ def summarise(config: Config) -> dict[str, Any]:
         "broken": int((before["right"] & ~after["right"]).sum()),
         "reverse_kl_ratio": results[1]["reverse_kl"] / results[0]["reverse_kl"] if results[0]["reverse_kl"] else None,
         "phases": [phase_figures(config, phase) for phase in phases],
-        "seconds": timings(run),
+        "seconds": timings(run, phases),
         "checkpoint": str(layout.checkpoint_folder(config, config.rollouts.rounds - 1)),
         "report": str(run / "report.html"),
     }
@@ -90,11 +90,12 @@ def phase_figures(config: Config, phase: str) -> dict[str, Any]:
     }
 
 
-def timings(run: Path) -> dict[str, float]:
-    """Wall seconds of each job, from Snakemake's benchmark files; empty when the stages were run by hand."""
-    return {
-        path.stem: float(pl.read_csv(path, separator="\t")["s"][0]) for path in sorted((run / "timings").glob("*.tsv"))
-    }
+def timings(run: Path, phases: list[str]) -> dict[str, float]:
+    """Wall seconds of each job, from Snakemake's benchmark files; empty when the stages were run by hand. Files that a
+    longer run left behind don't count."""
+    of_run = ("prompts", "models-", *(f"{phase}-" for phase in phases))
+    files = (path for path in sorted((run / "timings").glob("*.tsv")) if path.stem.startswith(of_run))
+    return {path.stem: float(pl.read_csv(path, separator="\t")["s"][0]) for path in files}
 
 
 def examples(before: pl.DataFrame, after: pl.DataFrame, count: int = 8) -> list[dict[str, Any]]:

@@ -37,7 +37,7 @@ def main(
             "student": student.ref.identity(),
             "weights": [weights.manifest.sha256 for _, _, weights in shards],
             "objective": config.objective.model_dump(),
-            "train": config.train.model_dump(mode="json"),
+            "train": config.train.model_dump(mode="json", exclude={"save_every"}),
             "rounds": config.rollouts.rounds,
             "seed": config.seed,
         }

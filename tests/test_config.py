@@ -45,6 +45,7 @@ def test_the_conda_environment_lists_the_projects_dependencies() -> None:
         ({"student": {}}, "`student.model` is missing"),
         ({"objective": {"recipe": "magic"}}, "`objective.recipe`: input should be 'hybrid', 'simct'"),
         ({"teacher": {"model": "x", "chat": False, "system": "s"}}, "`teacher`: `system` needs a chat template"),
+        ({"student": {"model": "x", "dtype": "float16"}}, "`student.dtype`: float16 overflows in training"),
         ({"run": "../up"}, "`run`: string should match pattern"),
         ({"prompts": 3}, "`prompts`:"),
     ],

@@ -153,6 +153,8 @@ def test_summary_of_nothing_to_learn_and_of_nothing() -> None:
         ("1,234,567 in all", "last_number", "1234567"),
         ("It costs 5.", "last_number", "5"),
         ("none", "last_number", ""),
+        ("10-4", "last_number", "4"),
+        ("1,2", "last_number", "2"),
         ("", "last_number", ""),
         ("  a word\n", "whole", "a word"),
         ("1,234", "whole", "1,234"),
@@ -164,10 +166,10 @@ def test_extract(response: str, how: str, answer: str) -> None:
 
 @pytest.mark.parametrize(
     ("answer", "given_answer", "right"),
-    [("42", " 42\n", True), ("42", "43", False), ("", "", False), ("42", None, False)],
+    [("42", " 42\n", True), ("42", "43", False), ("", "", False), ("42", None, False), ("1234", "so 1,234", True)],
 )
 def test_plain_sources_are_right_by_equality(answer: str, given_answer: str | None, right: bool) -> None:
-    assert is_right(answer, {"answer": given_answer}, "rows.jsonl") is right
+    assert is_right(answer, {"answer": given_answer}, "rows.jsonl", "last_number") is right
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,19 @@ def test_too_little_coverage_stops_the_run_with_a_table(run: Run) -> None:
     assert "rule coverage" in again and "rule train" not in again
 
 
+def test_a_changed_learning_rate_trains_anew_from_the_same_rollouts(run: Run) -> None:
+    """A real rerun: the optimiser state that the first training left must not stand in the way."""
+    changed = ("--config", "train={batch_size: 4, micro_batch_size: 4, warmup_steps: 1, learning_rate: 1e-6}")
+    before = run.shards()
+    weights = (run.run / "round-0/checkpoint/model.safetensors").read_bytes()
+    output = run.snakemake("runs/default/round-0/checkpoint.json", *changed)
+    assert "rule train" in output and "rule rollouts" not in output and "rule scores" not in output
+    assert (run.run / "round-0/checkpoint/model.safetensors").read_bytes() != weights
+    assert {k: v for k, v in run.shards().items() if k.startswith("round")} == {
+        k: v for k, v in before.items() if k.startswith("round")
+    }
+
+
 def test_a_deleted_run_scores_nothing_again(run: Run) -> None:
     before = run.shards()
     shutil.rmtree(run.run)

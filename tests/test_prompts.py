@@ -45,6 +45,21 @@ def test_duplicates_are_dropped_and_shortage_is_told(tmp_path: Path) -> None:
         collect(Prompts(source=str(path), splits=SPLITS), seed=0)
 
 
+def test_a_larger_train_split_changes_nothing_else(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "p.jsonl")
+    for source in (str(path), "reasoning-gym:chain_sum"):
+        small, large = (
+            collect(Prompts(source=source, splits=Splits(examples=2, train=train, dev=2, test=3)), seed=1)
+            for train in (3, 13)
+        )
+        assert large.slice(0, len(small)).equals(small)
+
+
+def test_options_are_for_generators_and_the_hub(tmp_path: Path) -> None:
+    with pytest.raises(OpdError, match=r"is a file, which takes no prompts\.options"):
+        collect(Prompts(source=str(write_jsonl(tmp_path / "p.jsonl")), options={"a": 1}), seed=0)
+
+
 def test_other_field_names(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "p.jsonl", [{"q": f"question {i}", "x": 1} for i in range(20)])
     table = collect(Prompts(source=str(path), prompt_field="q", answer_field=None, splits=SPLITS), seed=0)
@@ -120,6 +135,8 @@ def test_plain_models_get_examples_and_one_bos(gemma3: Any) -> None:
 def test_rendering_errors_are_told(gemma3: Any, smollm2: Any) -> None:
     with pytest.raises(OpdError, match=r"'colour' is undefined; known names: answer, examples, prompt"):
         Renderer(Model(model="g", prompt="{{ colour }}"), gemma3.tokenizer, []).text(row())
+    with pytest.raises(OpdError, match="prompt p0 can't be rendered"):
+        Renderer(Model(model="g", prompt="{{ answer + 1 }}"), gemma3.tokenizer, []).text(row())
     with pytest.raises(OpdError, match="not valid Jinja"):
         Renderer(Model(model="g", prompt="{{"), gemma3.tokenizer, [])
     with pytest.raises(OpdError, match="no chat template"):

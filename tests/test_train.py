@@ -115,22 +115,32 @@ def test_the_next_round_goes_on_from_the_optimiser_of_the_last(tmp_path: Path) -
     run(tmp_path / "first", shards, config(**flat))
     model = tiny.model()
     second = run(tmp_path / "second", shards, config(**flat), model=model, start_from=first, progress=Progress(7, 14))
-    tensors, about = load_state(tmp_path / "second" / "state.safetensors", {"identity": {"run": 1}})
+    tensors, about = load_state(tmp_path / "second" / "state.safetensors")
     assert about["step"] == 7 and same(tensors, second)
     assert all(float(v) == 14 for k, v in second.items() if k.startswith("step/"))
     name, parameter = next(iter(model.named_parameters()))
     assert torch.equal(parameter.detach(), second[f"master/{name}"])
 
 
-def test_a_foreign_or_damaged_state_is_refused(tmp_path: Path) -> None:
+def test_a_changed_round_starts_anew_and_a_damaged_state_is_refused(tmp_path: Path) -> None:
     shards = tiny.shards(tmp_path)
-    run(tmp_path, shards, config())
-    with pytest.raises(OpdError, match=r"another run's: identity\.run: expected 2, found 1"):
-        run(tmp_path, shards, config(), identity={"run": 2})
+    first = run(tmp_path, shards, config())
+    again = run(tmp_path, shards, config(learning_rate=2e-3), identity={"run": 2})
+    fresh = run(tmp_path / "fresh", shards, config(learning_rate=2e-3), identity={"run": 2})
+    assert same(again, fresh) and not same(again, first)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 7
     path = tmp_path / "state.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(OpdError, match="training state is damaged"):
         run(tmp_path, shards, config())
+
+
+def test_a_diverging_step_is_told_and_not_saved(tmp_path: Path) -> None:
+    model = tiny.model()
+    next(model.parameters()).data.fill_(float("nan"))
+    with pytest.raises(OpdError, match="training diverged: the gradient norm is nan"):
+        run(tmp_path, tiny.shards(tmp_path), config(), model=model)
+    assert not (tmp_path / "state.safetensors").exists()
 
 
 def test_the_export_loads_and_says_the_same(tmp_path: Path, smollm2: Any) -> None:

@@ -11,9 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from pipeline.models import ModelRef, reference
-from pipeline.shards import publish
+from pipeline.shards import publish, sync_folder
 from schemas.errors import OpdError
-from schemas.manifest import differences
 
 
 def save_state(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
@@ -26,22 +25,14 @@ def save_state(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, An
             raise OpdError(f"{path}: cannot write: {error}") from error
 
 
-def load_state(path: Path, expect: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read what `save_state` wrote.
-
-    Args:
-        expect: fields of the description that must match.
-    Raises:
-        OpdError: the file is damaged or belongs to another run.
-    """
+def load_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read the tensors and the description that `save_state` wrote. Raises OpdError when the file is damaged."""
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {})["opd"])
         tensors = load_file(path)
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise OpdError(f"{path}: this training state is damaged; delete it to train the round again") from error
-    if different := list(differences(expect, {k: about.get(k) for k in expect})):
-        raise OpdError(f"{path}: this training state is another run's: {'; '.join(different)}")
     return tensors, about
 
 
@@ -54,9 +45,7 @@ def export(model: Any, tokenizer: Any, folder: Path, card: str, source: str) -> 
         model.save_pretrained(work)
         tokenizer.save_pretrained(work)
         (work / "README.md").write_text(card)
-        for file in work.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
+        sync_folder(work)
         shutil.rmtree(folder, ignore_errors=True)
         work.rename(folder)
     except (OSError, SafetensorError) as error:

@@ -1,6 +1,7 @@
 """One round of training: stream, accumulate, step, record; resumable at every saved state."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from schemas.config import Config
+from schemas.errors import OpdError
 from train.checkpoint import load_state, save_state
 from train.optimiser import MasterAdamW, learning_rate
 from train.policy import unit_logps
@@ -46,25 +48,27 @@ def train_round(
     Args:
         stop: int64, the student's stop ids.
         start_from: optimiser state that the last round left; None in the first.
-        state_path: this round's own state, written every `save_every` steps and at the end; found there, it is resumed.
+        state_path: this round's own state, written every `save_every` steps and at the end; found there, it is resumed,
+            unless what determines the round has changed since: then the round starts anew.
         metrics_path: JSON lines, one a step; steps that a resumed run repeats replace the earlier lines.
-        identity: what determines this round; a state with another is refused.
+        identity: what determines this round.
         report: called with each step's metrics.
     """
     optimiser = MasterAdamW(model, config.train)
     done = 0
     if state_path.exists():
-        tensors, about = load_state(state_path, {"identity": identity})
-        optimiser.load(tensors)
-        done = about["step"]
-    elif start_from is not None:
-        tensors, _ = load_state(start_from, {})
+        tensors, about = load_state(state_path)
+        if about["identity"] == identity:
+            optimiser.load(tensors)
+            done = about["step"]
+    if done == 0 and start_from is not None:
+        tensors, _ = load_state(start_from)
         optimiser.load(tensors)
     lines = metrics_path.read_text().splitlines()[:done] if metrics_path.exists() else []
     metrics_path.parent.mkdir(parents=True, exist_ok=True)
     metrics_path.write_text("".join(line + "\n" for line in lines))
 
-    model.train()
+    # The model stays in evaluation mode: what is trained is the policy that was sampled, and dropout would differ from it.
     per_epoch = count_batches(shards, config.train.batch_size)
     steps = per_epoch * config.train.epochs
     stream = (
@@ -97,13 +101,16 @@ def train_round(
                 save_state(state_path, optimiser.state(), {"identity": identity, "step": step + 1})
             began = time.perf_counter()
     save_state(state_path, optimiser.state(), {"identity": identity, "step": steps})
-    model.eval()
 
 
 def train_step(
     model: Any, stop: torch.Tensor, parts: Sequence[Batch], optimiser: MasterAdamW, rate: float, config: Config
 ) -> dict[str, float]:
-    """One optimiser step over micro-batches. The loss is the weighted mean over the units that the recipe uses."""
+    """One optimiser step over micro-batches.
+
+    The loss is the sum of weight times loss over the units that the recipe uses, divided by all comparable units of the
+    batch, so that a recipe that uses fewer units does not take larger steps on them. Raises OpdError when it diverges.
+    """
     device = model.device
     moved = [part.to(device) for part in parts]
     units = sum(len(part.unit_row) for part in moved)
@@ -120,6 +127,11 @@ def train_step(
         sums["sampled_kl"] += float((student.unit.detach() - part.teacher_logp).sum())
         sums["used"] += float(scored.used.sum())
     norm = optimiser.step(rate) if units else 0.0
+    if not math.isfinite(norm):
+        raise OpdError(
+            f"training diverged: the gradient norm is {norm} at learning rate {rate:.3g}; lower train.learning_rate "
+            "(nothing of this step was saved)"
+        )
     return {
         "loss": sums["loss"],
         "sampled_kl": sums["sampled_kl"] / max(1, units),
