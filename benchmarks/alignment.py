@@ -153,6 +153,25 @@ def main(
     assert found == walked and units - masked <= found <= units, (units, found, walked, masked)
     print(f"ours / loop: {fast / loop:.1f}x, ours / walk: {fast / walk:.1f}x")
 
+    for label, extreme in (
+        ("one response of 100,000 characters, spelled and aligned", ["".join(texts)[:100_000]]),
+        ("10,000 empty and one-token responses, likewise", ["", "a"] * 5000),
+    ):
+        sides = student.spell(extreme), teacher.spell(extreme)
+        offsets = [side.offsets for side in sides]
+        arrow_extreme, limit = pa.array(extreme, pa.large_string()), np.array([len(text.encode()) for text in extreme])
+
+        def run(
+            sides: Any = sides, offsets: Any = offsets, texts: pa.Array = arrow_extreme, limit: np.ndarray = limit
+        ) -> int:
+            ends = [
+                side.tokens.ends(spelling.ids, at, texts)[0]
+                for side, spelling, at in zip((student, teacher), sides, offsets, strict=True)
+            ]
+            return len(align(*map(Tokens, offsets, ends), limit, np.zeros(len(limit), bool)))
+
+        timed(label, len(sides[0].ids), run)
+
     names = pa.array([f"r{i}" for i in range(len(texts))])
     scores = fake_scores(names, theirs, teacher)
     lists = pa.ListArray.from_arrays(pa.array(ours.offsets, pa.int32()), pa.array(ours.ids))

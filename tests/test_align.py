@@ -47,6 +47,15 @@ def test_units_cover_every_byte_of_any_input(sides: tuple[Side, Side], swap: boo
         assert [row["kind"] for row in rows].count("masked") <= 1
 
 
+def test_a_cut_character_is_masked_and_not_read_as_a_replacement(sides: tuple[Side, Side]) -> None:
+    """What decoding with replacement would teach: U+FFFD, three bytes that the student never said."""
+    raw = "The price is 5 €".encode()[:-1]
+    (unit,) = [row for row in unit_rows(align_texts(*sides, [raw]), 0) if row["kind"] == "masked"]
+    assert raw[unit["byte_start"] :].endswith(b"\xe2\x82") and unit["byte_end"] == len(raw)
+    read = sides[1].spell([raw.decode(errors="replace")])
+    assert sides[1].tokens.concatenate(read.ids)[0].tobytes().endswith("\N{REPLACEMENT CHARACTER}".encode())
+
+
 def test_cost_of_extremes_is_their_share(sides: tuple[Side, Side]) -> None:
     """Ten thousand empty or one-token responses and one of 100,000 characters, in one call."""
     data = [b"", b"a"] * 5000 + [("word " * 20_000).encode()]
