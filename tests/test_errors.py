@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -115,7 +116,7 @@ def test_a_prompt_longer_than_the_context(place: Workplace, smollm2: Any) -> Non
     assert place.stage("prompts").returncode == 0
     assert place.stage("models", "--role", "student").returncode == 0
     line = place.refuses("rollouts", "--phase", "round-0")
-    assert "prompt p3: " in line and "but its context leaves room for 8188" in line
+    assert "prompt p003: " in line and "but its context leaves room for 8188" in line
 
 
 def test_a_corrupted_shard_and_a_missing_stage(place: Workplace) -> None:
@@ -141,8 +142,11 @@ def test_a_full_disk(place: Workplace) -> None:
 def test_no_write_permission(
     place: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (place.folder / "runs").mkdir(mode=0o555)
     monkeypatch.chdir(place.folder)
+    prompts.main(Path("config.yaml"))  # whatever is imported late is imported now, while we may read everything
+    capsys.readouterr()
+    shutil.rmtree("runs")
+    Path("runs").mkdir(mode=0o555)
     root = os.geteuid() == 0  # who may write anywhere, so for a moment the test is nobody
     if root:
         for folder in [place.folder, *place.folder.parents][:3]:
