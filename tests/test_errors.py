@@ -143,7 +143,10 @@ def test_no_write_permission(
     place: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(place.folder)
-    prompts.main(Path("config.yaml"))  # whatever is imported late is imported now, while we may read everything
+    # Whatever is imported late is imported now, while we may read everything: the work and the complaint.
+    prompts.main(Path("config.yaml"))
+    with pytest.raises(typer.Exit):
+        console.reporting(prompts.main)(Path("none.yaml"))
     capsys.readouterr()
     shutil.rmtree("runs")
     Path("runs").mkdir(mode=0o555)
