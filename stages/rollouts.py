@@ -7,6 +7,7 @@ import pyarrow as pa
 from pipeline.lm import check_head
 from pipeline.sample import Response, sample, seed_of
 from pipeline.shards import open_writer
+from pipeline.texts import valid_prefix
 from schemas.config import Config
 from schemas.errors import OpdError
 from schemas.tables import arrow_schema
@@ -133,11 +134,7 @@ def response_text(student: Speaker, response: Response) -> str:
     ids = response.ids[: len(response.ids) - response.stopped]
     without_bytes = ~student.vocabulary.has_bytes[ids]
     text_ids = ids[: int(without_bytes.argmax())] if without_bytes.any() else ids
-    data = student.vocabulary.concatenate(text_ids)[0].tobytes()
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        return data[: error.start].decode()
+    return valid_prefix(student.vocabulary.concatenate(text_ids)[0].tobytes())
 
 
 if __name__ == "__main__":
