@@ -12,7 +12,7 @@ from pipeline.answers import bootstrap_ratio, extract, is_right, wilson
 from pipeline.lm import check_head
 from pipeline.sample import sample
 from pipeline.shards import publish, write_text
-from schemas.config import Config
+from schemas.config import Config, Objective
 from stages import console, layout
 from stages.context import (
     DEFAULT_CONFIG,
@@ -26,8 +26,8 @@ from stages.context import (
 )
 from stages.rollouts import response_text
 from stages.train import open_shards
-from train.objectives import bucket_kl
 from train.policy import unit_logps
+from train.recipes import candidate_kl, one_to_one
 from train.stream import batches
 
 
@@ -108,18 +108,14 @@ def on_policy_kl(model: Any, student: Speaker, config: Config, phase: str) -> di
     """
     stop = torch.from_numpy(student.stop.astype(np.int64)).to(model.device)
     size = config.train.micro_batch_size
+    exact = Objective(recipe="strict_1to1", direction="reverse", support="bucket")
     sums: dict[str, list[float]] = {"kl": [], "sampled": [], "tokens": []}
     for parts in batches(open_shards(config, phase), size, size, config.seed, 0):
         for part in (part.to(model.device) for part in parts):
             logps = unit_logps(model, part, stop)
             sampled = logps.unit - part.teacher_logp
-            listed = (part.cand_id == part.targets[part.unit_row][:, None]) & (part.cand_logp > -torch.inf)
-            extra = torch.where(listed.any(1), -torch.inf, 0.0)[:, None]
-            unused = part.cand_logp == -torch.inf
-            q_s = torch.cat([logps.cand.masked_fill(unused, -torch.inf), logps.unit[:, None] + extra], 1)
-            q_t = torch.cat([part.cand_logp, part.teacher_logp[:, None] + extra], 1)
-            one = (part.s_len == 1) & (part.t_len == 1)
-            kl = torch.where(one, bucket_kl(q_s, q_t), sampled)
+            one = one_to_one(part)
+            kl = torch.where(one, candidate_kl(logps, part, exact, one), sampled)
             for row in range(len(part.responses)):
                 mine = part.response_of_unit == row
                 sums["kl"].append(float(kl[mine].sum()))

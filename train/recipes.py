@@ -26,29 +26,29 @@ def losses(student: UnitLogps, batch: Batch, config: Objective) -> Scored:
 
 def _hybrid(student: UnitLogps, batch: Batch, config: Objective) -> Scored:
     """KL where both sides have one token (stops included), the sampled path where units are longer."""
-    one = _one_to_one(batch)
-    kl = _kl(student, batch, config, one)
+    one = one_to_one(batch)
+    kl = candidate_kl(student, batch, config, one)
     path = objectives.clipped_sampled_path(student.unit, batch.teacher_logp, config.clip)
     return Scored(torch.where(one, kl, path), torch.ones_like(one))
 
 
 def _simct(student: UnitLogps, batch: Batch, config: Objective) -> Scored:
     """KL over shared tokens and the realised unit at every unit (SimCT)."""
-    every = torch.ones_like(_one_to_one(batch))
-    return Scored(_kl(student, batch, config, every), every)
+    every = torch.ones_like(one_to_one(batch))
+    return Scored(candidate_kl(student, batch, config, every), every)
 
 
 def _strict(student: UnitLogps, batch: Batch, config: Objective) -> Scored:
     """KL on 1:1 units and stops, nothing elsewhere: the baseline to beat."""
-    one = _one_to_one(batch)
-    kl = _kl(student, batch, config, one)
+    one = one_to_one(batch)
+    kl = candidate_kl(student, batch, config, one)
     return Scored(torch.where(one, kl, 0.0), one)
 
 
 def _sampled(student: UnitLogps, batch: Batch, config: Objective) -> Scored:
     """The sampled path at every unit (Lightning OPD)."""
     path = objectives.clipped_sampled_path(student.unit, batch.teacher_logp, config.clip)
-    return Scored(path, torch.ones_like(_one_to_one(batch)))
+    return Scored(path, torch.ones_like(one_to_one(batch)))
 
 
 RECIPES: dict[str, Callable[[UnitLogps, Batch, Objective], Scored]] = {
@@ -59,16 +59,17 @@ RECIPES: dict[str, Callable[[UnitLogps, Batch, Objective], Scored]] = {
 }
 
 
-def _one_to_one(batch: Batch) -> torch.Tensor:
+def one_to_one(batch: Batch) -> torch.Tensor:
+    """bool (U,): units of one token on both sides, stops among them."""
     return (batch.s_len == 1) & (batch.t_len == 1)
 
 
-def _kl(student: UnitLogps, batch: Batch, config: Objective, where: torch.Tensor) -> torch.Tensor:
+def candidate_kl(student: UnitLogps, batch: Batch, config: Objective, where: torch.Tensor) -> torch.Tensor:
     """KL over the teacher's candidates and the realised unit; meaningful at `where`."""
     scale_s, scale_t = (batch.s_len, batch.t_len) if config.unit_score == "mean" else (1, 1)
     # The realised unit joins the support unless it is a single token that is a candidate already.
     listed = ((batch.cand_id == _first_target(batch)[:, None]) & (batch.cand_logp > -torch.inf)).any(1)
-    outside = ~(listed & _one_to_one(batch))
+    outside = ~(listed & one_to_one(batch))
     unused = batch.cand_logp == -torch.inf
     s_score = torch.cat([student.cand.masked_fill(unused, -torch.inf), (student.unit / scale_s)[:, None]], 1)
     t_score = torch.cat([batch.cand_logp, (batch.teacher_logp / scale_t)[:, None]], 1)
