@@ -177,6 +177,7 @@ rule scores:
         RUN / "prompts.parquet",
         RUN / "models/teacher.json",
         RUN / "models/teacher-vocabulary.parquet",
+        RUN / "models/student-vocabulary.parquet",
     output:
         shard_of("scores"),
     log:

@@ -22,6 +22,15 @@ def responses_digest(rollouts: Shard) -> str:
     return running.hexdigest()
 
 
+def tokens_digest(rollouts: Shard) -> str:
+    """sha256 of the sampled ids, for a teacher that reads them as they are."""
+    running = hashlib.sha256()
+    for group in rollouts.row_groups():
+        ids = group["response_ids"].combine_chunks()
+        running.update(ids.value_lengths().to_numpy().tobytes() + ids.flatten().to_numpy().tobytes() + b"\1")
+    return running.hexdigest()
+
+
 def entry_path(cache: Path, identity: dict[str, Any], inputs: dict[str, str]) -> Path:
     """Where the scores with this identity and these inputs lie, whether or not they exist yet."""
     return cache / "scores" / f"{digest({'identity': identity, 'inputs': inputs})}.parquet"

@@ -26,6 +26,19 @@ def pair_ids(teacher: TokenBytes, student: TokenBytes) -> np.ndarray:
     return pairs
 
 
+def same_ids(teacher: TokenBytes, student: TokenBytes) -> bool:
+    """Whether every id means the same to both, as in models of one family (whose embeddings may be padded differently).
+
+    Such a teacher can read the sampled ids themselves; a text may be spelled in more than one way, and the sampled one
+    needn't be the tokenizer's own.
+    """
+    size = min(len(teacher), len(student))
+    same = teacher.bytes[:size].equals(student.bytes[:size]) and np.array_equal(
+        teacher.special[:size], student.special[:size]
+    )
+    return same and not any((side.has_bytes | side.special)[size:].any() for side in (teacher, student))
+
+
 def stop_ids(tokens: TokenBytes, end_ids: Sequence[int], strings: Sequence[str]) -> np.ndarray:
     """int32 ids that end a response, ascending: the model's own end tokens and every token that starts with a stop string.
 

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.tokens import TokenBytes
+from pipeline.tokens import Spelling, TokenBytes
 from pipeline.units import KINDS, MASKED, STOP, Tokens, Units, align
 from schemas.errors import OpdError
 from schemas.tables import STOP_ID, arrow_schema
@@ -36,12 +36,12 @@ def student_view(
         OpdError: the two tables hold other responses.
     """
     teacher, text_limit, t_row_start = _teacher_tokens(rollouts, scores)
-    sampled, limit, stopped = _student_tokens(rollouts, student, student_stop)
-    limit = np.minimum(limit, text_limit)
+    sampled, stopped = sampled_tokens(rollouts, student, student_stop)
+    limit = np.minimum(sampled.exact, text_limit)
     # Past `limit` any end will do, as long as ends never fall; the shard has -1 where tokens don't spell the response.
     beyond = np.repeat(limit + 1, teacher.counts)
     ends = np.where(teacher.ends < 0, beyond, np.minimum(teacher.ends, beyond))
-    units = align(sampled, Tokens(teacher.offsets, ends), limit, stopped)
+    units = align(Tokens(sampled.offsets, sampled.ends), Tokens(teacher.offsets, ends), limit, stopped)
     kind = units.kind.copy()
 
     at = t_row_start[units.row] + units.t_start  # row of `scores` at each unit's start
@@ -90,10 +90,11 @@ def _teacher_tokens(rollouts: pa.Table, scores: pa.Table) -> tuple[Tokens, np.nd
     return Tokens(offsets, ends), limit, first
 
 
-def _student_tokens(
-    rollouts: pa.Table, student: TokenBytes, student_stop: np.ndarray
-) -> tuple[Tokens, np.ndarray, np.ndarray]:
-    """Sampled tokens without the final stop, bytes up to which they spell `response`, whether a stop was sampled."""
+def sampled_tokens(rollouts: pa.Table, student: TokenBytes, student_stop: np.ndarray) -> tuple[Spelling, np.ndarray]:
+    """The sampled tokens without the final stop, and bool (responses,), whether a stop was sampled.
+
+    Raises OpdError when a response that was stopped doesn't end with a stop token.
+    """
     response_ids = rollouts["response_ids"].combine_chunks()
     ids, offsets = response_ids.flatten().to_numpy(), _offsets(response_ids)
     stopped = pc.equal(rollouts["finish_reason"], "stop").to_numpy()
@@ -107,8 +108,7 @@ def _student_tokens(
     keep = np.ones(len(ids), bool)
     keep[last[stopped]] = False
     ids, offsets = ids[keep], np.concatenate([[0], np.cumsum(np.diff(offsets) - stopped)])
-    ends, exact = student.ends(ids, offsets, rollouts["response"].combine_chunks())
-    return Tokens(offsets, ends), exact, stopped
+    return Spelling(ids, offsets, *student.ends(ids, offsets, rollouts["response"].combine_chunks())), stopped
 
 
 def _candidates(

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.cache import fetch_or_make, responses_digest
+from pipeline.cache import fetch_or_make, responses_digest, tokens_digest
 from pipeline.lm import check_head
 from pipeline.prompts import Renderer
 from pipeline.score import Scores, score
 from pipeline.shards import Shard, manifest_path, open_shard, open_writer
+from pipeline.support import same_ids
 from pipeline.tokens import Spelling, spell, text_tokenizer
+from pipeline.view import sampled_tokens
 from schemas.config import Config
 from schemas.errors import OpdError
 from schemas.tables import arrow_schema
@@ -27,6 +29,7 @@ from stages.context import (
     Speaker,
     ThreadsOption,
     open_prompts,
+    policy,
     read_config,
     teacher,
 )
@@ -43,10 +46,12 @@ def main(
     console.threads(threads)
     prompts = open_prompts(config)
     rollouts = open_shard(layout.shard_path(config, phase, "rollouts", shard), "rollouts")
-    speaker = teacher(config)
+    speaker, student = teacher(config), policy(config, 0)
     renderer = speaker.renderer(prompts)
+    reads_tokens = same_ids(speaker.vocabulary, student.vocabulary)
     identity = {
         "teacher": speaker.ref.identity(),
+        "reads": "tokens" if reads_tokens else "text",
         "engine": "transformers",
         "dtype": config.teacher.dtype,
         "prompt": renderer.identity,
@@ -58,9 +63,12 @@ def main(
         "responses": responses_digest(rollouts),
         "teacher_prompts": prompts_digest(rollouts, prompts, renderer, limit),
     }
+    if reads_tokens:
+        inputs["tokens"] = tokens_digest(rollouts)
 
     def make(path: Path) -> None:
-        write_scores(path, rollouts, prompts, speaker, renderer, config, identity, inputs, f"{phase} scores")
+        spelled = teacher_tokens(rollouts, speaker, student if reads_tokens else None)
+        write_scores(path, rollouts, spelled, prompts, speaker, renderer, config, identity, inputs, f"{phase} scores")
 
     entry, cached = fetch_or_make(layout.cache_folder(config), identity, inputs, make)
     if cached:
@@ -70,9 +78,19 @@ def main(
         publish_link(target, name)
 
 
+def teacher_tokens(rollouts: Shard, speaker: Speaker, student: Speaker | None) -> list[Spelling]:
+    """The responses of each row group as the teacher reads them: as sampled by `student` if given, else re-encoded."""
+    if student is not None:
+        groups = rollouts.row_groups()
+        return [sampled_tokens(group, student.vocabulary, student.stop)[0] for group in groups]
+    tokenizer = text_tokenizer(speaker.tokenizer, speaker.ref.source)
+    return [spell(tokenizer, speaker.vocabulary, group["response"].to_pylist()) for group in rollouts.row_groups()]
+
+
 def write_scores(
     path: Path,
     rollouts: Shard,
+    spelled: list[Spelling],
     prompts: PromptTable,
     speaker: Speaker,
     renderer: Renderer,
@@ -84,9 +102,7 @@ def write_scores(
     """Score a rollout shard row group by row group."""
     model = speaker.load()
     check_head(model, speaker.ref.source)
-    tokenizer = text_tokenizer(speaker.tokenizer, speaker.ref.source)
     context = speaker.context
-    spelled = [spell(tokenizer, speaker.vocabulary, group["response"].to_pylist()) for group in rollouts.row_groups()]
     total = sum(len(spelling.ids) for spelling in spelled)
     with (
         console.progress(label, total, "teacher tokens") as advance,

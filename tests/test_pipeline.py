@@ -243,7 +243,10 @@ def test_another_pair_by_config_alone(pair: str, run: Run, smollm2: Any, tmp_pat
     assert summary["after"]["items"] == 8 and summary["after"]["reverse_kl"] != summary["before"]["reverse_kl"]
     units = pl.read_parquet(other.run / "round-0/units/*.parquet")
     if pair == "self-teacher":
+        # It reads the sampled ids, which needn't be what its tokenizer makes of the text.
         assert set(units["kind"]) <= {"1:1", "stop", "masked"}
+        identity = open_shard(other.run / "round-0/scores/000.parquet", "scores").manifest.identity
+        assert identity["reads"] == "tokens"
         assert (units.filter(pl.col("kind") != "masked")["dropped_logp"] == -float("inf")).all()
     if pair == "swapped":
         assert {"1:1", "n:m"} & set(units["kind"])

@@ -1,13 +1,14 @@
 """The student's view of scores against loops over tokens, on the two real tokenizers."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.support import pair_ids, stop_ids
-from pipeline.tokens import encode_texts, text_tokenizer
+from pipeline.support import pair_ids, same_ids, stop_ids
+from pipeline.tokens import TokenBytes, encode_texts, text_tokenizer
 from pipeline.view import LOG_FLOOR, student_view
 from schemas.errors import OpdError
 from schemas.tables import STOP_ID, arrow_schema
@@ -175,3 +176,25 @@ def test_stop_sets(smollm2: Any, gemma3: Any) -> None:
         gemma3.stop("\N{PILE OF POO}\N{PILE OF POO}\N{PILE OF POO}")
     with pytest.raises(OpdError, match="has no end token"):
         stop_ids(gemma3.vocabulary, [], [])
+
+
+def test_ids_are_the_same_only_where_every_one_of_them_means_the_same(smollm2: Any, gemma3: Any) -> None:
+    ours = smollm2.vocabulary
+    assert same_ids(ours, ours) and not same_ids(ours, gemma3.vocabulary)
+    more = len(ours) + 64
+    padded = TokenBytes(
+        "padded",
+        pa.concat_arrays([ours.bytes, pa.nulls(64, pa.large_binary())]),
+        np.resize(np.append(ours.special, np.zeros(64, bool)), more),
+        np.append(ours.canonical, np.zeros(64, bool)),
+    )
+    assert same_ids(padded, ours) and same_ids(ours, padded)
+    values = padded.bytes.to_pylist()
+    values[-1] = b"new"
+    assert not same_ids(replace(padded, bytes=pa.array(values, pa.large_binary())), ours)
+    special = padded.special.copy()
+    special[-1] = True
+    assert not same_ids(replace(padded, special=special), ours)
+    special = ours.special.copy()
+    special[5] ^= True
+    assert not same_ids(replace(ours, special=special), ours)
