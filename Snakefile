@@ -13,6 +13,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
+from pipeline.cache import relink
 from pipeline.models import IDENTITY_FILES, TOKENIZER_FILES
 from schemas.config import parse_config
 from schemas.errors import OpdError
@@ -31,10 +32,16 @@ except OpdError as error:
     sys.exit(f"error: {error}")
 
 RUN = layout.run_folder(CONFIG)
+try:
+    REUSED = layout.reused(CONFIG)
+except OpdError as error:
+    sys.exit(f"error: {error}")
 ROUNDS = range(CONFIG.rollouts.rounds)
 CHECKPOINTS = (0, len(ROUNDS))
 SETTINGS = f"{RUN}/config.yaml"  # the resolved config; no input, for its time stamp says nothing: see `reads`
 LOCK = resume.claim() if workflow.is_main_process else None
+if workflow.is_main_process:
+    relink(layout.cache_folder(CONFIG), RUN)  # the cache may have been moved since
 try:
     CORES = workflow.cores
 except WorkflowError:  # a cluster run without --cores: its profile sets the threads of these rules
@@ -77,6 +84,11 @@ def local_files(source):
     if path.is_dir():
         return sorted(file for pattern in (*IDENTITY_FILES, *TOKENIZER_FILES) for file in path.glob(pattern))
     return [path] if path.is_file() else []
+
+
+REUSED_PHASES = "|".join(f"round-{r}" for r in range(len(REUSED))) or "none"
+"""Phases whose rollouts and scores come from another run (`reuse`)."""
+FRESH_PHASES = rf"(?!({REUSED_PHASES})$)(round|eval)-\d+"
 
 
 wildcard_constraints:
@@ -124,9 +136,38 @@ rule models:
         "config/environment.yaml"
     params:
         config=SETTINGS,
-        reads=lambda wildcards: reads(f"{wildcards.role}.model", f"{wildcards.role}.revision", f"{wildcards.role}.stop"),
+        reads=lambda wildcards: reads(
+            *(f"{wildcards.role}.{key}" for key in ("model", "revision", "stop")),
+            *(("reuse",) if wildcards.role == "teacher" else ()),
+        ),
     shell:
         "python -m stages.models --config {params.config} --role {wildcards.role} 2>&1 | tee {log}"
+
+
+rule reuse:
+    input:
+        lambda wildcards: [
+            REUSED[layout.parse_phase(wildcards.phase)[1]].shard(table, int(wildcards.shard))
+            for table in ("rollouts", "scores")
+        ],
+        RUN / "prompts.parquet",
+        RUN / "models/student-vocabulary.parquet",
+    output:
+        shard_of("rollouts"),
+        shard_of("scores"),
+    log:
+        RUN / "logs/{phase}-reuse-{shard}.log",
+    benchmark:
+        RUN / "timings/{phase}-reuse-{shard}.tsv"
+    wildcard_constraints:
+        phase=REUSED_PHASES,
+    conda:
+        "config/environment.yaml"
+    params:
+        config=SETTINGS,
+        reads=reads("student", "reuse", "rollouts.max_new_tokens"),
+    shell:
+        "python -m stages.reuse --config {params.config} --phase {wildcards.phase} --shard {wildcards.shard} 2>&1 | tee {log}"
 
 
 rule rollouts:
@@ -140,6 +181,8 @@ rule rollouts:
         RUN / "logs/{phase}-rollouts-{shard}.log",
     benchmark:
         RUN / "timings/{phase}-rollouts-{shard}.tsv"
+    wildcard_constraints:
+        phase=FRESH_PHASES,
     conda:
         "config/environment.yaml"
     threads: CORES
@@ -157,6 +200,7 @@ rule rollouts:
                     "temperature",
                     "top_p",
                     "batch_size",
+                    "top_k",
                     "shard_size",
                 )
             ),
@@ -184,6 +228,8 @@ rule scores:
         RUN / "logs/{phase}-scores-{shard}.log",
     benchmark:
         RUN / "timings/{phase}-scores-{shard}.tsv"
+    wildcard_constraints:
+        phase=FRESH_PHASES,
     conda:
         "config/environment.yaml"
     threads: CORES
@@ -217,10 +263,35 @@ rule units:
         "python -m stages.units --config {params.config} --phase {wildcards.phase} --shard {wildcards.shard} 2>&1 | tee {log}"
 
 
+rule policy:
+    input:
+        shard_of("rollouts"),
+        policy,
+    output:
+        shard_of("policy"),
+    log:
+        RUN / "logs/{phase}-policy-{shard}.log",
+    benchmark:
+        RUN / "timings/{phase}-policy-{shard}.tsv"
+    conda:
+        "config/environment.yaml"
+    threads: CORES
+    resources:
+        model=1,
+    params:
+        config=SETTINGS,
+        reads=reads("student"),
+    shell:
+        "python -m stages.policy --config {params.config} --phase {wildcards.phase} --shard {wildcards.shard}"
+        " --threads {threads} 2>&1 | tee {log}"
+
+
 rule weights:
     input:
         shard_of("rollouts"),
         shard_of("units"),
+        # Rollouts of another policy need the log-probs of the one that is trained.
+        lambda wildcards: shard_of("policy") if layout.is_reused(CONFIG, wildcards.phase) else [],
     output:
         shard_of("weights"),
     log:

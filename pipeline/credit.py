@@ -7,6 +7,8 @@ import polars as pl
 from schemas.tables import WEIGHTS
 
 MASKED = pl.col("kind") == "masked"
+MAX_LOG_RATIO = 20.0
+"""nats; a ratio beyond it is no estimate of anything, but it must stay a number."""
 
 
 def advantages(units: pl.DataFrame, rollouts: pl.DataFrame) -> pl.DataFrame:
@@ -14,16 +16,21 @@ def advantages(units: pl.DataFrame, rollouts: pl.DataFrame) -> pl.DataFrame:
 
     Args:
         units: schema `units`.
-        rollouts: schema `rollouts`, at least `rollout_id` and `behavior_logp`.
+        rollouts: schema `rollouts`, at least `rollout_id` and `behavior_logp`; with `policy_logp` (schema `policy`) too
+            when another policy than the behaviour policy is weighed.
     Returns:
-        `units` with student_logp, the sum of the behaviour log-probs over the unit's tokens (null when masked), and
-        advantage = teacher_logp - student_logp (0 when masked): A = log p_T - log p_S, design section 4.
+        `units` with student_logp, the sum of the policy's log-probs over the unit's tokens (null when masked),
+        advantage = teacher_logp - student_logp (0 when masked): A = log p_T - log p_S, design section 4, and
+        is_ratio = exp(student_logp - the behaviour policy's sum), 1 when masked.
     """
-    tokens = rollouts.select("rollout_id", "behavior_logp")
+    policy = "policy_logp" if "policy_logp" in rollouts.columns else "behavior_logp"
+    tokens = rollouts.select("rollout_id", policy=policy, behavior="behavior_logp")
     joined = units.join(tokens, on="rollout_id", how="left", maintain_order="left")
-    student = pl.col("behavior_logp").list.slice("s_start", "s_len").list.sum()
+    student, behavior = (pl.col(name).list.slice("s_start", "s_len").list.sum() for name in ("policy", "behavior"))
+    log_ratio = (student - behavior).clip(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return joined.with_columns(
         student_logp=pl.when(~MASKED).then(student).cast(pl.Float32),
+        is_ratio=pl.when(~MASKED).then(log_ratio.exp()).otherwise(1.0),
     ).with_columns(advantage=(pl.col("teacher_logp") - pl.col("student_logp")).fill_null(0.0))
 
 
@@ -40,13 +47,13 @@ def iw_opd(gamma: float) -> pl.Expr:
 
 
 def weigh(units: pl.DataFrame, rollouts: pl.DataFrame, scheme: str, gamma: float) -> pl.DataFrame:
-    """The weights table of one shard (schema `weights`), from the behaviour policy's own log-probs.
+    """The weights table of one shard (schema `weights`); `rollouts` as `advantages` takes it.
 
     `scheme`: uniform | iw_opd. Credit is immediate: a unit's own advantage.
     """
     table = advantages(units, rollouts).with_columns(credit=pl.col("advantage"))
     weight = iw_opd(gamma) if scheme == "iw_opd" else pl.lit(1.0)
-    table = table.with_columns(weight=weight, is_ratio=pl.lit(1.0))
+    table = table.with_columns(weight=weight)
     floats = [c.name for c in WEIGHTS if c.name not in ("rollout_id", "unit")]
     return table.select("rollout_id", "unit", pl.col(floats).cast(pl.Float32))
 

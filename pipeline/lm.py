@@ -1,7 +1,7 @@
 """Forward passes of a causal language model in two parts, body and head, so that only the rows that matter get logits."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,34 @@ def batches(lengths: Sequence[int] | np.ndarray, budget: int) -> Iterator[np.nda
         size = max(1, budget // width)
         yield order[start : start + size]
         start += size
+
+
+def halving(
+    batches: Iterable[np.ndarray], work: Callable[[np.ndarray], Any], say: Callable[[str], None] = lambda _: None
+) -> Iterator[tuple[np.ndarray, Any]]:
+    """`work` on each batch of row indices; when memory runs out, all that is left to do is cut in half and goes on.
+
+    Raises OpdError when one row alone is too much.
+    """
+    todo = list(batches)
+    while todo:
+        batch, *todo = todo
+        result = None
+        try:
+            result = work(batch)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+        if result is not None:
+            yield batch, result
+            continue
+        # Outside of `except`, whose traceback would keep the failed batch's tensors alive.
+        if len(batch) == 1:
+            raise OpdError("out of memory with a single response; use a machine with more, or lower max_new_tokens")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        say(f"out of memory with {len(batch)} responses at once: going on with half as many")
+        todo = [half for rows in (batch, *todo) for half in np.array_split(rows, 2) if len(half)]
 
 
 def pad(rows: Sequence[np.ndarray], left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.lm import head, pad
+from pipeline.lm import halving, head, pad
+from pipeline.lm import top_k as likeliest
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,8 @@ class Response:
     ids: np.ndarray
     behavior_logp: np.ndarray
     sampler_logp: np.ndarray
+    top_id: np.ndarray
+    """int32 (tokens, top_k): the model's likeliest ids at each position."""
     stopped: bool
 
 
@@ -36,6 +39,7 @@ def sample(
     temperature: float = 1.0,
     top_p: float = 1.0,
     batch_size: int = 128,
+    top_k: int = 0,
     advance: Callable[[int], None] = lambda _: None,
 ) -> list[Response]:
     """Sample one response per prompt.
@@ -45,15 +49,18 @@ def sample(
         seeds: one per prompt; the same seed gives the same uniforms whatever the batch around it.
         stop: ids that end a response; stopping is one event, whichever of them is drawn.
         temperature: 0 is greedy.
+        top_k: how many of the likeliest ids to record at each position.
         advance: called with the number of finished responses.
     """
     order = np.argsort([len(p) for p in prompts], kind="stable")
     out: dict[int, Response] = {}
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        batch = _sample_batch(
-            model, [prompts[i] for i in rows], [seeds[i] for i in rows], stop, max_new_tokens, temperature, top_p
-        )
+
+    def work(rows: np.ndarray) -> list[Response]:
+        texts, own_seeds = [prompts[i] for i in rows], [seeds[i] for i in rows]
+        return _sample_batch(model, texts, own_seeds, stop, max_new_tokens, temperature, top_p, top_k)
+
+    cuts = (order[start : start + batch_size] for start in range(0, len(order), batch_size))
+    for rows, batch in halving(cuts, work):
         out |= dict(zip(rows.tolist(), batch, strict=True))
         advance(len(rows))
     return [out[i] for i in range(len(prompts))]
@@ -67,6 +74,7 @@ def _sample_batch(
     steps: int,
     temperature: float,
     top_p: float,
+    top_k: int,
 ) -> list[Response]:
     rows = len(prompts)
     device = model.device
@@ -75,6 +83,7 @@ def _sample_batch(
     ids, mask = (t.to(device) for t in pad(prompts, left=True))
     drawn = np.full((rows, steps), -1, np.int64)
     behavior, sampler = np.zeros((rows, steps), np.float32), np.zeros((rows, steps), np.float32)
+    top_id = np.zeros((rows, steps, top_k), np.int32)
     stopped = np.zeros(rows, bool)
     live = torch.arange(rows, device=device)
     cache = None
@@ -88,6 +97,8 @@ def _sample_batch(
         token, sampled = _draw(logp, uniforms[live.cpu(), step].to(device), temperature, top_p)
         halts = torch.isin(token, stop_index)
         at = live.cpu().numpy()
+        if top_k:
+            top_id[at, step] = likeliest(logp, top_k)[1].cpu().numpy()
         drawn[at, step] = token.cpu().numpy()
         stop_logp = torch.stack([logp[:, stop_index].logsumexp(1), sampled[:, stop_index].logsumexp(1)])
         own_logp = torch.stack([t.gather(1, token[:, None])[:, 0] for t in (logp, sampled)])
@@ -102,7 +113,7 @@ def _sample_batch(
         mask = torch.cat([mask[keep], torch.ones_like(ids)], 1)
     lengths = (drawn >= 0).sum(1)
     return [
-        Response(drawn[i, :n].astype(np.int32), behavior[i, :n], sampler[i, :n], bool(stopped[i]))
+        Response(drawn[i, :n].astype(np.int32), behavior[i, :n], sampler[i, :n], top_id[i, :n], bool(stopped[i]))
         for i, n in enumerate(lengths)
     ]
 

@@ -1,13 +1,13 @@
 """Teacher scoring: one pass over the responses, everything kept gathered in the same chunk as the logits."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from pipeline.lm import batches, common_start, expand, head, pad, prefix_cache, top_k
+from pipeline.lm import batches, common_start, expand, halving, pad, prefix_cache, top_k
 
 CHUNK_BYTES = 256 << 20
 """float32 logits held at once, bytes."""
@@ -20,7 +20,7 @@ class Scores:
     Attributes:
         logp: float32 (rows,), log-prob of the realised token; of stopping in end rows.
         entropy, stop_logp, tail_logp: float32 (rows,), see schema `scores`.
-        cand_id, cand_logp: int32 and float32 (kept,), flat, by falling probability within a row.
+        cand_id, cand_logp: int32 and float32 (kept,), flat, by ascending id within a row.
         cand_count: int64 (rows,), candidates kept in each row.
     """
 
@@ -35,77 +35,122 @@ class Scores:
 
 @torch.inference_mode()
 def score(
-    model: Any,
-    prompts: Sequence[np.ndarray],
+    rows: Iterable[tuple[np.ndarray, list[torch.Tensor]]],
+    logits: Callable[[torch.Tensor], torch.Tensor],
     responses: Sequence[np.ndarray],
     stop: np.ndarray,
     mass: float,
     k_max: int,
-    batch_tokens: int,
+    asked: Sequence[np.ndarray] | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Scores:
     """Score responses under a teacher.
 
     Args:
-        prompts, responses: token ids, row by row; a response may be empty.
+        rows: hidden states of the responses, batch by batch in any order: indices of responses, and for each of them
+            (tokens + 1, d), the state before each token and after the last (`hidden_rows`, or another engine's).
+        logits: the model's head, (n, d) -> (n, vocab).
+        responses: token ids of each response; may be empty.
         stop: the teacher's stop ids; their mass is one candidate of its own, kept as `stop_logp`.
         mass: candidates are kept until they and the stop mass hold this share of the distribution,
         k_max: but no more than this many.
-        batch_tokens: padded tokens per forward pass.
+        asked: for each response int (tokens + 1, any): ids to be kept beside the most likely ones; -1 asks for nothing.
         advance: called with the number of scored teacher tokens.
     Returns:
         Rows of response 0, its end row, rows of response 1, ...
     """
-    counts = np.array([len(r) + 1 for r in responses])
-    first = np.cumsum(counts) - counts
-    rows: list[dict[str, np.ndarray]] = [{} for _ in responses]
+    parts: list[dict[str, np.ndarray]] = [{} for _ in responses]
+    stop_index = torch.from_numpy(stop.astype(np.int64))
+    for batch, hidden in rows:
+        counts = [len(part) for part in hidden]
+        # An end row has no realised token: -1.
+        realised = torch.from_numpy(np.concatenate([np.append(responses[i], -1) for i in batch]))
+        wanted = torch.from_numpy(np.concatenate([asked[i] for i in batch])) if asked is not None else None
+        scored = _score_rows(logits, torch.cat(hidden), realised, stop_index, mass, k_max, wanted)
+        split = np.cumsum(counts)[:-1]
+        kept_split = np.cumsum(scored["cand_count"])[split - 1]
+        for name, values in scored.items():
+            pieces = np.split(values, kept_split if name in ("cand_id", "cand_logp") else split)
+            for i, piece in zip(batch, pieces, strict=True):
+                parts[i][name] = piece
+        advance(sum(counts) - len(counts))
+    return Scores(**{name: np.concatenate([part[name] for part in parts]) for name in Scores.__dataclass_fields__})
+
+
+@torch.inference_mode()
+def hidden_rows(
+    model: Any,
+    prompts: Sequence[np.ndarray],
+    responses: Sequence[np.ndarray],
+    batch_tokens: int,
+    say: Callable[[str], None] = lambda _: None,
+) -> Iterator[tuple[np.ndarray, list[torch.Tensor]]]:
+    """What `score` reads, from a `transformers` model: length-sorted batches, a prefix of all prompts computed once.
+
+    Args:
+        prompts, responses: token ids, row by row; a response may be empty, a prompt not.
+        batch_tokens: padded tokens per forward pass; halved when memory runs out, which `say` is told.
+    """
     # A prefix is worth a cache of its own only when several rows share it; each row keeps one own token at least.
     shared = min(common_start(prompts), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
     cache = prefix_cache(model, prompts[0][:shared]) if shared > 0 else None
     inputs = [np.concatenate([p[shared:], r]) for p, r in zip(prompts, responses, strict=True)]
-    stop_index = torch.from_numpy(stop.astype(np.int64)).to(model.device)
-    for batch in batches([len(i) for i in inputs], batch_tokens):
+
+    def forward(batch: np.ndarray) -> torch.Tensor:
         ids, mask = (t.to(model.device) for t in pad([inputs[i] for i in batch]))
-        mask = torch.cat([mask.new_ones(len(batch), shared), mask], 1)
-        hidden = model.base_model(
+        return model.base_model(
             input_ids=ids,
-            attention_mask=mask,
+            attention_mask=torch.cat([mask.new_ones(len(batch), shared), mask], 1),
             past_key_values=expand(cache, len(batch)) if cache is not None else None,
             use_cache=cache is not None,
         ).last_hidden_state
-        wanted = [hidden[j, len(inputs[i]) - counts[i] : len(inputs[i])] for j, i in enumerate(batch)]
-        # An end row has no realised token: -1.
-        realised = np.concatenate([np.append(responses[i], -1) for i in batch])
-        scored = _score_rows(model, torch.cat(wanted), torch.from_numpy(realised), stop_index, mass, k_max)
-        split = np.cumsum(counts[batch])[:-1]
-        kept_split = np.cumsum(scored["cand_count"])[np.cumsum(counts[batch]) - 1][:-1]
-        for name, values in scored.items():
-            pieces = np.split(values, kept_split if name in ("cand_id", "cand_logp") else split)
-            for i, piece in zip(batch, pieces, strict=True):
-                rows[i][name] = piece
-        advance(int(counts[batch].sum() - len(batch)))
-    assert first[-1] + counts[-1] == counts.sum()
-    return Scores(**{name: np.concatenate([row[name] for row in rows]) for name in Scores.__dataclass_fields__})
+
+    for batch, hidden in halving(batches([len(i) for i in inputs], batch_tokens), forward, say):
+        ends = [len(inputs[i]) for i in batch]
+        yield (
+            batch,
+            [hidden[j, end - len(responses[i]) - 1 : end] for j, (i, end) in enumerate(zip(batch, ends, strict=True))],
+        )
 
 
 def _score_rows(
-    model: Any, hidden: torch.Tensor, realised: torch.Tensor, stop: torch.Tensor, mass: float, k_max: int
+    logits: Callable[[torch.Tensor], torch.Tensor],
+    hidden: torch.Tensor,
+    realised: torch.Tensor,
+    stop: torch.Tensor,
+    mass: float,
+    k_max: int,
+    asked: torch.Tensor | None,
 ) -> dict[str, np.ndarray]:
-    vocab = model.get_output_embeddings().weight.shape[0]
-    size = max(1, CHUNK_BYTES // (4 * vocab))
+    device = hidden.device
+    stop = stop.to(device)
+    size = max(1, CHUNK_BYTES // (4 * logits(hidden[:1]).shape[1]))
     parts = [
-        _score_chunk(head(model, hidden[i : i + size]), realised[i : i + size].to(hidden.device), stop, mass, k_max)
+        _score_chunk(
+            logits(hidden[i : i + size]),
+            realised[i : i + size].to(device),
+            stop,
+            mass,
+            k_max,
+            None if asked is None else asked[i : i + size].to(device),
+        )
         for i in range(0, len(hidden), size)
     ]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _score_chunk(
-    logits: torch.Tensor, realised: torch.Tensor, stop: torch.Tensor, mass: float, k_max: int
+    logits: torch.Tensor,
+    realised: torch.Tensor,
+    stop: torch.Tensor,
+    mass: float,
+    k_max: int,
+    asked: torch.Tensor | None,
 ) -> dict[str, np.ndarray]:
     k = min(k_max, logits.shape[1] - len(stop))
     stop_logits = logits[:, stop].float()
     own = logits.gather(1, realised.clamp(min=0)[:, None])[:, 0].float()
+    asked_logits = None if asked is None else logits.gather(1, asked.clamp(min=0)).float()
     logits = logits.float()
     peak = logits.amax(1, keepdim=True)
     weights = (logits - peak).exp_()
@@ -120,7 +165,15 @@ def _score_chunk(
     share = cand_logp.double().exp()
     before = share.cumsum(1) - share + stop_logp.double().exp()[:, None]
     keep = (before < mass) & (values > -torch.inf)
-    held = stop_logp.double().exp() + (share * keep).sum(1)
+    if asked is not None and asked_logits is not None:
+        kept_already = ((asked[:, :, None] == cand_id[:, None, :]) & keep[:, None, :]).any(2)
+        keep = torch.cat([keep, (asked >= 0) & ~torch.isin(asked, stop) & ~kept_already], 1)
+        cand_id = torch.cat([cand_id, asked], 1)
+        cand_logp = torch.cat([cand_logp, asked_logits - log_z[:, None]], 1)
+    # By ascending id: neighbours that differ little take fewer bytes on disk.
+    order = torch.where(keep, cand_id, logits.shape[1]).argsort(1)
+    keep, cand_id, cand_logp = (t.gather(1, order) for t in (keep, cand_id, cand_logp))
+    held = stop_logp.double().exp() + (cand_logp.double().exp() * keep).sum(1)
     # What is left of 1; below float32's resolution of the sum it is rounding, not mass.
     tail = (1 - held).clamp(min=0)
     tail_logp = torch.where(tail > 1e-7, tail, 0).log()

@@ -1,10 +1,13 @@
 """The one place that writes and opens a shard: Parquet in row groups, a manifest beside it, published atomically."""
 
+import glob
 import hashlib
 import importlib.metadata
 import json
 import os
-import tempfile
+import re
+import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +20,11 @@ import pyarrow.parquet as pq
 
 from schemas.errors import OpdError
 from schemas.manifest import FORMAT, Manifest, differences
-from schemas.tables import arrow_schema
+from schemas.tables import TABLES, arrow_schema
 
 METADATA_KEY = b"opd"
 COMPRESSION_LEVEL = 3
+HOST = re.sub(r"\W", "-", socket.gethostname())
 
 
 def manifest_path(shard: Path) -> Path:
@@ -33,11 +37,11 @@ def publish(path: Path) -> Iterator[Path]:
     """Give a temporary name in `path`'s folder; on success fsync it and rename it to `path`, else remove it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        os.close(handle)
+        _sweep(path)
+        temporary = temporary_name(path)
+        temporary.touch()
     except OSError as error:
         raise OpdError(f"{path}: cannot write here: {error.strerror}") from error
-    temporary = Path(name)
     try:
         yield temporary
         _fsync(temporary)
@@ -48,6 +52,28 @@ def publish(path: Path) -> Iterator[Path]:
         raise OpdError(f"{path}: cannot write: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_name(path: Path) -> Path:
+    """A hidden name beside `path` that says which process of which machine, and which of its threads, is writing it."""
+    return path.with_name(f".{path.name}.{HOST}.{os.getpid()}.{threading.get_ident()}.tmp")
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed writers of `path` left; only of this machine, whose processes we can tell dead from alive."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.{HOST}.*.tmp"):
+        if not _alive(int(leftover.name.split(".")[-3])):
+            leftover.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's, but alive
+    return True
 
 
 def _fsync(path: Path) -> None:
@@ -101,17 +127,20 @@ class ShardWriter:
 
 
 @contextmanager
-def open_writer(path: Path, kind: str, identity: dict[str, Any], inputs: dict[str, str]) -> Iterator[ShardWriter]:
+def open_writer(
+    path: Path, kind: str, identity: dict[str, Any], inputs: dict[str, str], origin: dict[str, str] | None = None
+) -> Iterator[ShardWriter]:
     """Write a shard of table `kind`; it and its manifest appear under their names only when the block ends well.
 
-    `identity` and `inputs` (name -> sha256) go into footer and manifest and are what `open_shard` checks.
-    Raises OpdError when the folder or the disk can't take it.
+    `identity` and `inputs` (name -> sha256) go into footer and manifest and are what `open_shard` checks; `origin` is for
+    people. Raises OpdError when the folder or the disk can't take it.
     """
     about: dict[str, Any] = {
         "format": FORMAT,
         "kind": kind,
         "identity": identity,
         "inputs": inputs,
+        "origin": origin or {},
         "versions": versions(),
     }
     schema = arrow_schema(kind)
@@ -169,7 +198,7 @@ class Shard:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of a shard. Raises OpdError when it is missing or damaged."""
+    """The manifest of a shard. Raises OpdError when it is missing or damaged, naming the fields that can be told."""
     where = manifest_path(path)
     try:
         text = where.read_text()
@@ -180,7 +209,35 @@ def read_manifest(path: Path) -> Manifest:
         ) from error
     except UnicodeDecodeError as error:
         raise OpdError(f"{where}: this manifest is damaged; delete it and its shard and run again") from error
-    return Manifest.parse(text, str(where))
+    try:
+        return Manifest.parse(text)
+    except ValueError as error:
+        changed = "; ".join(_changed(path, text))
+        raise OpdError(
+            f"{where}: this manifest is damaged or was edited{changed and f' ({changed})'}; "
+            "delete it and its shard and run again"
+        ) from error
+
+
+def _changed(path: Path, text: str) -> list[str]:
+    """Where a manifest that isn't intact differs from its shard, as far as both can be read."""
+    try:
+        stated = json.loads(text)
+        facts = _facts(path) | {"sha256": file_digest(path), "bytes": path.stat().st_size}
+        stated_self = stated.pop("self", None)
+    except (ValueError, AttributeError, OSError, OpdError):
+        return []
+    return list(differences(facts, stated)) or [f"self: found {stated_self!r}"]
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """What the Parquet file itself says of the fields of its manifest. Raises OpdError when it is no shard of ours."""
+    try:
+        with pq.ParquetFile(path) as file:
+            about = json.loads((file.metadata.metadata or {})[METADATA_KEY])
+            return about | {"rows": file.metadata.num_rows, "row_groups": file.num_row_groups}
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise OpdError(f"{path}: not a shard of this project, its footer has no readable `opd` entry") from error
 
 
 def open_shard(
@@ -200,10 +257,27 @@ def open_shard(
         found[name] = {key: value for key, value in getattr(manifest, name).items() if key in wanted}
     if different := list(differences(asked, found)):
         raise OpdError(f"{path}: this shard does not fit what was asked for: {'; '.join(different)}")
+    check_content(path, manifest)
+    return Shard(path, manifest)
+
+
+def check_content(path: Path, manifest: Manifest) -> None:
+    """Compare a file, byte by byte, with its manifest. Raises OpdError naming what differs."""
+    stated = manifest.model_dump()
     try:
-        intact = path.stat().st_size == manifest.bytes and file_digest(path) == manifest.sha256
+        facts = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
     except OSError as error:
         raise OpdError(f"{path}: cannot read: {error.strerror}") from error
-    if not intact:
-        raise OpdError(f"{path}: damaged, its bytes differ from its manifest; delete it and run again")
-    return Shard(path, manifest)
+    if different := list(differences({name: stated[name] for name in facts}, facts)):
+        raise OpdError(
+            f"{path}: damaged, its bytes differ from its manifest ({'; '.join(different)}); delete it and run again"
+        )
+    facts = _facts(path)
+    if different := list(
+        differences(facts, {name: stated.get(name, "nothing") for name in stated if name not in ("bytes", "sha256")})
+    ):
+        raise OpdError(f"{path}: its manifest is not its own: {'; '.join(different)}; delete both and run again")
+    schema = pq.read_schema(path)
+    wanted = arrow_schema(manifest.kind) if manifest.kind in TABLES else schema
+    if different := list(differences({f.name: str(f.type) for f in wanted}, {f.name: str(f.type) for f in schema})):
+        raise OpdError(f"{path}: its columns are not those of a {manifest.kind} table: {'; '.join(different)}")

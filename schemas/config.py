@@ -76,6 +76,9 @@ class Rollouts(Section):
     max_new_tokens: int = Field(16, ge=1, description="tokens per response at most")
     temperature: float = Field(1.0, gt=0, description="sampling temperature")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus mass")
+    top_k: int = Field(
+        0, ge=0, description="the student's likeliest ids to record at each position, for `scores.support`"
+    )
     shard_size: int = Field(1024, ge=1, description="responses per shard; a shard is one job")
     batch_size: int = Field(128, ge=1, description="responses generated at once")
 
@@ -83,6 +86,10 @@ class Rollouts(Section):
 class Scores(Section):
     """What is kept of the teacher."""
 
+    support: Literal["teacher", "student", "union"] = Field(
+        "teacher",
+        description="whose likeliest tokens are the candidates; `student` and `union` need `rollouts.top_k`",
+    )
     mass: float = Field(0.999, gt=0, le=1, description="candidates are kept until they hold this much of the mass")
     k_max: int = Field(20, ge=1, description="but never more than this many")
     batch_tokens: int = Field(4096, ge=1, description="padded tokens per forward pass")
@@ -153,7 +160,12 @@ class Evaluate(Section):
     """How before and after are measured."""
 
     split: Literal["test", "dev"] = Field("test", description="held-out split")
-    kl_items: int = Field(100, ge=1, description="prompts of it on which the on-policy reverse KL is measured")
+    kl_items: int | None = Field(
+        None,
+        ge=0,
+        description="prompts of it on which the on-policy reverse KL is measured, which takes the teacher; null: 100, or 0 "
+        "with `reuse`",
+    )
     extract: Literal["last_number", "whole"] = Field("last_number", description="what of the response is the answer")
 
 
@@ -165,6 +177,15 @@ class Config(Section):
     cache: str = Field(
         "~/.cache/offline-opd",
         description="prepared models and teacher scores, shared by runs; the variable OPD_CACHE overrides it",
+    )
+    reuse: tuple[str, ...] = Field(
+        (),
+        description="folders of runs whose rollouts and teacher scores this run's first rounds take over, whatever the "
+        "student that sampled them; rounds beyond theirs are sampled and scored",
+    )
+    cache_remote: str | None = Field(
+        None,
+        description="an fsspec location (s3://..., gs://..., a shared folder) to find scores in and to copy new ones to",
     )
     prompts: Prompts
     student: Model
@@ -182,6 +203,14 @@ class Config(Section):
         if self.student.dtype == "float16":
             raise ValueError(
                 "`student.dtype`: float16 overflows in training without loss scaling; use bfloat16 or float32"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _student_support_is_recorded(self) -> "Config":
+        if self.scores.support != "teacher" and not self.rollouts.top_k:
+            raise ValueError(
+                f"`scores.support: {self.scores.support}` needs the student's own candidates: set `rollouts.top_k`"
             )
         return self
 

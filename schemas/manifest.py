@@ -5,11 +5,9 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from schemas.errors import OpdError
-
-FORMAT = 1
+FORMAT = 2
 """Version of the on-disk contracts; a shard of another version is refused."""
 
 
@@ -22,6 +20,8 @@ class Manifest(BaseModel):
     kind: str
     identity: dict[str, Any]
     inputs: dict[str, str]
+    origin: dict[str, str]
+    """Names for people, such as the model's source and revision: the same weights may be had under several."""
     versions: dict[str, str]
     rows: int
     row_groups: int
@@ -34,17 +34,14 @@ class Manifest(BaseModel):
         return json.dumps({**body, "self": digest(body)}, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
     @classmethod
-    def parse(cls, text: str, where: str) -> "Manifest":
-        """Read what `dump` wrote. Raises OpdError if a byte of it was changed."""
-        broken = OpdError(f"{where}: this manifest is damaged or was edited; delete it and its shard and run again")
-        try:
-            body = json.loads(text)
-            body.pop("self")
-            manifest = cls.model_validate(body)
-        except (ValueError, KeyError, AttributeError, ValidationError) as error:
-            raise broken from error
+    def parse(cls, text: str) -> "Manifest":
+        """Read what `dump` wrote. Raises ValueError if a byte of it was changed."""
+        body = json.loads(text)
+        if not isinstance(body, dict) or "self" not in body:
+            raise ValueError("not a manifest")
+        manifest = cls.model_validate({key: value for key, value in body.items() if key != "self"})
         if manifest.dump() != text:
-            raise broken
+            raise ValueError("its digest differs")
         return manifest
 
 

@@ -19,7 +19,7 @@ class Column:
 
 
 def _list(of: pa.DataType) -> pa.DataType:
-    return pa.list_(pa.field("item", of, nullable=False))
+    return pa.list_(pa.field("element", of, nullable=False))
 
 
 PROMPTS = (
@@ -69,6 +69,13 @@ ROLLOUTS = (
         "nats, one per response id under the sampler (temperature, top-p applied); null when it is the model itself",
         nullable=True,
     ),
+    Column(
+        "top_id",
+        _list(_list(pa.int32())),
+        "for each response id, the ids that the sampling model found likeliest there; null when not asked for "
+        "(`rollouts.top_k`)",
+        nullable=True,
+    ),
     Column("finish_reason", pa.string(), "stop: the student sampled a stop token | length: cut at max_new_tokens"),
     Column("answer", pa.string(), "reference answer of the prompt", nullable=True),
 )
@@ -89,7 +96,7 @@ SCORES = (
     Column(
         "tail_logp", pa.float32(), "nats, log of the mass on neither candidates nor stop set; -inf when none is left"
     ),
-    Column("cand_id", _list(pa.int32()), "teacher ids of the kept candidates, by falling probability; no stop tokens"),
+    Column("cand_id", _list(pa.int32()), "teacher ids of the kept candidates, ascending; no stop tokens"),
     Column("cand_logp", _list(pa.float32()), "nats, their log-probs, never renormalised"),
 )
 
@@ -119,6 +126,15 @@ UNITS = (
     Column("dropped_logp", pa.float32(), "nats, teacher mass kept in scores that has no student id", nullable=True),
 )
 
+POLICY = (
+    Column("rollout_id", pa.string(), "same rows in the same order as rollouts"),
+    Column(
+        "policy_logp",
+        _list(pa.float32()),
+        "nats, one per response id: log-prob under the phase's policy; at a final stop token that of stopping",
+    ),
+)
+
 WEIGHTS = (
     Column("rollout_id", pa.string(), "same rows in the same order as units"),
     Column("unit", pa.int32(), "index of the unit in the response"),
@@ -131,7 +147,9 @@ WEIGHTS = (
     Column("advantage", pa.float32(), "nats, teacher_logp - student_logp; 0 when masked"),
     Column("credit", pa.float32(), "the advantage after credit assignment"),
     Column("weight", pa.float32(), "importance weight of the unit's loss"),
-    Column("is_ratio", pa.float32(), "pi_theta / pi_behavior of the unit's tokens, 1 when sampled by this policy"),
+    Column(
+        "is_ratio", pa.float32(), "pi_theta / pi_behavior of the unit, clipped to e^+-20; 1 when sampled by this policy"
+    ),
 )
 
 TABLES: dict[str, tuple[Column, ...]] = {
@@ -140,6 +158,7 @@ TABLES: dict[str, tuple[Column, ...]] = {
     "rollouts": ROLLOUTS,
     "scores": SCORES,
     "units": UNITS,
+    "policy": POLICY,
     "weights": WEIGHTS,
 }
 

@@ -11,12 +11,15 @@ from schemas.config import Config, Section
 from schemas.tables import TABLES
 from stages import (
     align,
+    cache,
     console,
     coverage,
     evaluate,
     models,
+    policy,
     prompts,
     report,
+    reuse,
     rollouts,
     scores,
     support,
@@ -31,8 +34,10 @@ STAGES = {
     "prompts": prompts,
     "models": models,
     "rollouts": rollouts,
+    "reuse": reuse,
     "scores": scores,
     "units": units,
+    "policy": policy,
     "weights": weights,
     "coverage": coverage,
     "train": train,
@@ -45,6 +50,7 @@ for name, stage in STAGES.items():
 
 app.command("align", rich_help_panel="Ask")(console.reporting(align.main))
 app.command("support", rich_help_panel="Ask")(console.reporting(support.main))
+app.add_typer(cache.app, name="cache", rich_help_panel="Ask")
 
 
 @app.command(rich_help_panel="Ask")
@@ -57,7 +63,7 @@ def schema(table: Annotated[str | None, typer.Argument(help="one table; all when
         for heading in ("column", "type", "meaning"):
             grid.add_column(heading, no_wrap=heading == "column")
         for column in TABLES[kind]:
-            of = str(column.type).replace("item: ", "").replace(" not null", "")
+            of = str(column.type).replace("element: ", "").replace(" not null", "")
             grid.add_row(column.name, escape(of) + (" or null" if column.nullable else ""), escape(column.doc))
         console.out.print(grid)
 

@@ -94,22 +94,22 @@ def open_prompts(config: Config) -> PromptTable:
     return PromptTable(open_shard(layout.run_folder(config) / "prompts.parquet", "prompts"))
 
 
-def read_ref(path: Path, stage: str) -> ModelRef:
-    """A model's reference. Raises OpdError naming the stage that writes it."""
+def read_ref(path: Path, stage: str, weights: bool = True) -> ModelRef:
+    """A model's reference, with `weights` to a folder that is there. Raises OpdError naming the stage that writes it."""
     try:
         ref = ModelRef.model_validate_json(path.read_text())
     except FileNotFoundError as error:
         raise OpdError(f"{path}: missing; run `python -m stages.{stage}` first") from error
     except ValueError as error:
         raise OpdError(f"{path}: damaged; delete it and run `python -m stages.{stage}` again") from error
-    if not Path(ref.path).is_dir():
+    if weights and not Path(ref.path).is_dir():
         raise OpdError(f"{path}: its model folder {ref.path} is gone; delete this file and run again")
     return ref
 
 
 def teacher(config: Config) -> Speaker:
     """The teacher."""
-    ref = read_ref(layout.model_file(config, "teacher"), "models")
+    ref = read_ref(layout.model_file(config, "teacher"), "models", weights=layout.needs_teacher(config))
     return Speaker(ref, config.teacher, open_shard(layout.vocabulary_path(config, "teacher"), "vocabulary"))
 
 

@@ -30,6 +30,9 @@ from train.policy import unit_logps
 from train.recipes import candidate_kl, one_to_one
 from train.stream import batches
 
+NO_KL: dict[str, Any] = {"reverse_kl": None, "sampled_kl": None, "kl_responses": 0, "kl_tokens": 0}
+"""In place of `on_policy_kl` where the teacher isn't at hand."""
+
 
 def main(
     checkpoint: Annotated[int, typer.Option(min=0, help="0 is the student as given, n what n rounds made of it")],
@@ -57,12 +60,13 @@ def main(
         "accuracy": right / max(1, len(answers)),
         "accuracy_95": wilson(right, len(answers)),
         "stopped": float(answers["stopped"].mean()),  # type: ignore[arg-type]
-        **on_policy_kl(model, student, config, phase),
+        **(on_policy_kl(model, student, config, phase) if layout.kl_items(config) else NO_KL),
     }
     write_text(folder / "result.json", json.dumps(result, indent=1) + "\n")
+    kl = result["reverse_kl"]
+    measured = "not measured" if kl is None else f"{kl:.3f} nats per token"
     console.say(
-        f"{phase}: {right}/{len(answers)} right ({100 * result['accuracy']:.1f} %), "
-        f"on-policy reverse KL {result['reverse_kl']:.3f} nats per token"
+        f"{phase}: {right}/{len(answers)} right ({100 * result['accuracy']:.1f} %), on-policy reverse KL {measured}"
     )
 
 

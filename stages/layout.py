@@ -5,6 +5,7 @@ checkpoint c. Both sample from checkpoint number <r> or <c>: 0 is the student as
 """
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from schemas.config import Config
@@ -37,10 +38,18 @@ def coverage_path(config: Config, phase: str) -> Path:
     return run_folder(config) / phase / "coverage.json"
 
 
+def provenance_path(scores: Path) -> Path:
+    """How a run came by the scores that this link points at."""
+    return scores.with_suffix(".origin")
+
+
 def shard_count(config: Config, phase: str) -> int:
     """How many shards the tables of a phase have."""
-    kind, _ = parse_phase(phase)
-    responses = config.rollouts.prompts * config.rollouts.samples if kind == "round" else config.evaluate.kl_items
+    kind, number = parse_phase(phase)
+    sources = reused(config)
+    if kind == "round" and number < len(sources):
+        return sources[number].count()
+    responses = config.rollouts.prompts * config.rollouts.samples if kind == "round" else kl_items(config)
     return -(-responses // config.rollouts.shard_size)
 
 
@@ -50,6 +59,55 @@ def parse_phase(phase: str) -> tuple[str, int]:
     if kind not in ("round", "eval") or not number.isdigit():
         raise OpdError(f"--phase {phase!r}: expected round-<number> or eval-<number>")
     return kind, int(number)
+
+
+def kl_items(config: Config) -> int:
+    """Prompts on which the on-policy reverse KL is measured; it takes a teacher, so none by default when scores are reused."""
+    return config.evaluate.kl_items if config.evaluate.kl_items is not None else 0 if config.reuse else 100
+
+
+def needs_teacher(config: Config) -> bool:
+    """Whether the teacher itself is needed; its tokens' bytes suffice when every score is reused."""
+    return kl_items(config) > 0 or config.rollouts.rounds > len(reused(config))
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rollouts and scores of another run: its folder, and that of one round in it (the same for a plain dataset)."""
+
+    run: Path
+    folder: Path
+
+    def shard(self, table: str, shard: int) -> Path:
+        """A shard of its `rollouts` or `scores`."""
+        return self.folder / table / f"{shard:03}.parquet"
+
+    def count(self) -> int:
+        """How many shards it has."""
+        return len(list((self.folder / "rollouts").glob("*.parquet")))
+
+
+def reused(config: Config) -> list[Source]:
+    """The rounds that come from other runs, in order; at most as many as the run has.
+
+    A source is a run's folder, or any folder with `rollouts/`, `scores/`, `prompts.parquet` and
+    `models/*-vocabulary.parquet`. Raises OpdError when it has no scored rounds.
+    """
+    sources: list[Source] = []
+    for given in config.reuse:
+        run = Path(given).expanduser()
+        folders = sorted(run.glob("round-*"), key=lambda f: int(f.name.removeprefix("round-"))) or [run]
+        scored = [folder for folder in folders if list((folder / "scores").glob("*.parquet"))]
+        if not scored:
+            raise OpdError(f"reuse: {given}: no folder with scored rollouts (round-<r>/rollouts and round-<r>/scores)")
+        sources += [Source(run, folder) for folder in scored]
+    return sources[: config.rollouts.rounds]
+
+
+def is_reused(config: Config, phase: str) -> bool:
+    """Whether a phase's rollouts and scores come from another run."""
+    kind, number = parse_phase(phase)
+    return kind == "round" and number < len(reused(config))
 
 
 def model_file(config: Config, role: str) -> Path:

@@ -5,11 +5,13 @@ from typing import Annotated, Literal
 import typer
 
 from pipeline.models import generation_config, load_tokenizer, prepare, vocabulary
-from pipeline.shards import open_writer, write_text
+from pipeline.shards import open_shard, open_writer, write_text
 from pipeline.support import end_ids, stop_ids
 from pipeline.tokens import vocabulary_table
+from schemas.config import Config
+from schemas.errors import OpdError
 from stages import console, layout
-from stages.context import DEFAULT_CONFIG, ConfigOption, read_config
+from stages.context import DEFAULT_CONFIG, ConfigOption, read_config, read_ref
 
 
 def main(
@@ -19,6 +21,8 @@ def main(
     """Fetch and convert one model, check that its tokenizer can be aligned, write its reference."""
     config = read_config(config_file)
     wanted = config.student if role == "student" else config.teacher
+    if role == "teacher" and not layout.needs_teacher(config):
+        return take_over(config)
     ref = prepare(wanted.model, layout.cache_folder(config), wanted.revision, console.say)
     tokenizer = load_tokenizer(ref.source, ref.path)
     tokens = vocabulary(ref.source, ref.path, tokenizer)
@@ -30,6 +34,23 @@ def main(
     console.say(
         f"{role}: {ref.source}, {int(tokens.has_bytes.sum()):,} tokens with bytes, {len(stop)} that stop, in {ref.path}"
     )
+
+
+def take_over(config: Config) -> None:
+    """What is needed of a teacher whose scores are all reused: its name and the bytes of its tokens, not its weights."""
+    models = layout.reused(config)[0].run / "models"
+    ref = read_ref(models / "teacher.json", "models", weights=False)
+    if ref.source != config.teacher.model:
+        raise OpdError(
+            f"teacher.model is {config.teacher.model!r}, but the scores of {models.parent} are {ref.source!r}'s"
+        )
+    given = open_shard(models / "teacher-vocabulary.parquet", "vocabulary")
+    about = given.manifest
+    path = layout.vocabulary_path(config, "teacher")
+    with open_writer(path, "vocabulary", about.identity, about.inputs, about.origin) as writer:
+        writer.write(given.read())
+    write_text(layout.model_file(config, "teacher"), ref.model_dump_json(indent=1) + "\n")
+    console.say(f"teacher: {ref.source}, whose scores are reused; its weights are not needed")
 
 
 if __name__ == "__main__":

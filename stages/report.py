@@ -46,6 +46,7 @@ def summarise(config: Config) -> dict[str, Any]:
     run = layout.run_folder(config)
     results = [json.loads((run / f"eval-{c}" / "result.json").read_text()) for c in (0, config.rollouts.rounds)]
     phases = ["eval-0", *(f"round-{r}" for r in range(config.rollouts.rounds)), f"eval-{config.rollouts.rounds}"]
+    measured = [phase for phase in phases if layout.shard_count(config, phase)]
     both = pl.concat(
         [pl.read_parquet(run / f"eval-{r['checkpoint']}" / "answers.parquet") for r in results], how="vertical"
     )
@@ -57,7 +58,8 @@ def summarise(config: Config) -> dict[str, Any]:
         "fixed": int((~before["right"] & after["right"]).sum()),
         "broken": int((before["right"] & ~after["right"]).sum()),
         "reverse_kl_ratio": results[1]["reverse_kl"] / results[0]["reverse_kl"] if results[0]["reverse_kl"] else None,
-        "phases": [phase_figures(config, phase) for phase in phases],
+        "phases": [phase_figures(config, phase) for phase in measured],
+        "teacher_tokens": teacher_tokens(config, measured),
         "seconds": timings(run, phases),
         "checkpoint": str(layout.checkpoint_folder(config, config.rollouts.rounds - 1)),
         "report": str(run / "report.html"),
@@ -88,6 +90,17 @@ def phase_figures(config: Config, phase: str) -> dict[str, Any]:
         "mean_behavior_logp": rollouts["behavior_logp"].explode().mean(),
         "advantage_share": credit.summary(weights).advantage_share,
     }
+
+
+def teacher_tokens(config: Config, phases: list[str]) -> dict[str, int]:
+    """Teacher tokens by how the run came by their scores: `scored` by it, found in the `cache`, or `reused from <run>`."""
+    found: dict[str, int] = {}
+    for phase in phases:
+        for index in range(layout.shard_count(config, phase)):
+            path = layout.provenance_path(layout.shard_path(config, phase, "scores", index))
+            about = json.loads(path.read_text()) if path.exists() else {"origin": "unknown", "teacher_tokens": 0}
+            found[about["origin"]] = found.get(about["origin"], 0) + about["teacher_tokens"]
+    return found
 
 
 def timings(run: Path, phases: list[str]) -> dict[str, float]:
@@ -125,7 +138,9 @@ def charts(config: Config, summary: dict[str, Any]) -> dict[str, str]:
     ends = pl.DataFrame(
         [
             {"when": when, "accuracy": r["accuracy"], "low": r["accuracy_95"][0], "high": r["accuracy_95"][1]}
-            | {"kl": r["reverse_kl"], "kl_low": r["reverse_kl_95"][0], "kl_high": r["reverse_kl_95"][1]}
+            | dict(
+                zip(("kl", "kl_low", "kl_high"), (r["reverse_kl"], *r.get("reverse_kl_95", (None, None))), strict=True)
+            )
             for when, r in (("before", summary["before"]), ("after", summary["after"]))
         ]
     )
@@ -172,8 +187,10 @@ def charts(config: Config, summary: dict[str, Any]) -> dict[str, str]:
             color=alt.Color("phase:N", title=None),
         )
     )
+    accuracy = accuracy.properties(width=170, height=200)
+    measured = summary["before"]["reverse_kl"] is not None
     drawn = {
-        "accuracy": accuracy.properties(width=170, height=200) | kl.properties(width=170, height=200),
+        "accuracy": accuracy | kl.properties(width=170, height=200) if measured else accuracy,
         "curve": curve.properties(width=430, height=200),
         "coverage": covered.properties(width=330),
         "credit": by_tenth.properties(width=330, height=180),
@@ -222,6 +239,8 @@ def print_summary(config: Config) -> None:
         return f"{100 * result['accuracy']:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
     def nats(result: dict[str, Any]) -> str:
+        if result["reverse_kl"] is None:
+            return "not measured"
         low, high = result["reverse_kl_95"]
         return f"{result['reverse_kl']:.3f} ({low:.3f} to {high:.3f})"
 
@@ -230,6 +249,8 @@ def print_summary(config: Config) -> None:
     table.add_row("answers that stop", f"{100 * before['stopped']:.0f} %", f"{100 * after['stopped']:.0f} %")
     console.console.print(table)
     console.say(f"{summary['fixed']} answers fixed, {summary['broken']} broken")
+    by_origin = ", ".join(f"{count:,} {origin}" for origin, count in summary["teacher_tokens"].items())
+    console.say(f"teacher tokens: {by_origin}")
     if summary["seconds"]:
         console.say(f"{sum(summary['seconds'].values()):.0f} s in {len(summary['seconds'])} jobs")
     console.say(f"model:  {summary['checkpoint']}  (AutoModelForCausalLM.from_pretrained)")

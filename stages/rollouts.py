@@ -56,7 +56,7 @@ def main(
         "policy": student.ref.identity(),
         "dtype": student.config.dtype,
         "prompt": renderer.identity,
-        "sampling": options.model_dump(include={"temperature", "top_p", "max_new_tokens"}),
+        "sampling": options.model_dump(include={"temperature", "top_p", "max_new_tokens", "top_k"}),
         "stop_ids": student.stop.tolist(),
         "seed": config.seed,
         "phase": phase,
@@ -64,7 +64,7 @@ def main(
     inputs = {"prompts": prompts.shard.manifest.sha256}
     with (
         console.progress(f"{phase} rollouts", len(jobs), "responses") as advance,
-        open_writer(path, "rollouts", identity, inputs) as writer,
+        open_writer(path, "rollouts", identity, inputs, {"student": student.ref.source}) as writer,
     ):
         for start in range(0, len(jobs), ROW_GROUP):
             chunk = jobs[start : start + ROW_GROUP]
@@ -78,6 +78,7 @@ def main(
                 options.temperature,
                 options.top_p,
                 options.batch_size,
+                options.top_k,
                 advance,
             )
             rows = [
@@ -92,12 +93,12 @@ def responses_of(config: Config, prompts: PromptTable, phase: str) -> list[tuple
     kind, number = layout.parse_phase(phase)
     if kind == "eval":
         held_out = prompts.split(config.evaluate.split)
-        if len(held_out) < config.evaluate.kl_items:
+        items = layout.kl_items(config)
+        if len(held_out) < items:
             raise OpdError(
-                f"evaluate.kl_items is {config.evaluate.kl_items}, but prompts.splits.{config.evaluate.split} "
-                f"has {len(held_out)} prompts"
+                f"evaluate.kl_items is {items}, but prompts.splits.{config.evaluate.split} has {len(held_out)} prompts"
             )
-        return [(row, 0) for row in held_out[: config.evaluate.kl_items]]
+        return [(row, 0) for row in held_out[:items]]
     train = prompts.split("train")
     first = number * config.rollouts.prompts
     chosen = [train[(first + i) % len(train)] for i in range(config.rollouts.prompts)]
@@ -124,6 +125,7 @@ def _row(
         "response": response_text(student, response),
         "behavior_logp": response.behavior_logp,
         "sampler_logp": response.sampler_logp if warped else None,
+        "top_id": list(response.top_id) if response.top_id.size else None,
         "finish_reason": "stop" if response.stopped else "length",
         "answer": prompt_row["answer"],
     }

@@ -1,19 +1,23 @@
 """Scores: have the teacher score a rollout shard, unless the cache holds the answer already."""
 
 import hashlib
-import os
+import json
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from pipeline.cache import fetch_or_make, responses_digest, tokens_digest
-from pipeline.lm import check_head
+from pipeline.asked import asked_ids
+from pipeline.cache import fetch_or_make, lists_digest, responses_digest
+from pipeline.lm import check_head, head
 from pipeline.prompts import Renderer
-from pipeline.score import Scores, score
-from pipeline.shards import Shard, manifest_path, open_shard, open_writer
-from pipeline.support import same_ids
+from pipeline.score import Scores, hidden_rows, score
+from pipeline.shards import Shard, open_shard, open_writer, write_text
+from pipeline.support import pair_ids, same_ids
 from pipeline.tokens import Spelling, spell, text_tokenizer
 from pipeline.view import sampled_tokens
 from schemas.config import Config
@@ -44,91 +48,125 @@ def main(
     """Score a shard of rollouts with the teacher, once; the shard in the run is a link into the cache."""
     config = read_config(config_file)
     console.threads(threads)
-    prompts = open_prompts(config)
     rollouts = open_shard(layout.shard_path(config, phase, "rollouts", shard), "rollouts")
-    speaker, student = teacher(config), policy(config, 0)
-    renderer = speaker.renderer(prompts)
-    reads_tokens = same_ids(speaker.vocabulary, student.vocabulary)
-    identity = {
-        "teacher": speaker.ref.identity(),
-        "reads": "tokens" if reads_tokens else "text",
-        "engine": "transformers",
-        "dtype": config.teacher.dtype,
-        "prompt": renderer.identity,
-        "stop_ids": speaker.stop.tolist(),
-        "scores": config.scores.model_dump(),
-    }
-    limit = speaker.context - config.rollouts.max_new_tokens
-    inputs = {
-        "responses": responses_digest(rollouts),
-        "teacher_prompts": prompts_digest(rollouts, prompts, renderer, limit),
-    }
-    if reads_tokens:
-        inputs["tokens"] = tokens_digest(rollouts)
+    job = Job(config, rollouts, open_prompts(config), teacher(config), policy(config, 0))
+    link = layout.shard_path(config, phase, "scores", shard)
 
     def make(path: Path) -> None:
-        spelled = teacher_tokens(rollouts, speaker, student if reads_tokens else None)
-        write_scores(path, rollouts, spelled, prompts, speaker, renderer, config, identity, inputs, f"{phase} scores")
+        job.write(path, f"{phase} scores")
 
-    entry, cached = fetch_or_make(layout.cache_folder(config), identity, inputs, make)
-    if cached:
-        console.say(f"{phase} scores: found in the cache, no teacher token scored ({entry.name})")
-    link = layout.shard_path(config, phase, "scores", shard)
-    for target, name in ((entry, link), (manifest_path(entry), manifest_path(link))):
-        publish_link(target, name)
+    found = fetch_or_make(layout.cache_folder(config), job.identity, job.inputs, make, link, config.cache_remote)
+    if found:
+        console.say(f"{phase} scores: found in the cache, no teacher token scored ({link.resolve().name})")
+    write_provenance(link, open_shard(link, "scores"), "cache" if found else "scored")
 
 
-def teacher_tokens(rollouts: Shard, speaker: Speaker, student: Speaker | None) -> list[Spelling]:
-    """The responses of each row group as the teacher reads them: as sampled by `student` if given, else re-encoded."""
-    if student is not None:
-        groups = rollouts.row_groups()
-        return [sampled_tokens(group, student.vocabulary, student.stop)[0] for group in groups]
-    tokenizer = text_tokenizer(speaker.tokenizer, speaker.ref.source)
-    return [spell(tokenizer, speaker.vocabulary, group["response"].to_pylist()) for group in rollouts.row_groups()]
+@dataclass(frozen=True)
+class Job:
+    """A shard of rollouts to be scored, and what the scores depend on."""
 
+    config: Config
+    rollouts: Shard
+    prompts: PromptTable
+    teacher: Speaker
+    student: Speaker
 
-def write_scores(
-    path: Path,
-    rollouts: Shard,
-    spelled: list[Spelling],
-    prompts: PromptTable,
-    speaker: Speaker,
-    renderer: Renderer,
-    config: Config,
-    identity: dict[str, Any],
-    inputs: dict[str, str],
-    label: str,
-) -> None:
-    """Score a rollout shard row group by row group."""
-    model = speaker.load()
-    check_head(model, speaker.ref.source)
-    context = speaker.context
-    total = sum(len(spelling.ids) for spelling in spelled)
-    with (
-        console.progress(label, total, "teacher tokens") as advance,
-        open_writer(path, "scores", identity, inputs) as writer,
-    ):
-        for group, spelling in zip(rollouts.row_groups(), spelled, strict=True):
-            rows = [prompts.rows[name] for name in group["prompt_id"].to_pylist()]
-            responses = np.split(spelling.ids, spelling.offsets[1:-1])
-            asked = renderer.ids(rows, context)
-            for name, prompt, response in zip(group["rollout_id"].to_pylist(), asked, responses, strict=True):
-                if len(prompt) + len(response) > context:
-                    raise OpdError(
-                        f"rollout {name}: prompt and response take {len(prompt) + len(response)} tokens for "
-                        f"{speaker.ref.source}, whose context is {context}; lower rollouts.max_new_tokens"
-                    )
-            scored = score(
-                model,
-                asked,
-                responses,
-                speaker.stop,
-                config.scores.mass,
-                config.scores.k_max,
-                config.scores.batch_tokens,
-                advance,
+    @cached_property
+    def reads_tokens(self) -> bool:
+        """Whether the teacher reads the sampled ids instead of the text."""
+        return same_ids(self.teacher.vocabulary, self.student.vocabulary)
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        """The teacher's prompts."""
+        return self.teacher.renderer(self.prompts)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What determines the scores beside the inputs; how they are batched changes no more than the last bits."""
+        scores = self.config.scores
+        return {
+            "teacher": self.teacher.ref.identity(),
+            "reads": "tokens" if self.reads_tokens else "text",
+            "engine": "transformers",
+            "dtype": self.config.teacher.dtype,
+            "prompt": self.renderer.identity,
+            "stop_ids": self.teacher.stop.tolist(),
+            "scores": scores.model_dump(include={"support", "mass", "k_max"}),
+        }
+
+    @cached_property
+    def inputs(self) -> dict[str, str]:
+        """Digests of what the teacher reads."""
+        running = hashlib.sha256()
+        for group in self.teacher_prompts:
+            for ids in group:
+                running.update(len(ids).to_bytes(8, "little") + ids.tobytes())
+        inputs = {"responses": responses_digest(self.rollouts), "teacher_prompts": running.hexdigest()}
+        if self.reads_tokens:
+            inputs["tokens"] = lists_digest(self.rollouts, "response_ids")
+        if self.config.scores.support != "teacher":
+            inputs["asked"] = lists_digest(self.rollouts, "top_id")
+        return inputs
+
+    @cached_property
+    def teacher_prompts(self) -> list[list[np.ndarray]]:
+        """Prompt ids of each response, by row group."""
+        limit = self.teacher.context - self.config.rollouts.max_new_tokens
+        groups = (group["prompt_id"].to_pylist() for group in self.rollouts.row_groups())
+        return [self.renderer.ids((self.prompts.rows[name] for name in names), limit) for names in groups]
+
+    def read(self, group: pa.Table) -> Spelling:
+        """The responses as the teacher reads them."""
+        if self.reads_tokens:
+            return sampled_tokens(group, self.student.vocabulary, self.student.stop)[0]
+        tokenizer = text_tokenizer(self.teacher.tokenizer, self.teacher.ref.source)
+        return spell(tokenizer, self.teacher.vocabulary, group["response"].to_pylist())
+
+    def asked(self, group: pa.Table, spelling: Spelling) -> list[np.ndarray] | None:
+        """The student's own candidates, when they are wanted. Raises OpdError when the rollouts don't have them."""
+        if self.config.scores.support == "teacher":
+            return None
+        if group["top_id"].null_count:
+            raise OpdError(
+                f"{self.rollouts.path}: scores.support is {self.config.scores.support}, but these rollouts were "
+                "sampled without `rollouts.top_k`"
             )
-            writer.write(_table(group["rollout_id"], spelling, scored))
+        sampled, _ = sampled_tokens(group, self.student.vocabulary, self.student.stop)
+        pairs = pair_ids(self.student.vocabulary, self.teacher.vocabulary)
+        return asked_ids(group["top_id"].combine_chunks(), sampled, spelling, pairs)
+
+    def write(self, path: Path, label: str) -> None:
+        """Score the shard row group by row group."""
+        model = self.teacher.load()
+        check_head(model, self.teacher.ref.source)
+        scores, context = self.config.scores, self.teacher.context
+        spelled = [self.read(group) for group in self.rollouts.row_groups()]
+        total = sum(len(spelling.ids) for spelling in spelled)
+        origin = {"teacher": self.teacher.ref.source, **self.rollouts.manifest.origin}
+        with (
+            console.progress(label, total, "teacher tokens") as advance,
+            open_writer(path, "scores", self.identity, self.inputs, origin) as writer,
+        ):
+            for group, spelling, asked in zip(self.rollouts.row_groups(), spelled, self.teacher_prompts, strict=True):
+                responses = np.split(spelling.ids, spelling.offsets[1:-1])
+                for name, prompt, response in zip(group["rollout_id"].to_pylist(), asked, responses, strict=True):
+                    if len(prompt) + len(response) > context:
+                        raise OpdError(
+                            f"rollout {name}: prompt and response take {len(prompt) + len(response)} tokens for "
+                            f"{self.teacher.ref.source}, whose context is {context}; lower rollouts.max_new_tokens"
+                        )
+                scored = score(
+                    hidden_rows(model, asked, responses, scores.batch_tokens, console.say),
+                    partial(head, model),
+                    responses,
+                    self.teacher.stop,
+                    scores.mass,
+                    0 if scores.support == "student" else scores.k_max,
+                    self.asked(group, spelling),
+                    advance,
+                )
+                writer.write(_table(group["rollout_id"], spelling, scored))
 
 
 def _table(names: pa.ChunkedArray, spelling: Spelling, scored: Scores) -> pa.Table:
@@ -162,25 +200,12 @@ def _table(names: pa.ChunkedArray, spelling: Spelling, scored: Scores) -> pa.Tab
     return pa.table(columns, schema=schema)
 
 
-def prompts_digest(rollouts: Shard, prompts: PromptTable, renderer: Renderer, limit: int) -> str:
-    """sha256 of the teacher's prompt ids, row by row."""
-    running = hashlib.sha256()
-    for group in rollouts.row_groups():
-        for ids in renderer.ids((prompts.rows[name] for name in group["prompt_id"].to_pylist()), limit):
-            running.update(len(ids).to_bytes(8, "little") + ids.tobytes())
-    return running.hexdigest()
-
-
-def publish_link(target: Path, name: Path) -> None:
-    """Point `name` at `target`, replacing what was there at once."""
-    try:
-        name.parent.mkdir(parents=True, exist_ok=True)
-        temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(target)
-        temporary.replace(name)
-    except OSError as error:
-        raise OpdError(f"{name}: cannot write: {error.strerror}") from error
+def write_provenance(link: Path, scores: Shard, origin: str) -> None:
+    """Note beside a run's shard how it came by its teacher tokens: `scored`, `cache` or `reused from <folder>`."""
+    # Rows without a token are ends of responses.
+    tokens = sum(pc.sum(pc.greater_equal(group["token_id"], 0)).as_py() or 0 for group in scores.row_groups())
+    about = {"origin": origin, "teacher_tokens": tokens, "rows": scores.rows, "bytes": scores.manifest.bytes}
+    write_text(layout.provenance_path(link), json.dumps(about) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import takewhile
 from typing import Any
 
@@ -25,9 +25,9 @@ from transformers import (
 )
 
 from pipeline import score as score_module
-from pipeline.lm import batches, check_head, common_start, head, pad, top_k
+from pipeline.lm import batches, check_head, common_start, halving, head, pad, top_k
 from pipeline.sample import Response, _draw, sample, seed_of
-from pipeline.score import Scores, score
+from pipeline.score import Scores, hidden_rows, score
 from schemas.errors import OpdError
 
 VOCAB = 1300  # 20 groups of 64 and 20 ids more: top_k's prefilter serves k <= 9
@@ -144,14 +144,35 @@ def test_check_head_refuses_scaled_logits() -> None:
 # ---- scoring ----
 
 
+def scored(
+    model: Any,
+    prompts: list[np.ndarray],
+    responses: list[np.ndarray],
+    stop: np.ndarray,
+    mass: float,
+    k_max: int,
+    batch_tokens: int,
+    asked: list[np.ndarray] | None = None,
+    advance: Any = lambda _: None,
+) -> Scores:
+    """`score` on a `transformers` model."""
+    rows = hidden_rows(model, prompts, responses, batch_tokens)
+    return score(rows, partial(head, model), responses, stop, mass, k_max, asked, advance)
+
+
 def naive_scores(
-    model: Any, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], mass: float, k_max: int
+    model: Any,
+    prompts: Sequence[np.ndarray],
+    responses: Sequence[np.ndarray],
+    mass: float,
+    k_max: int,
+    asked: Sequence[np.ndarray] | None = None,
 ) -> list[dict[str, Any]]:
     """Every row of `score`, from whole forwards and sums over the whole vocabulary in float64."""
     rows = []
-    for prompt, response in zip(prompts, responses, strict=True):
+    for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         logps = next_logps(model, np.concatenate([prompt, response]))[len(prompt) - 1 :]
-        for logp, realised in zip(logps, [*response.tolist(), None], strict=True):
+        for at, (logp, realised) in enumerate(zip(logps, [*response.tolist(), None], strict=True)):
             p, stop = np.exp(logp), log_sum_exp(logp[STOP])
             held, kept = math.exp(stop), []
             for i in sorted(set(range(VOCAB)) - set(STOP.tolist()), key=lambda i: -logp[i]):
@@ -159,6 +180,7 @@ def naive_scores(
                     break
                 kept.append(i)
                 held += p[i]
+            kept = sorted({*kept, *([] if asked is None else asked[index][at].tolist())} - {-1, *STOP.tolist()})
             rest = np.setdiff1d(np.arange(VOCAB), [*STOP, *kept])
             rows.append(
                 {
@@ -206,7 +228,7 @@ def test_score_is_the_naive_forward(name: str, shared: int, batch_tokens: int, m
     assert common_start(prompts) == shared
     monkeypatch.setattr(score_module, "CHUNK_BYTES", 4 * VOCAB * 4)  # four rows of logits at once
     advanced: list[int] = []
-    scores = score(model, prompts, responses, STOP, 0.9, 8, batch_tokens, advanced.append)
+    scores = scored(model, prompts, responses, STOP, 0.9, 8, batch_tokens, None, advanced.append)
     assert_scores(scores, naive_scores(model, prompts, responses, 0.9, 8))
     assert sum(advanced) == sum(map(len, responses))
 
@@ -215,7 +237,7 @@ def test_score_is_the_naive_forward(name: str, shared: int, batch_tokens: int, m
 def test_candidates_stop_at_mass_or_k_max(mass: float, k_max: int) -> None:
     model, rng = model_of("gemma3 window 5"), np.random.default_rng(2)
     prompts, responses = rows_with(rng, 4)
-    scores = score(model, prompts, responses, STOP, mass, k_max, 64)
+    scores = scored(model, prompts, responses, STOP, mass, k_max, 64)
     assert_scores(scores, naive_scores(model, prompts, responses, mass, k_max))
     assert not set(scores.cand_id.tolist()) & set(STOP.tolist())
     assert scores.cand_count.max() <= k_max
@@ -223,7 +245,7 @@ def test_candidates_stop_at_mass_or_k_max(mass: float, k_max: int) -> None:
 
 def test_whole_vocabulary_leaves_no_tail() -> None:
     model, prompt = model_of("llama"), random_ids(np.random.default_rng(10), 6)
-    scores = score(model, [prompt], [random_ids(np.random.default_rng(11), 5)], STOP, 1.0, VOCAB, 64)
+    scores = scored(model, [prompt], [random_ids(np.random.default_rng(11), 5)], STOP, 1.0, VOCAB, 64)
     # float32 probabilities may add up to 1 before the last ones, of 1e-8 and less, are reached.
     assert (scores.cand_count > 0.95 * (VOCAB - len(STOP))).all()
     assert (np.exp(scores.tail_logp) < 1e-6).all()
@@ -234,7 +256,7 @@ def test_likely_stop_leaves_no_candidates() -> None:
     prompt = random_ids(np.random.default_rng(3), 6)
     likely = np.argsort(-next_logps(model, prompt)[-1])[:30]
     held = math.exp(log_sum_exp(next_logps(model, prompt)[-1][likely]))
-    scores = score(model, [prompt], [np.zeros(0, np.int32)], likely, held - 1e-3, 9, 64)
+    scores = scored(model, [prompt], [np.zeros(0, np.int32)], likely, held - 1e-3, 9, 64)
     assert scores.cand_count.tolist() == [0]
     assert math.exp(scores.tail_logp[0]) == pytest.approx(1 - held, abs=1e-6)
 
@@ -244,11 +266,67 @@ def test_identical_prompts_and_one_prompt() -> None:
     model, rng = model_of("gemma3 window 5"), np.random.default_rng(4)
     prompt, responses = random_ids(rng, 12), [random_ids(rng, n) for n in (3, 0, 5)]
     assert_scores(
-        score(model, [prompt] * 3, responses, STOP, 0.9, 8, 30), naive_scores(model, [prompt] * 3, responses, 0.9, 8)
+        scored(model, [prompt] * 3, responses, STOP, 0.9, 8, 30), naive_scores(model, [prompt] * 3, responses, 0.9, 8)
     )
     assert_scores(
-        score(model, [prompt], responses[:1], STOP, 0.9, 8, 30), naive_scores(model, [prompt], responses[:1], 0.9, 8)
+        scored(model, [prompt], responses[:1], STOP, 0.9, 8, 30), naive_scores(model, [prompt], responses[:1], 0.9, 8)
     )
+
+
+@pytest.mark.parametrize("k_max", [0, 8])
+def test_what_is_asked_for_is_kept_beside_the_likeliest(k_max: int) -> None:
+    """`scores.support: student` (no candidates of the teacher's own) and `union`."""
+    model, rng = model_of("gemma2 cap 3"), np.random.default_rng(6)
+    prompts, responses = rows_with(rng, 3)
+    asked = [np.stack([rng.choice(VOCAB, 5, replace=False) for _ in range(len(r) + 1)]) for r in responses]
+    for row in asked:
+        row[rng.random(row.shape) < 0.3] = -1
+    asked[2][1] = np.argsort(-next_logps(model, np.concatenate([prompts[2], responses[2][:1]]))[-1])[[0, 1, 20, 40, 60]]
+    asked[0][0] = [STOP[0], STOP[1], 1, 0, -1]
+    result = scored(model, prompts, responses, STOP, 0.9, k_max, 64, asked)
+    assert_scores(result, naive_scores(model, prompts, responses, 0.9, k_max, asked))
+
+
+def test_out_of_memory_halves_what_is_left_and_goes_on() -> None:
+    model, rng = model_of("llama"), np.random.default_rng(8)
+    prompts, responses = rows_with(rng, 3)
+    sizes: list[int] = []
+
+    def full(module: Any, args: Any, kwargs: Any) -> None:
+        sizes.append(len(kwargs["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    said: list[str] = []
+    hook = model.base_model.register_forward_pre_hook(full, with_kwargs=True)
+    try:
+        rows = hidden_rows(model, prompts, responses, 10_000, said.append)
+        result = score(rows, partial(head, model), responses, STOP, 0.9, 8)
+    finally:
+        hook.remove()
+    assert_scores(result, naive_scores(model, prompts, responses, 0.9, 8))
+    assert sizes == [1, 5, 3, 2, 1, 1, 1] and len(said) == 2 and "half as many" in said[0]
+
+
+def test_halving_gives_up_on_one_row_and_passes_other_errors_on() -> None:
+    def fails(error: Exception) -> Any:
+        def work(rows: np.ndarray) -> None:
+            raise error
+
+        return work
+
+    with pytest.raises(OpdError, match="single response"):
+        list(halving([np.arange(4)], fails(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))))
+    with pytest.raises(RuntimeError, match="shape"):
+        list(halving([np.arange(4)], fails(RuntimeError("shape mismatch"))))
+
+
+def test_sampling_records_the_likeliest_ids() -> None:
+    model = model_of("llama")
+    prompt = random_ids(np.random.default_rng(12), 6)
+    (response,) = sample(model, [prompt], [3], STOP, 6, top_k=7)
+    logps = next_logps(model, np.concatenate([prompt, response.ids]))[len(prompt) - 1 : -1]
+    assert response.top_id.tolist() == np.argsort(-logps, axis=1, kind="stable")[:, :7].tolist()
 
 
 def test_the_window_matters_here() -> None:

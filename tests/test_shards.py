@@ -1,14 +1,17 @@
 """Shards appear whole or not at all, prove their content, and open without our code."""
 
 import json
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import datasets
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from pipeline.shards import manifest_path, open_shard, open_writer, publish
+from pipeline.shards import HOST, file_digest, manifest_path, open_shard, open_writer, publish
 from schemas.errors import OpdError
 from schemas.manifest import Manifest, differences, digest
 from schemas.tables import TABLES, arrow_schema
@@ -135,6 +138,75 @@ def test_publish_replaces_at_once_and_cleans_up(tmp_path: Path) -> None:
 def test_a_manifest_knows_its_own_digest(tmp_path: Path) -> None:
     write(tmp_path / "000.parquet")
     text = manifest_path(tmp_path / "000.parquet").read_text()
-    assert Manifest.parse(text, "x").dump() == text
-    with pytest.raises(OpdError, match="damaged or was edited"):
-        Manifest.parse(text.replace('"rows": 5', '"rows": 6'), "x")
+    assert Manifest.parse(text).dump() == text
+    with pytest.raises(ValueError, match="digest"):
+        Manifest.parse(text.replace('"rows": 5', '"rows": 6'))
+    with pytest.raises(ValueError, match="not a manifest"):
+        Manifest.parse("[]")
+
+
+FIELDS = sorted(Manifest.model_fields)
+
+
+@pytest.mark.parametrize("resigned", [False, True])
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_changed_field_is_refused_by_its_name(tmp_path: Path, field: str, resigned: bool) -> None:
+    """Also by someone who knows how the manifest signs itself."""
+    path = tmp_path / "000.parquet"
+    write(path, scheme="uniform")
+    value = Manifest.parse(manifest_path(path).read_text()).model_dump()
+    changed: dict[type, Any] = {int: lambda v: v + 1, str: lambda v: v[::-1], dict: lambda v: v | {"extra": "x"}}
+    value[field] = changed[type(value[field])](value[field])
+    if resigned:
+        text = Manifest(**value).dump()
+    else:
+        body = json.loads(manifest_path(path).read_text()) | value
+        text = json.dumps(body, indent=1, sort_keys=True) + "\n"
+    manifest_path(path).write_text(text)
+    with pytest.raises(OpdError, match=rf"\b{field}\b"):
+        open_shard(path, "weights")
+
+
+def test_a_changed_self_digest_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "000.parquet")
+    where = manifest_path(tmp_path / "000.parquet")
+    body = json.loads(where.read_text())
+    where.write_text(json.dumps(body | {"self": body["self"][::-1]}, indent=1, sort_keys=True) + "\n")
+    with pytest.raises(OpdError, match="self: found"):
+        open_shard(tmp_path / "000.parquet", "weights")
+
+
+def test_another_shards_manifest_does_not_vouch(tmp_path: Path) -> None:
+    write(tmp_path / "000.parquet", scheme="uniform")
+    write(tmp_path / "001.parquet", scheme="iw_opd")
+    manifest_path(tmp_path / "000.parquet").write_text(manifest_path(tmp_path / "001.parquet").read_text())
+    with pytest.raises(OpdError, match="sha256"):
+        open_shard(tmp_path / "000.parquet", "weights")
+
+
+def test_foreign_columns_are_named(tmp_path: Path) -> None:
+    """Rows that came from elsewhere under our manifest, say a cast that someone thought harmless."""
+    path = tmp_path / "000.parquet"
+    write(path)
+    table = pl.read_parquet(path).with_columns(pl.col("weight").cast(pl.Float64)).to_arrow()
+    footer = open_shard(path, "weights").read().schema.metadata
+    pq.write_table(table.replace_schema_metadata(footer), path, row_group_size=3)
+    value = Manifest.parse(manifest_path(path).read_text()).model_dump()
+    value |= {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+    manifest_path(path).write_text(Manifest(**value).dump())
+    with pytest.raises(OpdError, match=r"weight: expected 'float', found 'double'"):
+        open_shard(path, "weights")
+
+
+def test_a_killed_writers_temporary_is_swept_and_a_live_ones_is_not(tmp_path: Path) -> None:
+    process = subprocess.Popen(["sleep", "60"])
+    live, path = process.pid, tmp_path / "000.parquet"
+    dead = 2**22 + 1  # past the largest process id
+    for pid in (live, dead):
+        (tmp_path / f".000.parquet.{HOST}.{pid}.1.tmp").touch()
+    write(path)
+    assert [p.name.split(".")[-3] for p in tmp_path.glob(".*.tmp")] == [str(live)]
+    process.kill()
+    process.wait()
+    write(path)
+    assert not list(tmp_path.glob(".*.tmp"))

@@ -70,6 +70,7 @@ def _response(rng: np.random.Generator, name: str, rows: dict[str, list[dict[str
             "response": "",
             "behavior_logp": (-rng.random(length)).tolist(),
             "sampler_logp": None,
+            "top_id": None,
             "finish_reason": "stop" if stopped else "length",
             "answer": None,
         }

@@ -1,0 +1,77 @@
+"""Reuse: take over another run's rollouts and teacher scores for this student; no teacher forward."""
+
+
+from pipeline.adopt import adopt
+from pipeline.cache import publish_link, responses_digest
+from pipeline.shards import Shard, manifest_path, open_shard, open_writer
+from pipeline.tokens import from_table
+from schemas.config import Config
+from schemas.errors import OpdError
+from stages import console, layout
+from stages.context import (
+    DEFAULT_CONFIG,
+    ConfigOption,
+    PhaseOption,
+    PromptTable,
+    ShardOption,
+    open_prompts,
+    policy,
+    read_config,
+)
+from stages.scores import write_provenance
+
+
+def main(phase: PhaseOption, shard: ShardOption = 0, config_file: ConfigOption = DEFAULT_CONFIG) -> None:
+    """Tell a shard of another run's rollouts in this student's tokens, and link the scores that the teacher gave it."""
+    config = read_config(config_file)
+    kind, number = layout.parse_phase(phase)
+    sources = layout.reused(config)
+    if kind != "round" or number >= len(sources):
+        raise OpdError(f"--phase {phase}: `reuse` gives this run {len(sources)} rounds, numbered from 0")
+    source = sources[number]
+    given = open_shard(source.shard("rollouts", shard), "rollouts")
+    scores = open_shard(source.shard("scores", shard), "scores", inputs={"responses": responses_digest(given)})
+    write_rollouts(config, phase, shard, source, given)
+    link = layout.shard_path(config, phase, "scores", shard)
+    for target, name in ((scores.path, link), (manifest_path(scores.path), manifest_path(link))):
+        publish_link(target.resolve(), name)
+    write_provenance(link, scores, f"reused from {source.folder}")
+
+
+def write_rollouts(config: Config, phase: str, shard: int, source: layout.Source, given: Shard) -> None:
+    """The responses in this student's tokens, with its own prompts and the foreign behaviour policy's log-probs."""
+    prompts = PromptTable(open_shard(source.run / "prompts.parquet", "prompts"))
+    refuse_leaks(config, prompts, source)
+    behavior = from_table(
+        open_shard(source.run / "models/student-vocabulary.parquet", "vocabulary").read(), str(source.run)
+    )
+    student = policy(config, 0)
+    renderer = student.renderer(prompts)
+    limit = student.context - config.rollouts.max_new_tokens
+    identity = {"student": student.ref.tokenizer, "prompt": renderer.identity, "stop_ids": student.stop.tolist()}
+    inputs = {"rollouts": given.manifest.sha256, "prompts": prompts.shard.manifest.sha256}
+    origin = {"reused": str(source.folder), **given.manifest.origin}
+    with open_writer(
+        layout.shard_path(config, phase, "rollouts", shard), "rollouts", identity, inputs, origin
+    ) as writer:
+        for group in given.row_groups():
+            rows = [prompts.rows[name] for name in group["prompt_id"].to_pylist()]
+            tokens = (student.vocabulary, student.stop)
+            writer.write(adopt(group, behavior, tokens, student.tokenizer, renderer.ids(rows, limit)))
+    console.say(f"{phase}: {given.rows} responses and their scores reused from {source.folder}")
+
+
+def refuse_leaks(config: Config, prompts: PromptTable, source: layout.Source) -> None:
+    """Raise OpdError when the reused run trained on what this run holds out."""
+    mine = open_prompts(config)
+    held_out = {row["prompt"] for name in ("dev", "test") for row in mine.split(name)}
+    leaked = sum(row["prompt"] in held_out for row in prompts.split("train"))
+    if leaked:
+        raise OpdError(
+            f"reuse: {leaked} train prompts of {source.run} are held-out prompts of this run; "
+            f"give both the same `prompts` and `seed`, or hold out others"
+        )
+
+
+if __name__ == "__main__":
+    console.run(main)
