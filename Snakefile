@@ -88,7 +88,7 @@ def local_files(source):
 
 REUSED_PHASES = "|".join(f"round-{r}" for r in range(len(REUSED))) or "none"
 """Phases whose rollouts and scores come from another run (`reuse`)."""
-FRESH_PHASES = rf"(?!({REUSED_PHASES})$)(round|eval)-\d+"
+FRESH_PHASES = rf"(?!({REUSED_PHASES})\b)(round|eval)-\d+"
 
 
 wildcard_constraints:

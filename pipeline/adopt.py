@@ -32,39 +32,48 @@ def adopt(
         stretch in which the two tokenizers share no border) is spread evenly over its tokens, so that sums over whole
         units are exact. A response is cut where the two stop spelling the same text, and then has no stop.
     """
-    tokens, stop = student
-    sampled, stopped = sampled_tokens(rollouts, *behavior)
-    if same_ids(behavior[0], tokens):
-        own = sampled
-    else:
-        own = spell(text_tokenizer(tokenizer, tokens.name), tokens, rollouts["response"].to_pylist())
-    logps, counts, whole = _spread(rollouts, sampled, own)
-    stops = stopped & whole
-    keep = np.arange(len(own.ids)) - np.repeat(own.offsets[:-1], np.diff(own.offsets)) < np.repeat(
-        counts, np.diff(own.offsets)
-    )
-    ends = np.cumsum(counts)
-    stop_logp = rollouts["behavior_logp"].combine_chunks().flatten().to_numpy()[_last(rollouts)]
-    # Which of the stop ids stands there does not matter: stopping is one event.
-    ids = np.insert(own.ids[keep], ends[stops], stop[0]) if stops.any() else own.ids[keep]
-    logps = np.insert(logps[keep], ends[stops], stop_logp[stops])
-    offsets = pa.array(np.concatenate([[0], np.cumsum(counts + stops)]), pa.int32())
     schema = arrow_schema("rollouts")
-    prompt_offsets = pa.array(np.concatenate([[0], np.cumsum([len(p) for p in prompts])]), pa.int32())
-    prompt_ids = pa.array(np.concatenate(prompts) if prompts else np.zeros(0, np.int32), pa.int32())
-    replaced = {
-        "prompt_ids": pa.ListArray.from_arrays(prompt_offsets, prompt_ids),
-        "response_ids": pa.ListArray.from_arrays(offsets, pa.array(ids, pa.int32())),
-        "behavior_logp": pa.ListArray.from_arrays(offsets, pa.array(logps, pa.float32())),
-        "sampler_logp": pa.nulls(len(rollouts), schema.field("sampler_logp").type),
-        "top_id": pa.nulls(len(rollouts), schema.field("top_id").type),
-        "finish_reason": pa.array(np.where(stops, "stop", "length")),
-    }
+    lengths = np.array([len(ids) for ids in prompts], np.int64)
+    replaced = {"prompt_ids": _lists(np.concatenate([*prompts, np.zeros(0, np.int32)]), lengths)}
+    if not same_ids(behavior[0], student[0]):
+        replaced |= _retold(rollouts, behavior, student, tokenizer)
     return pa.table({name: replaced.get(name, rollouts[name]) for name in schema.names}).cast(schema)
 
 
+def _retold(
+    rollouts: pa.Table,
+    behavior: tuple[TokenBytes, np.ndarray],
+    student: tuple[TokenBytes, np.ndarray],
+    tokenizer: Any,
+) -> dict[str, pa.Array]:
+    """The columns that tokens decide."""
+    tokens, stop = student
+    sampled, stopped = sampled_tokens(rollouts, *behavior)
+    own = spell(text_tokenizer(tokenizer, tokens.name), tokens, rollouts["response"].to_pylist())
+    logps, counts, whole = _spread(rollouts, sampled, own)
+    stops = stopped & whole
+    lengths = np.diff(own.offsets)
+    keep = np.arange(len(own.ids)) - np.repeat(own.offsets[:-1], lengths) < np.repeat(counts, lengths)
+    stop_logp = rollouts["behavior_logp"].combine_chunks().flatten().to_numpy()[_last(rollouts)[stops]]
+    ends = np.cumsum(counts)[stops]
+    # Which of the stop ids stands there does not matter: stopping is one event.
+    ids = np.insert(own.ids[keep], ends, stop[0])
+    schema = arrow_schema("rollouts")
+    return {
+        "response_ids": _lists(ids, counts + stops),
+        "behavior_logp": _lists(np.insert(logps[keep], ends, stop_logp), counts + stops),
+        "sampler_logp": pa.nulls(len(rollouts), schema.field("sampler_logp").type),
+        "top_id": pa.nulls(len(rollouts), schema.field("top_id").type),
+        "finish_reason": pa.array(np.where(stops, "stop", "length"), pa.string()),
+    }
+
+
+def _lists(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32()), pa.array(values))
+
+
 def _last(rollouts: pa.Table) -> np.ndarray:
-    """Index of each response's last token in the flat ids; -1 where there is none before it."""
+    """Index of each response's last token in the flat ids."""
     return np.cumsum(rollouts["response_ids"].combine_chunks().value_lengths().to_numpy()) - 1
 
 
@@ -81,8 +90,8 @@ def _spread(rollouts: pa.Table, sampled: Spelling, own: Spelling) -> tuple[np.nd
     start = _last(rollouts) + 1 - rollouts["response_ids"].combine_chunks().value_lengths().to_numpy()
     index = np.arange(len(sampled.ids)) - np.repeat(sampled.offsets[:-1], lengths) + np.repeat(start, lengths)
     total = np.concatenate([[0.0], np.cumsum(flat[index].astype(np.float64))])
-    sides = (Tokens(side.offsets, side.ends) for side in (own, sampled))
-    units = align(*sides, np.minimum(own.exact, sampled.exact), np.zeros(len(lengths), bool))
+    ours, theirs = (Tokens(side.offsets, side.ends) for side in (own, sampled))
+    units = align(ours, theirs, np.minimum(own.exact, sampled.exact), np.zeros(len(lengths), bool))
     at = sampled.offsets[units.row] + units.t_start
     mean = (total[at + units.t_len] - total[at]) / np.maximum(units.s_len, 1)
     compared = units.kind != MASKED

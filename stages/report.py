@@ -98,7 +98,9 @@ def teacher_tokens(config: Config, phases: list[str]) -> dict[str, int]:
     for phase in phases:
         for index in range(layout.shard_count(config, phase)):
             path = layout.provenance_path(layout.shard_path(config, phase, "scores", index))
-            about = json.loads(path.read_text()) if path.exists() else {"origin": "unknown", "teacher_tokens": 0}
+            about: dict[str, Any] = {"origin": "unknown", "teacher_tokens": 0}
+            if path.exists():
+                about = json.loads(path.read_text())
             found[about["origin"]] = found.get(about["origin"], 0) + about["teacher_tokens"]
     return found
 

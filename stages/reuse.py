@@ -1,6 +1,5 @@
 """Reuse: take over another run's rollouts and teacher scores for this student; no teacher forward."""
 
-
 from pipeline.adopt import adopt
 from pipeline.cache import publish_link, responses_digest
 from pipeline.shards import Shard, manifest_path, open_shard, open_writer

