@@ -20,7 +20,7 @@ class Scores:
     Attributes:
         logp: float32 (rows,), log-prob of the realised token; of stopping in end rows.
         entropy, stop_logp, tail_logp: float32 (rows,), see schema `scores`.
-        cand_id, cand_logp: int32 and float32 (kept,), flat, by ascending id within a row.
+        cand_id, cand_logp: int32 and float32 (kept,), flat; the likeliest of a row, then those asked for.
         cand_count: int64 (rows,), candidates kept in each row.
     """
 
@@ -41,6 +41,7 @@ def score(
     stop: np.ndarray,
     mass: float,
     k_max: int,
+    min_p: float = 0.0,
     asked: Sequence[np.ndarray] | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Scores:
@@ -53,7 +54,8 @@ def score(
         responses: token ids of each response; may be empty.
         stop: the teacher's stop ids; their mass is one candidate of its own, kept as `stop_logp`.
         mass: candidates are kept until they and the stop mass hold this share of the distribution,
-        k_max: but no more than this many.
+        k_max: but no more than this many,
+        min_p: and none less likely than this.
         asked: for each response int (tokens + 1, any): ids to be kept beside the most likely ones; -1 asks for nothing.
         advance: called with the number of scored teacher tokens.
     Returns:
@@ -66,7 +68,7 @@ def score(
         # An end row has no realised token: -1.
         realised = torch.from_numpy(np.concatenate([np.append(responses[i], -1) for i in batch]))
         wanted = torch.from_numpy(np.concatenate([asked[i] for i in batch])) if asked is not None else None
-        scored = _score_rows(logits, torch.cat(hidden), realised, stop_index, mass, k_max, wanted)
+        scored = _score_rows(logits, torch.cat(hidden), realised, stop_index, mass, k_max, min_p, wanted)
         split = np.cumsum(counts)[:-1]
         kept_split = np.cumsum(scored["cand_count"])[split - 1]
         for name, values in scored.items():
@@ -120,6 +122,7 @@ def _score_rows(
     stop: torch.Tensor,
     mass: float,
     k_max: int,
+    min_p: float,
     asked: torch.Tensor | None,
 ) -> dict[str, np.ndarray]:
     device = hidden.device
@@ -132,6 +135,7 @@ def _score_rows(
             stop,
             mass,
             k_max,
+            min_p,
             None if asked is None else asked[i : i + size].to(device),
         )
         for i in range(0, len(hidden), size)
@@ -145,6 +149,7 @@ def _score_chunk(
     stop: torch.Tensor,
     mass: float,
     k_max: int,
+    min_p: float,
     asked: torch.Tensor | None,
 ) -> dict[str, np.ndarray]:
     k = min(k_max, logits.shape[1] - len(stop))
@@ -164,15 +169,12 @@ def _score_chunk(
     cand_logp = values - log_z[:, None]
     share = cand_logp.double().exp()
     before = share.cumsum(1) - share + stop_logp.double().exp()[:, None]
-    keep = (before < mass) & (values > -torch.inf)
+    keep = (before < mass) & (values > -torch.inf) & (share >= min_p)
     if asked is not None and asked_logits is not None:
         kept_already = ((asked[:, :, None] == cand_id[:, None, :]) & keep[:, None, :]).any(2)
         keep = torch.cat([keep, (asked >= 0) & ~torch.isin(asked, stop) & ~kept_already], 1)
         cand_id = torch.cat([cand_id, asked], 1)
         cand_logp = torch.cat([cand_logp, asked_logits - log_z[:, None]], 1)
-    # By ascending id: neighbours that differ little take fewer bytes on disk.
-    order = torch.where(keep, cand_id, logits.shape[1]).argsort(1)
-    keep, cand_id, cand_logp = (t.gather(1, order) for t in (keep, cand_id, cand_logp))
     held = stop_logp.double().exp() + (cand_logp.double().exp() * keep).sum(1)
     # What is left of 1; below float32's resolution of the sum it is rounding, not mass.
     tail = (1 - held).clamp(min=0)

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from schemas.errors import OpdError
 from schemas.manifest import FORMAT, Manifest, differences
-from schemas.tables import TABLES, arrow_schema
+from schemas.tables import TABLES, arrow_schema, writer_options
 
 METADATA_KEY = b"opd"
 COMPRESSION_LEVEL = 3
@@ -152,6 +152,7 @@ def open_writer(
             compression="zstd",
             compression_level=COMPRESSION_LEVEL,
             write_page_checksum=True,
+            **writer_options(kind),
         )
         with parquet:
             writer = ShardWriter(parquet, schema)

@@ -90,8 +90,9 @@ class Scores(Section):
         "teacher",
         description="whose likeliest tokens are the candidates; `student` and `union` need `rollouts.top_k`",
     )
-    mass: float = Field(0.999, gt=0, le=1, description="candidates are kept until they hold this much of the mass")
-    k_max: int = Field(20, ge=1, description="but never more than this many")
+    min_p: float = Field(0.0005, ge=0, lt=1, description="candidates are kept that are at least so likely,")
+    mass: float = Field(1.0, gt=0, le=1, description="until they hold this much of the mass,")
+    k_max: int = Field(128, ge=1, description="but never more than this many")
     batch_tokens: int = Field(4096, ge=1, description="padded tokens per forward pass")
 
 

@@ -16,6 +16,11 @@ class Column:
     type: pa.DataType
     doc: str
     nullable: bool = False
+    encoding: str | None = None
+    """Parquet encoding of its values where measured better than the writer's choice; `dictionary` is one. docs/cache.md"""
+
+
+SPLIT, DELTA, DICTIONARY = "BYTE_STREAM_SPLIT", "DELTA_BINARY_PACKED", "dictionary"
 
 
 def _list(of: pa.DataType) -> pa.DataType:
@@ -81,47 +86,72 @@ ROLLOUTS = (
 )
 
 SCORES = (
-    Column("rollout_id", pa.string(), "the response; its rows are consecutive, ordered by pos"),
-    Column("pos", pa.int32(), "index of the teacher token in the response; the last row is the end of the response"),
+    Column("rollout_id", pa.string(), "the response; its rows are consecutive, ordered by pos", encoding=DICTIONARY),
+    Column(
+        "pos",
+        pa.int32(),
+        "index of the teacher token in the response; the last row is the end of the response",
+        encoding=DELTA,
+    ),
     Column(
         "byte_start",
         pa.int32(),
         "byte offset in `response` (UTF-8) where the token starts; -1 where tokens spell other bytes",
+        encoding=DELTA,
     ),
-    Column("byte_end", pa.int32(), "byte offset where it ends, likewise; equals byte_start in the end row"),
-    Column("token_id", pa.int32(), "teacher id of the realised token; -1 in the end row"),
-    Column("logp", pa.float32(), "nats, teacher log-prob of the realised token; of stopping in the end row"),
-    Column("entropy", pa.float32(), "nats, entropy of the teacher's next-token distribution"),
-    Column("stop_logp", pa.float32(), "nats, log of the teacher's mass on its stop set"),
     Column(
-        "tail_logp", pa.float32(), "nats, log of the mass on neither candidates nor stop set; -inf when none is left"
+        "byte_end", pa.int32(), "byte offset where it ends, likewise; equals byte_start in the end row", encoding=DELTA
     ),
-    Column("cand_id", _list(pa.int32()), "teacher ids of the kept candidates, ascending; no stop tokens"),
-    Column("cand_logp", _list(pa.float32()), "nats, their log-probs, never renormalised"),
+    Column("token_id", pa.int32(), "teacher id of the realised token; -1 in the end row"),
+    Column(
+        "logp", pa.float32(), "nats, teacher log-prob of the realised token; of stopping in the end row", encoding=SPLIT
+    ),
+    Column("entropy", pa.float32(), "nats, entropy of the teacher's next-token distribution", encoding=SPLIT),
+    Column("stop_logp", pa.float32(), "nats, log of the teacher's mass on its stop set", encoding=SPLIT),
+    Column(
+        "tail_logp",
+        pa.float32(),
+        "nats, log of the mass on neither candidates nor stop set; -inf when none is left",
+        encoding=SPLIT,
+    ),
+    Column(
+        "cand_id",
+        _list(pa.int32()),
+        "teacher ids of the kept candidates, by falling log-prob; no stop tokens",
+        encoding=SPLIT,
+    ),
+    Column(
+        "cand_logp",
+        _list(pa.float32()),
+        "nats, their log-probs to 5 binary digits, never renormalised",
+        encoding=DICTIONARY,
+    ),
 )
 
 UNITS = (
-    Column("rollout_id", pa.string(), "the response; its rows are consecutive, ordered by unit"),
-    Column("unit", pa.int32(), "index of the unit in the response"),
-    Column("kind", pa.string(), "1:1 | n:m | stop | masked (not comparable: no loss, counted)"),
-    Column("s_start", pa.int32(), "first student token of the unit in response_ids"),
+    Column("rollout_id", pa.string(), "the response; its rows are consecutive, ordered by unit", encoding=DICTIONARY),
+    Column("unit", pa.int32(), "index of the unit in the response", encoding=DELTA),
+    Column("kind", pa.string(), "1:1 | n:m | stop | masked (not comparable: no loss, counted)", encoding=DICTIONARY),
+    Column("s_start", pa.int32(), "first student token of the unit in response_ids", encoding=DELTA),
     Column("s_len", pa.int32(), "number of student tokens"),
-    Column("t_start", pa.int32(), "first teacher token of the unit (`pos` of scores)"),
+    Column("t_start", pa.int32(), "first teacher token of the unit (`pos` of scores)", encoding=DELTA),
     Column("t_len", pa.int32(), "number of teacher tokens"),
-    Column("byte_start", pa.int32(), "where the unit starts in `response`, bytes"),
-    Column("byte_end", pa.int32(), "where it ends"),
+    Column("byte_start", pa.int32(), "where the unit starts in `response`, bytes", encoding=DELTA),
+    Column("byte_end", pa.int32(), "where it ends", encoding=DELTA),
     Column(
         "teacher_logp",
         pa.float32(),
         "nats, sum of the teacher's log-probs over the unit; null when masked",
         nullable=True,
+        encoding=SPLIT,
     ),
     Column(
         "cand_id",
         _list(pa.int32()),
         f"student ids of the teacher's candidates at the unit's start; {STOP_ID} is the student's stop set",
+        encoding=SPLIT,
     ),
-    Column("cand_logp", _list(pa.float32()), "nats, the teacher's log-probs of those candidates"),
+    Column("cand_logp", _list(pa.float32()), "nats, the teacher's log-probs of those candidates", encoding=DICTIONARY),
     Column("tail_logp", pa.float32(), "nats, teacher mass outside its own kept candidates (see scores)", nullable=True),
     Column("dropped_logp", pa.float32(), "nats, teacher mass kept in scores that has no student id", nullable=True),
 )
@@ -166,3 +196,18 @@ TABLES: dict[str, tuple[Column, ...]] = {
 def arrow_schema(kind: str) -> pa.Schema:
     """Arrow schema of a table, with every column's doc in its field metadata."""
     return pa.schema([pa.field(c.name, c.type, c.nullable, {"doc": c.doc}) for c in TABLES[kind]])
+
+
+def writer_options(kind: str) -> dict[str, object]:
+    """Options of `pyarrow.parquet.ParquetWriter` for a table's columns."""
+    paths = {c.name: c.name + ".list.element" * str(c.type).count("list<") for c in TABLES[kind]}
+    chosen = {paths[c.name]: c.encoding for c in TABLES[kind] if c.encoding}
+    return {
+        # Text is coded by dictionary unless another encoding is named.
+        "use_dictionary": [
+            paths[c.name]
+            for c in TABLES[kind]
+            if c.encoding == DICTIONARY or (not c.encoding and c.type == pa.string())
+        ],
+        "column_encoding": {path: encoding for path, encoding in chosen.items() if encoding != DICTIONARY},
+    }

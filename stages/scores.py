@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from pipeline.asked import asked_ids
 from pipeline.cache import fetch_or_make, lists_digest, responses_digest
+from pipeline.compact import STATISTIC_BITS, candidates, rounded
 from pipeline.lm import check_head, head
 from pipeline.prompts import Renderer
 from pipeline.score import Scores, hidden_rows, score
@@ -92,7 +93,7 @@ class Job:
             "dtype": self.config.teacher.dtype,
             "prompt": self.renderer.identity,
             "stop_ids": self.teacher.stop.tolist(),
-            "scores": scores.model_dump(include={"support", "mass", "k_max"}),
+            "scores": scores.model_dump(include={"support", "mass", "k_max", "min_p"}),
         }
 
     @cached_property
@@ -163,6 +164,7 @@ class Job:
                     self.teacher.stop,
                     scores.mass,
                     0 if scores.support == "student" else scores.k_max,
+                    scores.min_p,
                     self.asked(group, spelling),
                     advance,
                 )
@@ -186,6 +188,7 @@ def _table(names: pa.ChunkedArray, spelling: Spelling, scored: Scores) -> pa.Tab
     byte_end[is_end] = byte_start[is_end]
     byte_start[byte_end < 0] = -1
     lists = pa.array(np.concatenate([[0], np.cumsum(scored.cand_count)]), pa.int32())
+    cand_id, cand_logp = candidates(scored.cand_id, scored.cand_logp, scored.cand_count)
     schema = arrow_schema("scores")
     columns = {
         "rollout_id": names.combine_chunks().take(pa.array(owner)),
@@ -193,9 +196,10 @@ def _table(names: pa.ChunkedArray, spelling: Spelling, scored: Scores) -> pa.Tab
         "byte_start": byte_start,
         "byte_end": byte_end,
         "token_id": token_id,
-        **{name: getattr(scored, name) for name in ("logp", "entropy", "stop_logp", "tail_logp")},
-        "cand_id": pa.ListArray.from_arrays(lists, pa.array(scored.cand_id), type=schema.field("cand_id").type),
-        "cand_logp": pa.ListArray.from_arrays(lists, pa.array(scored.cand_logp), type=schema.field("cand_logp").type),
+        "logp": scored.logp,
+        **{name: rounded(getattr(scored, name), STATISTIC_BITS) for name in ("entropy", "stop_logp", "tail_logp")},
+        "cand_id": pa.ListArray.from_arrays(lists, pa.array(cand_id), type=schema.field("cand_id").type),
+        "cand_logp": pa.ListArray.from_arrays(lists, pa.array(cand_logp), type=schema.field("cand_logp").type),
     }
     return pa.table(columns, schema=schema)
 

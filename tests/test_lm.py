@@ -157,7 +157,7 @@ def scored(
 ) -> Scores:
     """`score` on a `transformers` model."""
     rows = hidden_rows(model, prompts, responses, batch_tokens)
-    return score(rows, partial(head, model), responses, stop, mass, k_max, asked, advance)
+    return score(rows, partial(head, model), responses, stop, mass, k_max, 0.0, asked, advance)
 
 
 def naive_scores(
@@ -180,7 +180,8 @@ def naive_scores(
                     break
                 kept.append(i)
                 held += p[i]
-            kept = sorted({*kept, *([] if asked is None else asked[index][at].tolist())} - {-1, *STOP.tolist()})
+            extra = [] if asked is None else asked[index][at].tolist()
+            kept += [i for i in extra if i not in {-1, *STOP.tolist(), *kept}]
             rest = np.setdiff1d(np.arange(VOCAB), [*STOP, *kept])
             rows.append(
                 {
@@ -285,6 +286,19 @@ def test_what_is_asked_for_is_kept_beside_the_likeliest(k_max: int) -> None:
     asked[0][0] = [STOP[0], STOP[1], 1, 0, -1]
     result = scored(model, prompts, responses, STOP, 0.9, k_max, 64, asked)
     assert_scores(result, naive_scores(model, prompts, responses, 0.9, k_max, asked))
+
+
+def test_unlikely_candidates_are_not_kept() -> None:
+    model, rng = model_of("llama"), np.random.default_rng(7)
+    prompts, responses = rows_with(rng, 3)
+    rows = hidden_rows(model, prompts, responses, 64)
+    every, floor = scored(model, prompts, responses, STOP, 0.99, 50, 64), 0.01
+    found = score(rows, partial(head, model), responses, STOP, 0.99, 50, floor)
+    keep = np.exp(every.cand_logp.astype(np.float64)) >= floor
+    assert 0.1 < keep.mean() < 0.9
+    np.testing.assert_array_equal(found.cand_id, every.cand_id[keep])
+    sums = [np.exp(a.cand_logp.astype(np.float64)).sum() + np.exp(a.tail_logp).sum() for a in (every, found)]
+    assert sums[0] == pytest.approx(sums[1], abs=1e-4)
 
 
 def test_out_of_memory_halves_what_is_left_and_goes_on() -> None:

@@ -88,7 +88,8 @@ def test_every_table_is_there_and_readable(run: Run) -> None:
         + pl.col("tail_logp").exp()
         + pl.col("dropped_logp").exp()
     ).to_series()
-    assert mass.is_between(0.999, 1.001).all()  # nothing renormalised, nothing lost
+    # Nothing renormalised, nothing lost: 1 up to the rounding of candidates, 1/64 of a log-prob at most.
+    assert mass.is_between(0.98, 1.02).all() and abs(mass.mean() - 1) < 2e-3
     assert compared["teacher_logp"].is_finite().all()
     assert not list(run.folder.rglob("*.tmp"))
 

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from pipeline.compact import rescaled
 from pipeline.shards import Shard
 from pipeline.units import KINDS, MASKED
 from schemas.errors import OpdError
@@ -114,7 +115,8 @@ def _row_group(shards: Triple, group: int) -> list[_Response]:
     prompt, prompt_at = _ragged(rollouts["prompt_ids"])
     response, response_at = _ragged(rollouts["response_ids"])
     cand_id, cand_at = _ragged(units["cand_id"])
-    cand_logp, _ = _ragged(units["cand_logp"])
+    rest = sum(np.exp(units[name].to_numpy()) for name in ("tail_logp", "dropped_logp"))
+    cand_logp = rescaled(_ragged(units["cand_logp"])[0], np.diff(cand_at), rest)
     stopped = [reason == "stop" for reason in rollouts["finish_reason"].to_pylist()]
     columns = {name: units[name].to_numpy() for name in ("s_start", "s_len", "t_len", "teacher_logp")}
     columns["weight"] = weights["weight"].to_numpy()

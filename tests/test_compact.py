@@ -1,0 +1,63 @@
+"""Rounding and order of what a shard keeps."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.compact import CANDIDATE_BITS, STEP, candidates, rescaled, rounded
+
+logps = st.lists(st.floats(-40, 0, width=32), min_size=1, max_size=40)
+
+
+@settings(max_examples=200, deadline=None)
+@given(logps, st.integers(2, 9))
+def test_rounding_is_off_by_half_a_digit_at_most_and_stays_put(values: list[float], bits: int) -> None:
+    given_ = np.array(values, np.float32)
+    found = rounded(given_, bits)
+    assert found.dtype == np.float32
+    for value, got in zip(given_.astype(np.float64), found.astype(np.float64), strict=True):
+        # The digit's size: 2^-bits of the power of two below |value|, STEP at least.
+        power = 1.0
+        while power > abs(value) and power > 1e-12:
+            power /= 2
+        while power * 2 <= abs(value):
+            power *= 2
+        assert abs(got - value) <= max(power * 2.0**-bits, STEP) / 2 + 1e-12
+    np.testing.assert_array_equal(rounded(found, bits), found)
+    assert (np.diff(rounded(np.sort(given_), bits)) >= 0).all()  # order is kept
+
+
+def test_no_mass_stays_no_mass_and_few_values_remain() -> None:
+    assert rounded(np.array([-np.inf, 0.0], np.float32), 4).tolist() == [-np.inf, 0.0]
+    every = rounded(-np.geomspace(1e-6, 25, 100_000, dtype=np.float32), CANDIDATE_BITS)
+    assert len(np.unique(every)) < 256  # one-byte dictionary codes
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.lists(st.tuples(st.integers(0, 99), st.floats(-9, 0, width=32)), max_size=9, unique_by=lambda c: c[0]))
+)
+def test_candidates_fall_then_ascend_within_their_row(rows: list[list[tuple[int, float]]]) -> None:
+    flat = [candidate for row in rows for candidate in row]
+    counts = np.array([len(row) for row in rows], np.int64)
+    ids, logp = candidates(np.array([i for i, _ in flat], np.int32), np.array([x for _, x in flat], np.float32), counts)
+    expected = []
+    for row in rows:
+        digits = [(-float(rounded(np.float32([x]), CANDIDATE_BITS)[0]), i) for i, x in row]
+        expected += sorted(digits)
+    assert list(zip((-logp).tolist(), ids.tolist(), strict=True)) == expected
+
+
+def test_rescaling_leaves_to_the_rest_exactly_what_it_has() -> None:
+    rng = np.random.default_rng(0)
+    counts = np.array([5, 0, 1, 3])
+    share = [rng.dirichlet(np.ones(n + 1)) for n in counts]
+    exact = np.concatenate([np.log(p[:-1]) for p in share]).astype(np.float32)
+    rest = np.array([p[-1] for p in share])
+    found = rescaled(rounded(exact, CANDIDATE_BITS), counts, rest)
+    sums = np.bincount(np.repeat(np.arange(4), counts), np.exp(found.astype(np.float64)), 4)
+    np.testing.assert_allclose((sums + rest)[counts > 0], 1, atol=1e-6)
+    np.testing.assert_allclose(found, exact, atol=0.2)
+    np.testing.assert_array_equal(rescaled(exact, counts, np.full(4, np.nan)), exact)  # masked units have no rest
+    none = np.full(5, -np.inf, np.float32)
+    assert (rescaled(none, np.array([5]), np.zeros(1)) == -np.inf).all()
