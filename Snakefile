@@ -237,7 +237,9 @@ rule scores:
         model=1,
     params:
         config=SETTINGS,
-        reads=reads("teacher", "scores", "rollouts.max_new_tokens"),
+        reads=reads(
+            "teacher", "scores.support", "scores.min_p", "scores.mass", "scores.k_max", "rollouts.max_new_tokens"
+        ),
     shell:
         "python -m stages.scores --config {params.config} --phase {wildcards.phase} --shard {wildcards.shard}"
         " --threads {threads} 2>&1 | tee {log}"

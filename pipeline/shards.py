@@ -118,6 +118,8 @@ class ShardWriter:
         self._schema = schema
         self.rows = 0
         self.row_groups = 0
+        self.figures: dict[str, Any] = {}
+        """What the manifest shall say was measured; may be filled until the block ends."""
 
     def write(self, table: pa.Table) -> None:
         """Append `table` as one row group (an empty one too, so that shards stay in step)."""
@@ -144,11 +146,10 @@ def open_writer(
         "versions": versions(),
     }
     schema = arrow_schema(kind)
-    metadata = {METADATA_KEY: json.dumps(about, sort_keys=True, ensure_ascii=False).encode()}
     with publish(path) as temporary:
         parquet = pq.ParquetWriter(
             temporary,
-            schema.with_metadata(metadata),
+            schema,
             compression="zstd",
             compression_level=COMPRESSION_LEVEL,
             write_page_checksum=True,
@@ -157,6 +158,10 @@ def open_writer(
         with parquet:
             writer = ShardWriter(parquet, schema)
             yield writer
+            about["figures"] = writer.figures
+            parquet.add_key_value_metadata(
+                {METADATA_KEY: json.dumps(about, sort_keys=True, ensure_ascii=False).encode()}
+            )
         manifest = Manifest(
             **about,
             rows=writer.rows,

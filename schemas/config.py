@@ -96,6 +96,17 @@ class Scores(Section):
     batch_tokens: int = Field(4096, ge=1, description="padded tokens per forward pass")
 
 
+class Audit(Section):
+    """A second look at some of the scores when a shard of them is made; differences are kept in its manifest."""
+
+    responses: int = Field(4, ge=0, description="responses per shard that are scored again, one by one; 0: none")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="precision of the second look; choose the teacher's own where memory is short"
+    )
+    max_delta: float = Field(5.0, gt=0, description="nats; a log-prob that differs by more stops the run")
+    max_mean_delta: float = Field(0.3, gt=0, description="nats; differences that are larger on average stop the run")
+
+
 class Coverage(Section):
     """What a round must reach before anything is trained on it; shares of student tokens."""
 
@@ -193,6 +204,7 @@ class Config(Section):
     teacher: Model
     rollouts: Rollouts = Rollouts()
     scores: Scores = Scores()
+    audit: Audit = Audit()
     coverage: Coverage = Field(Coverage(), description="gate before training")
     objective: Objective = Objective()
     weights: Weights = Weights()

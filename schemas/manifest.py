@@ -23,6 +23,8 @@ class Manifest(BaseModel):
     origin: dict[str, str]
     """Names for people, such as the model's source and revision: the same weights may be had under several."""
     versions: dict[str, str]
+    figures: dict[str, Any]
+    """What was measured while it was written, such as the audit of scores."""
     rows: int
     row_groups: int
     bytes: int

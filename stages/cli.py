@@ -11,6 +11,7 @@ from schemas.config import Config, Section
 from schemas.tables import TABLES
 from stages import (
     align,
+    audit,
     cache,
     console,
     coverage,
@@ -50,6 +51,7 @@ for name, stage in STAGES.items():
 
 app.command("align", rich_help_panel="Ask")(console.reporting(align.main))
 app.command("support", rich_help_panel="Ask")(console.reporting(support.main))
+app.command("audit", rich_help_panel="Ask")(console.reporting(audit.main))
 app.add_typer(cache.app, name="cache", rich_help_panel="Ask")
 
 

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 
 from pipeline.asked import asked_ids
+from pipeline.audit import choose, deltas, figures
 from pipeline.cache import fetch_or_make, lists_digest, responses_digest
 from pipeline.compact import STATISTIC_BITS, candidates, rounded
 from pipeline.lm import check_head, head
@@ -144,6 +146,9 @@ class Job:
         scores, context = self.config.scores, self.teacher.context
         spelled = [self.read(group) for group in self.rollouts.row_groups()]
         total = sum(len(spelling.ids) for spelling in spelled)
+        samples = choose(self.rollouts.rows, self.config.audit.responses, self.inputs["responses"])
+        kept: list[tuple[np.ndarray, np.ndarray, pa.Table]] = []
+        first = 0
         origin = {"teacher": self.teacher.ref.source, **self.rollouts.manifest.origin}
         with (
             console.progress(label, total, "teacher tokens") as advance,
@@ -168,7 +173,34 @@ class Job:
                     self.asked(group, spelling),
                     advance,
                 )
-                writer.write(_table(group["rollout_id"], spelling, scored))
+                table = _table(group["rollout_id"], spelling, scored)
+                writer.write(table)
+                for at in samples[(samples >= first) & (samples < first + len(group))] - first:
+                    row = int(spelling.offsets[at] + at)
+                    kept.append((asked[at], responses[at], table.slice(row, len(responses[at]) + 1)))
+                first += len(group)
+            if kept:
+                writer.figures |= self.audit(model, kept)
+
+    def audit(self, model: Any, kept: list[tuple[np.ndarray, np.ndarray, pa.Table]]) -> dict[str, Any]:
+        """Score (prompt, response, rows of the shard) again and compare; `model` is converted in place.
+
+        Raises OpdError when they differ by more than the config allows.
+        """
+        limits = self.config.audit
+        model = model.to(getattr(torch, limits.dtype))
+        found = figures((deltas(model, *sample[:2], self.teacher.stop, sample[2]) for sample in kept), limits.dtype)
+        largest, mean = found["audit_max_delta"], found["audit_mean_delta"]
+        console.say(
+            f"audit: {found['audit_logps']:,} log-probs of {len(kept)} responses in {limits.dtype}: "
+            f"mean difference {mean:.3f}, max {largest:.3f} nats"
+        )
+        if largest > limits.max_delta or mean > limits.max_mean_delta:
+            raise OpdError(
+                f"scores of {self.rollouts.path}: a second look differs by {mean:.3f} nats on average and {largest:.3f} at "
+                f"most; audit.max_mean_delta is {limits.max_mean_delta}, audit.max_delta {limits.max_delta}"
+            )
+        return found
 
 
 def _table(names: pa.ChunkedArray, spelling: Spelling, scored: Scores) -> pa.Table:

@@ -1,0 +1,64 @@
+"""An independent look at stored scores: one plain forward of the whole model for one response at a time."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+LIKELY = -4.0
+"""nats; candidates below it are not compared, for they are stored with fewer digits than the comparison needs."""
+
+
+def choose(total: int, count: int, seed: str) -> np.ndarray:
+    """Which of `total` responses to look at, ascending: drawn without replacement, the same for the same seed (hex)."""
+    rng = np.random.default_rng(int(seed[:16], 16))
+    return np.sort(rng.choice(total, min(count, total), replace=False))
+
+
+@dataclass(frozen=True)
+class Deltas:
+    """|stored - recomputed| of one response, nats, float64: of realised tokens and the end's stopping; of candidates."""
+
+    realised: np.ndarray
+    candidates: np.ndarray
+
+
+@torch.inference_mode()
+def deltas(model: Any, prompt: np.ndarray, response: np.ndarray, stop: np.ndarray, rows: pa.Table) -> Deltas:
+    """Score one response again; candidates above LIKELY are compared.
+
+    No batch, no padding, no shared prefix, no chunk of a head: what `score` does to be fast is not done here.
+
+    Args:
+        model: the whole teacher, in the precision to compare with.
+        prompt, response: token ids.
+        stop: ids that end a response.
+        rows: the response's rows of a scores shard, its end row too.
+    """
+    ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))[None].to(model.device)
+    logits = model(input_ids=ids).logits[0, len(prompt) - 1 :].double()
+    logp = torch.log_softmax(logits, -1).cpu().numpy()
+    stopping = np.logaddexp.reduce(logp[-1, stop])
+    realised = np.append(logp[np.arange(len(response)), response], stopping)
+    counts = rows["cand_id"].combine_chunks().value_lengths().to_numpy()
+    ids_kept, stored = (rows[name].combine_chunks().flatten().to_numpy() for name in ("cand_id", "cand_logp"))
+    recomputed = logp[np.repeat(np.arange(len(counts)), counts), ids_kept]
+    likely = stored > LIKELY
+    return Deltas(np.abs(rows["logp"].to_numpy() - realised), np.abs(stored[likely] - recomputed[likely]))
+
+
+def figures(found: Iterable[Deltas], dtype: str) -> dict[str, Any]:
+    """What the manifest keeps of an audit: what was compared, the largest difference, and the mean difference of the realised
+    tokens or of the candidates, whichever is larger."""
+    every = list(found)
+    pools = [np.concatenate([getattr(one, name) for one in every] or [[]]) for name in ("realised", "candidates")]
+    return {
+        "audit_dtype": dtype,
+        "audit_responses": len(every),
+        "audit_logps": sum(map(len, pools)),
+        "audit_max_delta": round(max(float(pool.max(initial=0)) for pool in pools), 6),
+        "audit_mean_delta": round(max(float(pool.mean()) if len(pool) else 0.0 for pool in pools), 6),
+    }

@@ -1,0 +1,336 @@
+"""The store of teacher scores: made once, found again, shared, moved, emptied, never trusted when damaged."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from pipeline import cache
+from pipeline.shards import manifest_path, open_shard, open_writer
+from schemas.errors import OpdError
+from schemas.tables import arrow_schema
+from stages import models, prompts, rollouts, scores, units
+from stages.cli import app
+
+ROOT = Path(__file__).parents[1]
+IDENTITY, INPUTS = {"teacher": {"weights": "w"}}, {"responses": "r"}
+
+
+def rows(count: int = 3) -> pa.Table:
+    row = {"rollout_id": "r", "pos": 0, "byte_start": 0, "byte_end": 1, "token_id": 5, "logp": -1.0, "entropy": 1.0}
+    row |= {"stop_logp": -2.0, "tail_logp": -3.0, "cand_id": [1, 2], "cand_logp": [-0.5, -1.5]}
+    return pa.Table.from_pylist([row] * count, schema=arrow_schema("scores"))
+
+
+def maker(identity: dict[str, Any] = IDENTITY, inputs: dict[str, str] = INPUTS, count: int = 3) -> Any:
+    def make(path: Path) -> None:
+        make.calls += 1  # type: ignore[attr-defined]
+        with open_writer(path, "scores", identity, inputs, {"teacher": "some/teacher"}) as writer:
+            writer.write(rows(count))
+
+    make.calls = 0  # type: ignore[attr-defined]
+    return make
+
+
+def fetch(folder: Path, link: Path, make: Any, inputs: dict[str, str] = INPUTS, remote: str | None = None) -> bool:
+    return cache.fetch_or_make(folder, IDENTITY, inputs, make, link, remote)
+
+
+def test_made_once_then_found_and_linked(tmp_path: Path) -> None:
+    make, links = maker(), [tmp_path / f"run{i}/round-0/scores/000.parquet" for i in range(2)]
+    assert [fetch(tmp_path / "c", link, make) for link in links] == [False, True] and make.calls == 1
+    for link in links:
+        assert open_shard(link, "scores", IDENTITY, INPUTS).rows == 3
+    (entry,) = cache.entries(tmp_path / "c")
+    assert sorted(entry.users) == sorted(links) and entry.manifest is not None and cache.verify(entry) is None
+
+
+@pytest.mark.parametrize("what", ["shard", "manifest", "no manifest", "foreign"])
+def test_a_damaged_entry_is_made_again(what: str, tmp_path: Path) -> None:
+    make, link = maker(), tmp_path / "run/round-0/scores/000.parquet"
+    fetch(tmp_path / "c", link, make)
+    entry = cache.entry_path(tmp_path / "c", IDENTITY, INPUTS)
+    if what == "shard":
+        entry.write_bytes(entry.read_bytes()[:-1] + b"X")
+    elif what == "manifest":
+        manifest_path(entry).write_text("{}")
+    elif what == "no manifest":
+        manifest_path(entry).unlink()
+    else:
+        maker({"teacher": "another"})(entry)
+        assert "belongs under the name" in (cache.verify(next(cache.entries(tmp_path / "c"))) or "")
+    assert not fetch(tmp_path / "c", link, make) and make.calls == 2
+    assert open_shard(link, "scores", IDENTITY, INPUTS).rows == 3
+
+
+def _slow_fetch(folder: Path, number: int, log: Path) -> None:
+    def make(path: Path) -> None:
+        with log.open("a") as file:
+            file.write(f"{number}\n")
+        time.sleep(1)
+        maker()(path)
+
+    fetch(folder, folder / f"../run{number}/round-0/scores/000.parquet", make)
+
+
+def test_two_runs_at_once_compute_it_once_and_a_dead_holder_frees_it(tmp_path: Path) -> None:
+    context, log = multiprocessing.get_context("fork"), tmp_path / "log"
+    first, *others = [context.Process(target=_slow_fetch, args=(tmp_path / "c", n, log)) for n in range(3)]
+    first.start()
+    while not log.exists():
+        time.sleep(0.01)
+    for process in others:
+        process.start()
+    time.sleep(0.2)
+    assert first.pid is not None
+    os.kill(first.pid, signal.SIGKILL)
+    for process in others:
+        process.join(30)
+        assert process.exitcode == 0
+    assert len(log.read_text().split()) == 2  # the one that was killed, and one of the others
+    assert len(list(cache.entries(tmp_path / "c"))) == 1
+    assert not list((tmp_path / "c/scores").glob(".*.tmp"))
+
+
+def test_a_moved_cache_is_valid_and_runs_find_it(tmp_path: Path) -> None:
+    make, run = maker(), tmp_path / "run"
+    link = run / "round-0/scores/000.parquet"
+    fetch(tmp_path / "c", link, make)
+    before = link.lstat().st_mtime_ns
+    shutil.move(tmp_path / "c", tmp_path / "elsewhere")
+    assert not link.exists()
+    assert cache.relink(tmp_path / "elsewhere", run) == 2
+    assert open_shard(link, "scores", IDENTITY, INPUTS).rows == 3
+    assert link.lstat().st_mtime_ns == before  # what was made from it stays up to date
+    assert fetch(tmp_path / "elsewhere", link, make) and make.calls == 1
+    (entry,) = cache.entries(tmp_path / "elsewhere")
+    assert entry.users == [link]
+
+
+@pytest.mark.parametrize("kind", ["memory", "file"])
+def test_a_remote_location_shares_entries_between_machines(kind: str, tmp_path: Path) -> None:
+    remote = f"memory://{tmp_path.name}/shared" if kind == "memory" else f"file://{tmp_path}/shared"
+    make = maker()
+    assert not fetch(tmp_path / "here", tmp_path / "a/round-0/scores/000.parquet", make, remote=remote)
+    assert fetch(tmp_path / "there", tmp_path / "b/round-0/scores/000.parquet", make, remote=remote)
+    assert make.calls == 1
+    assert open_shard(tmp_path / "b/round-0/scores/000.parquet", "scores", IDENTITY, INPUTS).rows == 3
+    if kind == "file":  # what arrives damaged is not used
+        (entry,) = (tmp_path / "shared/scores").glob("*.parquet")
+        entry.write_bytes(entry.read_bytes()[:-1])
+        assert not fetch(tmp_path / "third", tmp_path / "c/round-0/scores/000.parquet", make, remote=remote)
+        assert make.calls == 2
+        assert sorted(p.suffix for p in (tmp_path / "shared/scores").iterdir()) == [".json", ".parquet"]
+
+
+def test_a_remote_that_can_not_be_reached_is_told(tmp_path: Path) -> None:
+    with pytest.raises(OpdError, match="cache_remote nosuch://x"):
+        fetch(tmp_path / "c", tmp_path / "run/round-0/scores/000.parquet", maker(), remote="nosuch://x")
+
+
+def test_ls_verify_and_gc(tmp_path: Path) -> None:
+    folder, links = tmp_path / "c", [tmp_path / f"run{i}/round-0/scores/000.parquet" for i in range(2)]
+    for i, link in enumerate(links):
+        fetch(folder, link, maker(inputs={"responses": str(i)}), {"responses": str(i)})
+    runner = CliRunner()
+
+    def opd(*arguments: str) -> Any:
+        return runner.invoke(app, ["cache", *arguments, "--cache", str(folder)])
+
+    listed = [json.loads(line) for line in opd("ls", "--json").output.splitlines()]
+    assert {row["teacher"] for row in listed} == {"some/teacher"} and all(row["bytes"] > 500 for row in listed)
+    assert sorted(row["runs"][0] for row in listed) == sorted(str(link.parents[2]) for link in links)
+    assert "2 entries" in opd("ls").output and "every byte" in opd("verify").output
+    shutil.rmtree(links[0].parents[2])
+    (folder / "scores/.x.parquet.another-host.1.1.tmp").touch()
+    os.utime(folder / "scores/.x.parquet.another-host.1.1.tmp", (0, 0))
+    assert "1 entries" in opd("gc").output and len(list(cache.entries(folder))) == 2
+    assert "0 entries" in opd("gc", "--days", "1").output
+    assert "1 entries" in opd("gc", "--delete").output
+    (entry,) = cache.entries(folder)
+    assert entry.users == [links[1]] and not list((folder / "scores").glob(".*"))
+    assert not cache.remove(folder, entry)  # in use
+    entry.path.write_bytes(entry.path.read_bytes()[:-1])
+    broken = opd("verify")
+    assert broken.exit_code == 2 and "1 of 1 shards are damaged" in broken.output.replace("\n", " ")
+    assert runner.invoke(app, ["cache", "ls", "--cache", str(tmp_path / "none")]).exit_code == 2
+
+
+class ScoredRun:
+    """A run of the stages themselves, up to scores: SmolLM2 teaches itself with the answer at hand."""
+
+    def __init__(self, folder: Path, model: str, shards: int = 6) -> None:
+        self.folder, self.shards, self.cache = folder, shards, folder / "cache"
+        config: dict[str, Any] = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+        config["prompts"]["splits"] = {"examples": 0, "train": 2 * shards, "dev": 0, "test": 1}
+        config["student"] = {"model": model}
+        config["teacher"] = {"model": model, "prompt": "{{ prompt }} (The answer is {{ answer }}.)"}
+        config["rollouts"] |= {"rounds": 1, "prompts": 2 * shards, "shard_size": 2, "max_new_tokens": 12}
+        config["audit"] = {"responses": 1}
+        self.config = folder / "config.yaml"
+        self.config.write_text(yaml.safe_dump(config))
+
+    def shard(self, number: int, table: str = "scores") -> Path:
+        return self.folder / f"runs/default/round-0/{table}/{number:03}.parquet"
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory, smollm2: Any) -> Any:
+    run = ScoredRun(tmp_path_factory.mktemp("scored"), smollm2.ref.path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(run.folder)
+        patch.setenv("OPD_CACHE", str(run.cache))
+        prompts.main(run.config)
+        for role in ("student", "teacher"):
+            models.main(role, run.config)
+        for shard in range(run.shards):
+            rollouts.main("round-0", shard, run.config, None)
+            scores.main("round-0", shard, run.config, None)
+        yield run
+
+
+def test_the_audit_is_in_the_manifest_and_stops_what_differs(
+    scored: ScoredRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    figures = open_shard(scored.shard(0), "scores").manifest.figures
+    assert figures["audit_responses"] == 1 and 0 < figures["audit_mean_delta"] < figures["audit_max_delta"] < 2
+    outcome = CliRunner().invoke(app, ["audit", "--config", str(scored.config), "--responses", "2"])
+    assert outcome.exit_code == 0 and "round-0/005" in outcome.output
+    # Scores that are half a nat off: the run stops, and nothing is published.
+    from pipeline import score
+
+    right = score._score_chunk
+
+    def wrong(*arguments: Any) -> Any:
+        found = right(*arguments)
+        return found | {"logp": found["logp"] - 0.5}
+
+    monkeypatch.setattr(score, "_score_chunk", wrong)
+    monkeypatch.setenv("OPD_CACHE", str(tmp_path))
+    with pytest.raises(OpdError, match=r"differs by 0\.\d+ nats on average"):
+        scores.main("round-0", 0, scored.config, None)
+    assert not [p for p in (tmp_path / "scores").iterdir() if p.suffix != ".lock"]
+
+
+def test_two_thousand_flipped_bytes_are_found(scored: ScoredRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By `verify` and by opening; and by the stage that reads the shard, for some of them."""
+    found = list(cache.entries(scored.cache))
+    files = [file for entry in found for file in (entry.path, manifest_path(entry.path))]
+    rng = random.Random(0)
+    by_path = {file: entry for entry in found for file in (entry.path, manifest_path(entry.path))}
+    numbers = {scored.shard(n).resolve(): n for n in range(scored.shards)}
+    for count in range(2000):
+        file = rng.choice(files)
+        good = file.read_bytes()
+        at, bit = rng.randrange(len(good)), 1 << rng.randrange(8)
+        file.write_bytes(good[:at] + bytes([good[at] ^ bit]) + good[at + 1 :])
+        entry = by_path[file]
+        try:
+            assert cache.verify(entry), (file, at, bit)
+            with pytest.raises(OpdError):
+                open_shard(entry.path, "scores")
+            if count % 100 == 0:
+                with pytest.raises(OpdError):
+                    units.main("round-0", numbers[entry.path], scored.config)
+        finally:
+            file.write_bytes(good)
+    assert all(cache.verify(entry) is None for entry in found)
+
+
+def test_scores_of_a_moved_run_need_no_forward(scored: ScoredRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found in the cache: the teacher isn't even loaded."""
+    from stages.context import Speaker
+
+    def never(self: Speaker) -> None:
+        raise AssertionError("the teacher was loaded")
+
+    monkeypatch.setattr(Speaker, "load", never)
+    before = scored.shard(1).resolve().stat().st_mtime_ns
+    scored.shard(1).unlink()
+    scores.main("round-0", 1, scored.config, None)
+    assert scored.shard(1).resolve().stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_killed_fifty_times_in_scoring(scored: ScoredRun, tmp_path: Path) -> None:
+    """Byte-identical to the uninterrupted run, nothing finished is made again, nothing temporary left."""
+    expected = {scored.shard(n).resolve().name: scored.shard(n).read_bytes() for n in range(scored.shards)}
+    environment = {**os.environ, "OPD_CACHE": str(tmp_path), "OMP_WAIT_POLICY": "passive"}
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests/scoring_process.py"), str(scored.config), str(scored.shards)],
+        cwd=scored.folder,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin and process.stdout
+    rng, kills, completed, one, in_writing = random.Random(0), 0, 0, 0.0, 0
+    finished: dict[str, int] = {}
+
+    def start() -> int:
+        process.stdin.write("go\n")  # type: ignore[union-attr]
+        process.stdin.flush()  # type: ignore[union-attr]
+        return int(process.stdout.readline())  # type: ignore[union-attr]
+
+    while kills < 50 or completed < 2:
+        child, began = start(), time.monotonic()
+        # First an uninterrupted run, which says how long a shard takes; then kills; then one that may finish.
+        deadline = began + rng.uniform(0, 2 * one) if completed and kills < 50 else float("inf")
+        while time.monotonic() < deadline and Path(f"/proc/{child}").exists() and not _gone(child):
+            time.sleep(0.002)
+        in_writing += bool(list(tmp_path.glob("scores/.*.tmp")))
+        if time.monotonic() >= deadline:
+            os.kill(child, signal.SIGKILL)
+        status = int(process.stdout.readline())
+        whole = [p for p in tmp_path.glob("scores/*.parquet") if manifest_path(p).exists()]
+        for path in whole:
+            # What was finished before is the same file still.
+            assert finished.setdefault(path.name, path.stat().st_ino) == path.stat().st_ino
+        if os.WIFSIGNALED(status):
+            kills += 1
+            continue
+        assert status == 0
+        found = {p.name: p.read_bytes() for p in whole}
+        assert found == expected
+        assert not list(tmp_path.rglob("*.tmp")) and not list(scored.folder.rglob("runs/**/*.tmp"))
+        one = one or (time.monotonic() - began) / scored.shards
+        completed += 1
+        shutil.rmtree(tmp_path / "scores")
+        finished.clear()
+    process.stdin.close()
+    assert process.wait(30) == 0
+    assert in_writing > 3  # some of the kills did hit a shard that was being written
+    print(f"{kills} kills, {completed} completed runs, {in_writing} kills while a shard was being written")
+
+
+def _gone(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_rows_are_complete(scored: ScoredRun) -> None:
+    """Candidates, stopping and the rest hold all mass, up to rounding; the realised token is there in any case."""
+    table = open_shard(scored.shard(2), "scores").read().to_pylist()
+    assert {row["token_id"] >= 0 for row in table} == {True, False}
+    for row in table:
+        kept = np.array(row["cand_logp"])
+        assert (np.diff(kept) <= 0).all() and len(kept) <= 20
+        held = np.exp(kept).sum() + np.exp(row["stop_logp"]) + np.exp(row["tail_logp"])
+        assert abs(held - 1) < 0.02 and 0 <= row["entropy"] < 11 and -40 < row["logp"] <= 0
+    assert any(row["token_id"] not in row["cand_id"] for row in table if row["token_id"] >= 0)
