@@ -17,6 +17,7 @@ from stages import (
     coverage,
     evaluate,
     models,
+    plan,
     policy,
     prompts,
     report,
@@ -52,6 +53,7 @@ for name, stage in STAGES.items():
 app.command("align", rich_help_panel="Ask")(console.reporting(align.main))
 app.command("support", rich_help_panel="Ask")(console.reporting(support.main))
 app.command("audit", rich_help_panel="Ask")(console.reporting(audit.main))
+app.command("plan", rich_help_panel="Ask")(console.reporting(plan.main))
 app.add_typer(cache.app, name="cache", rich_help_panel="Ask")
 
 

@@ -1,0 +1,82 @@
+"""What `opd plan` says against sums over a whole vocabulary, and one real run of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from schemas.tables import arrow_schema
+from stages.cli import app
+from stages.plan import WIDTH, what_rules_keep
+
+
+def test_rules_are_sums_over_the_vocabulary() -> None:
+    rng = np.random.default_rng(0)
+    vocab, rows, full = 800, [], []
+    for pos in range(40):
+        p = rng.dirichlet(np.full(vocab, 0.05)) + 1e-12
+        p = np.sort(p / p.sum())[::-1]
+        stop, p = p[7], np.delete(p, 7)  # the stop set is no candidate
+        full.append((stop, p))
+        rows.append(
+            {"rollout_id": "r", "pos": pos, "byte_start": 0, "byte_end": 1, "token_id": 5, "logp": -1.0}
+            | {"entropy": float(-(p * np.log(p)).sum() - stop * np.log(stop)), "stop_logp": float(np.log(stop))}
+            | {"tail_logp": float(np.log(p[WIDTH:].sum()))}
+            | {"cand_id": list(range(WIDTH)), "cand_logp": np.log(p[:WIDTH]).tolist()}
+        )
+    table = pa.Table.from_pylist(rows, schema=arrow_schema("scores"))
+    found = {rule["rule"]: rule for rule in what_rules_keep(table, vocab)}
+
+    def reference(count: Any) -> tuple[float, float, float]:
+        kept, mass, kl = [], [], []
+        for stop, p in full:
+            k = count(stop, p)
+            tail = p[k:].sum()
+            kept.append(k)
+            mass.append(p[:k].sum() + stop)
+            kl.append((p[k:] * np.log(p[k:] / (tail / (vocab - k - 1)))).sum() if tail > 0 else 0.0)
+        return tuple(map(float, map(np.mean, (kept, mass, kl))))  # type: ignore[return-value]
+
+    for k in (8, 32, 256):
+        expected = reference(lambda stop, p, k=k: k)
+        assert [found[f"k_max {k}"][n] for n in ("kept", "mass", "kl")] == pytest.approx(expected, rel=1e-4, abs=2e-5)
+    for floor in (0.01, 0.0005):
+        expected = reference(lambda stop, p, floor=floor: max(1, int((p[:WIDTH] >= floor).sum())))
+        assert [found[f"min_p {floor:g}"][n] for n in ("kept", "mass", "kl")] == pytest.approx(
+            expected, rel=1e-3, abs=2e-5
+        )
+    expected = reference(lambda stop, p: int(((p.cumsum() - p + stop) < 0.9)[:WIDTH].sum()))
+    assert [found["mass 0.9"][n] for n in ("kept", "mass", "kl")] == pytest.approx(expected, rel=1e-3, abs=2e-5)
+    sizes = [found[f"k_max {k}"]["bytes_per_token"] for k in (8, 32, 128)]
+    assert sizes == sorted(sizes) and sizes[0] > 8
+
+
+@pytest.mark.slow
+def test_a_plan_of_a_real_run(smollm2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = yaml.safe_load((Path(__file__).parents[1] / "config/config.yaml").read_text())
+    config["prompts"]["splits"] = {"examples": 0, "train": 12, "dev": 0, "test": 1}
+    config["student"] = {"model": smollm2.ref.path}
+    config["teacher"] = {"model": smollm2.ref.path, "prompt": "{{ prompt }} (The answer is {{ answer }}.)"}
+    config["train"] = {"batch_size": 4}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPD_CACHE", str(tmp_path / "cache"))
+    arguments = ["plan", "--config", "config.yaml", "--responses", "8", "--json"]
+    outcome = CliRunner().invoke(app, arguments)
+    assert outcome.exit_code == 0, outcome.output
+    plan = json.loads(next(line for line in outcome.output.splitlines() if line.startswith("{")))
+    assert plan["responses"] == 8 and all(rate > 1 for rate in plan["rates"].values())
+    kl = [rule["kl"] for rule in plan["rules"] if rule["rule"].startswith("k_max")]
+    assert kl == sorted(kl, reverse=True) and kl[0] > 0
+    assert plan["costs"]["responses"] == 480
+    assert not list(tmp_path.glob("runs*"))  # it leaves nothing but a prepared model and scores in the cache
+    outcome = CliRunner().invoke(app, [*arguments, "--score-rate", "1000000"])
+    faster = json.loads(next(line for line in outcome.output.splitlines() if line.startswith("{")))
+    assert faster["costs"]["hours"]["scores"] == pytest.approx(faster["costs"]["tokens"]["scores"] / 1e6 / 3600)
+    outcome = CliRunner().invoke(app, [*arguments[:3], "--responses", "999"])
+    assert outcome.exit_code == 2
