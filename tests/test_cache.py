@@ -172,7 +172,7 @@ def test_ls_verify_and_gc(tmp_path: Path) -> None:
 class ScoredRun:
     """A run of the stages themselves, up to scores: SmolLM2 teaches itself with the answer at hand."""
 
-    def __init__(self, folder: Path, model: str, shards: int = 6) -> None:
+    def __init__(self, folder: Path, model: str, shards: int = 6, **scores: Any) -> None:
         self.folder, self.shards, self.cache = folder, shards, folder / "cache"
         config: dict[str, Any] = yaml.safe_load((ROOT / "config/config.yaml").read_text())
         config["prompts"]["splits"] = {"examples": 0, "train": 2 * shards, "dev": 0, "test": 1}
@@ -180,26 +180,31 @@ class ScoredRun:
         config["teacher"] = {"model": model, "prompt": "{{ prompt }} (The answer is {{ answer }}.)"}
         config["rollouts"] |= {"rounds": 1, "prompts": 2 * shards, "shard_size": 2, "max_new_tokens": 12}
         config["audit"] = {"responses": 1}
+        if scores:
+            config["rollouts"]["top_k"], config["scores"] = 6, scores
         self.config = folder / "config.yaml"
         self.config.write_text(yaml.safe_dump(config))
 
     def shard(self, number: int, table: str = "scores") -> Path:
         return self.folder / f"runs/default/round-0/{table}/{number:03}.parquet"
 
+    def make(self, patch: pytest.MonkeyPatch) -> "ScoredRun":
+        """Run the stages; the process stays in the run's folder, with its cache."""
+        patch.chdir(self.folder)
+        patch.setenv("OPD_CACHE", str(self.cache))
+        prompts.main(self.config)
+        for role in ("student", "teacher"):
+            models.main(role, self.config)
+        for shard in range(self.shards):
+            rollouts.main("round-0", shard, self.config, None)
+            scores.main("round-0", shard, self.config, None)
+        return self
+
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory: pytest.TempPathFactory, smollm2: Any) -> Any:
-    run = ScoredRun(tmp_path_factory.mktemp("scored"), smollm2.ref.path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(run.folder)
-        patch.setenv("OPD_CACHE", str(run.cache))
-        prompts.main(run.config)
-        for role in ("student", "teacher"):
-            models.main(role, run.config)
-        for shard in range(run.shards):
-            rollouts.main("round-0", shard, run.config, None)
-            scores.main("round-0", shard, run.config, None)
-        yield run
+        yield ScoredRun(tmp_path_factory.mktemp("scored"), smollm2.ref.path).make(patch)
 
 
 def test_the_audit_is_in_the_manifest_and_stops_what_differs(
@@ -334,3 +339,40 @@ def test_rows_are_complete(scored: ScoredRun) -> None:
         held = np.exp(kept).sum() + np.exp(row["stop_logp"]) + np.exp(row["tail_logp"])
         assert abs(held - 1) < 0.02 and 0 <= row["entropy"] < 11 and -40 < row["logp"] <= 0
     assert any(row["token_id"] not in row["cand_id"] for row in table if row["token_id"] >= 0)
+
+
+@pytest.mark.parametrize("support", ["student", "union"])
+def test_the_students_own_candidates_are_kept(
+    support: str, smollm2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = ScoredRun(tmp_path, smollm2.ref.path, shards=1, support=support, k_max=4).make(monkeypatch)
+    stop = set(smollm2.stop().tolist())
+    rows = iter(open_shard(run.shard(0), "scores").read().to_pylist())
+    sampled = open_shard(run.shard(0, "rollouts"), "rollouts").read().to_pylist()
+    sizes = []
+    for response in sampled:
+        stopped = response["finish_reason"] == "stop"
+        for top in response["top_id"]:
+            kept = set(next(rows)["cand_id"])
+            own = set(top) - stop
+            assert len(top) == 6 and own <= kept and (support == "union" or own == kept)
+            sizes.append(len(kept - own))
+        if not stopped:
+            assert len(next(rows)["cand_id"]) == (4 if support == "union" else 0)  # nothing was asked at the cut
+    assert next(rows, None) is None
+    assert max(sizes) <= 4 and (support == "student" or max(sizes) > 0)
+
+
+def test_one_line_reads_a_shard_elsewhere(scored: ScoredRun) -> None:
+    """The README's lines: polars, datasets, duckdb."""
+    import datasets
+    import duckdb
+    import polars as pl
+
+    files = str(scored.shard(0).parent / "*.parquet")
+    frame = pl.read_parquet(files)
+    loaded = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(scored.folder / "hf"))
+    (found,) = duckdb.sql(f"select count(*), avg(logp), sum(len(cand_id)) from '{files}'").fetchall()
+    assert found[0] == len(frame) == len(loaded)
+    assert found[1] == pytest.approx(frame["logp"].mean()) and found[2] == frame["cand_id"].list.len().sum()
+    assert loaded["cand_id"][3] == frame["cand_id"][3].to_list()
