@@ -27,7 +27,8 @@ from schemas.tables import writer_options
 
 WIDTH = 512  # candidates looked at; no rule keeps more
 UNIFORM = 0.02  # share of the uniform distribution in the tail prior
-OURS, PEER = "probability floor, tail prior (ours)", "DistillKit, its values taken as exact"
+OURS, PEER = "probability floor (what a shard holds)", "DistillKit, its values taken as exact"
+PRIOR = "probability floor and a tail prior (not stored)"
 
 
 @dataclass(frozen=True)
@@ -277,15 +278,15 @@ def plot(fidelity: pl.DataFrame, path: Path) -> None:
     peer = fidelity.filter(pl.col("family") == "DistillKit").with_columns(family=pl.lit(PEER))
     lines = pl.concat(
         [
-            ours.filter(family="probability floor").with_columns(family=pl.lit(OURS)),
-            plain.filter(family="probability floor").with_columns(family=pl.lit("probability floor, uniform tail")),
-            ours.filter(family="fixed k").with_columns(family=pl.lit("fixed k, tail prior")),
+            plain.filter(family="probability floor").with_columns(family=pl.lit(OURS)),
+            ours.filter(family="probability floor").with_columns(family=pl.lit(PRIOR)),
+            plain.filter(family="fixed k").with_columns(family=pl.lit("fixed k")),
             peer,
         ],
         how="diagonal",
     )
-    dots = ours.filter(family="mass").with_columns(family=pl.lit("share of the mass, tail prior"))
-    names = [OURS, "probability floor, uniform tail", "fixed k, tail prior", "share of the mass, tail prior", PEER]
+    dots = plain.filter(family="mass").with_columns(family=pl.lit("share of the mass"))
+    names = [OURS, PRIOR, "fixed k", "share of the mass", PEER]
     colour = alt.Color(
         "family:N",
         title=None,

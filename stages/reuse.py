@@ -17,7 +17,7 @@ from stages.context import (
     policy,
     read_config,
 )
-from stages.scores import write_provenance
+from stages.provenance import write_provenance
 
 
 def main(phase: PhaseOption, shard: ShardOption = 0, config_file: ConfigOption = DEFAULT_CONFIG) -> None:

@@ -1,7 +1,6 @@
 """Scores: have the teacher score a rollout shard, unless the cache holds the answer already."""
 
 import hashlib
-import json
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
 from pipeline.asked import asked_ids
@@ -19,7 +17,7 @@ from pipeline.compact import STATISTIC_BITS, candidates, rounded
 from pipeline.lm import check_head, head
 from pipeline.prompts import Renderer
 from pipeline.score import Scores, hidden_rows, score
-from pipeline.shards import Shard, open_shard, open_writer, write_text
+from pipeline.shards import Shard, open_shard, open_writer
 from pipeline.support import pair_ids, same_ids
 from pipeline.tokens import Spelling, spell, text_tokenizer
 from pipeline.view import sampled_tokens
@@ -40,6 +38,7 @@ from stages.context import (
     read_config,
     teacher,
 )
+from stages.provenance import write_provenance
 
 
 def main(
@@ -234,14 +233,6 @@ def _table(names: pa.ChunkedArray, spelling: Spelling, scored: Scores) -> pa.Tab
         "cand_logp": pa.ListArray.from_arrays(lists, pa.array(cand_logp), type=schema.field("cand_logp").type),
     }
     return pa.table(columns, schema=schema)
-
-
-def write_provenance(link: Path, scores: Shard, origin: str) -> None:
-    """Note beside a run's shard how it came by its teacher tokens: `scored`, `cache` or `reused from <folder>`."""
-    # Rows without a token are ends of responses.
-    tokens = sum(pc.sum(pc.greater_equal(group["token_id"], 0)).as_py() or 0 for group in scores.row_groups())
-    about = {"origin": origin, "teacher_tokens": tokens, "rows": scores.rows, "bytes": scores.manifest.bytes}
-    write_text(layout.provenance_path(link), json.dumps(about) + "\n")
 
 
 if __name__ == "__main__":
