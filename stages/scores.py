@@ -148,7 +148,9 @@ class Job:
         samples = choose(self.rollouts.rows, self.config.audit.responses, self.inputs["responses"])
         kept: list[tuple[np.ndarray, np.ndarray, pa.Table]] = []
         first = 0
-        origin = {"teacher": self.teacher.ref.source, **self.rollouts.manifest.origin}
+        revision = self.config.teacher.revision
+        name = self.teacher.ref.source + (f"@{revision}" if revision else "")
+        origin = {"teacher": name, **self.rollouts.manifest.origin}
         with (
             console.progress(label, total, "teacher tokens") as advance,
             open_writer(path, "scores", self.identity, self.inputs, origin) as writer,
