@@ -104,15 +104,23 @@ def load_tokenizer(source: str, folder: str | Path) -> Any:
         raise OpdError(f"model {source!r}: its tokenizer can't be loaded: {_line(error)}") from error
 
 
-def load_model(ref: ModelRef, dtype: str) -> Any:
-    """The causal language model in evaluation mode, on the GPU when there is one."""
+def load_model(ref: ModelRef, dtype: str, layers: bool = True) -> Any:
+    """The causal language model in evaluation mode, on the GPU when there is one.
+
+    Without `layers` it is embeddings, final norm and head only: enough to turn another engine's hidden states into
+    logits, and to see how the architecture does so.
+    """
     import torch  # noqa: PLC0415
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
     from transformers.utils import logging  # noqa: PLC0415
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # layers left out on purpose are no news
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(ref.path, dtype=getattr(torch, dtype))
+        config = AutoConfig.from_pretrained(ref.path)
+        if not layers:
+            config.get_text_config().num_hidden_layers = 0
+        model: Any = AutoModelForCausalLM.from_pretrained(ref.path, config=config, dtype=getattr(torch, dtype))
     except (OSError, ValueError, KeyError) as error:
         raise OpdError(f"model {ref.source!r}: it can't be loaded: {_line(error)}") from error
     settings = model.generation_config

@@ -78,7 +78,7 @@ def _sample_batch(
 ) -> list[Response]:
     rows = len(prompts)
     device = model.device
-    uniforms = torch.from_numpy(np.stack([np.random.Generator(np.random.Philox(s)).random(steps) for s in seeds]))
+    uniforms = torch.from_numpy(np.stack([uniforms_of(seed, steps) for seed in seeds]))
     stop_index = torch.from_numpy(stop.astype(np.int64)).to(device)
     ids, mask = (t.to(device) for t in pad(prompts, left=True))
     drawn = np.full((rows, steps), -1, np.int64)
@@ -93,29 +93,62 @@ def _sample_batch(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         )
         cache = out.past_key_values
-        logp = torch.log_softmax(head(model, out.last_hidden_state[:, -1]).float(), -1)
-        token, sampled = _draw(logp, uniforms[live.cpu(), step].to(device), temperature, top_p)
-        halts = torch.isin(token, stop_index)
+        logits = head(model, out.last_hidden_state[:, -1])
+        draws = draw(logits, uniforms[live.cpu(), step].to(device), stop_index, temperature, top_p, top_k)
         at = live.cpu().numpy()
-        if top_k:
-            top_id[at, step] = likeliest(logp, top_k)[1].cpu().numpy()
-        drawn[at, step] = token.cpu().numpy()
-        stop_logp = torch.stack([logp[:, stop_index].logsumexp(1), sampled[:, stop_index].logsumexp(1)])
-        own_logp = torch.stack([t.gather(1, token[:, None])[:, 0] for t in (logp, sampled)])
-        behavior[at, step], sampler[at, step] = torch.where(halts, stop_logp, own_logp).cpu().numpy()
-        stopped[at] = halts.cpu().numpy()
-        keep = torch.nonzero(~halts)[:, 0]
+        drawn[at, step], top_id[at, step] = draws.token.cpu().numpy(), draws.top_id.cpu().numpy()
+        behavior[at, step], sampler[at, step] = draws.logps.cpu().numpy()
+        stopped[at] = draws.halts.cpu().numpy()
+        keep = torch.nonzero(~draws.halts)[:, 0]
         if len(keep) == 0:
             break
         if len(keep) < len(live):
             cache.batch_select_indices(keep)
-        live, ids = live[keep], token[keep, None]
+        live, ids = live[keep], draws.token[keep, None]
         mask = torch.cat([mask[keep], torch.ones_like(ids)], 1)
     lengths = (drawn >= 0).sum(1)
     return [
         Response(drawn[i, :n].astype(np.int32), behavior[i, :n], sampler[i, :n], top_id[i, :n], bool(stopped[i]))
         for i, n in enumerate(lengths)
     ]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """One token for each of several rows."""
+
+    token: torch.Tensor
+    """int64 (rows,)"""
+    halts: torch.Tensor
+    """bool (rows,): a stop id was drawn."""
+    logps: torch.Tensor
+    """float32 (2, rows): log-probs of the model and of the sampler; of stopping where it halts."""
+    top_id: torch.Tensor
+    """int64 (rows, top_k): the likeliest ids."""
+
+
+def uniforms_of(seed: int, steps: int) -> np.ndarray:
+    """float64 (steps,): a response's own random stream, one number per token."""
+    return np.random.Generator(np.random.Philox(seed)).random(steps)
+
+
+def draw(
+    logits: torch.Tensor, uniform: torch.Tensor, stop: torch.Tensor, temperature: float, top_p: float, top_k: int
+) -> Draws:
+    """One step of sampling, the same for every engine.
+
+    Args:
+        logits: (rows, vocab), as the model gives them.
+        uniform: float64 (rows,), what decides each row's token.
+        stop: int64 ids that end a response.
+    """
+    logp = torch.log_softmax(logits.float(), -1)
+    token, sampled = _draw(logp, uniform, temperature, top_p)
+    halts = torch.isin(token, stop)
+    stop_logp = torch.stack([logp[:, stop].logsumexp(1), sampled[:, stop].logsumexp(1)])
+    own_logp = torch.stack([t.gather(1, token[:, None])[:, 0] for t in (logp, sampled)])
+    top_id = likeliest(logp, top_k)[1] if top_k else token.new_empty(len(token), 0)
+    return Draws(token, halts, torch.where(halts, stop_logp, own_logp), top_id)
 
 
 def _draw(

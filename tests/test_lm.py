@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from functools import cache, partial
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from transformers import (
 
 from pipeline import score as score_module
 from pipeline.lm import batches, check_head, common_start, halving, head, pad, top_k
+from pipeline.models import ModelRef, load_model
 from pipeline.sample import Response, _draw, sample, seed_of
 from pipeline.score import Scores, hidden_rows, score
 from schemas.errors import OpdError
@@ -139,6 +141,27 @@ def test_check_head_refuses_scaled_logits() -> None:
     model = GraniteForCausalLM(GraniteConfig(**SHAPE, logits_scaling=8.0)).eval()
     with pytest.raises(OpdError, match=r"granite-tiny.*GraniteForCausalLM"):
         check_head(model, "granite-tiny")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_head_without_the_layers(name: str, tmp_path: Path) -> None:
+    whole = model_of(name)
+    whole.save_pretrained(tmp_path)
+    bare = load_model(reference_to(tmp_path), "float32", layers=False)
+    assert len(list(bare.parameters())) < len(list(whole.parameters()))
+    check_head(bare, name)
+    hidden = torch.randn(5, 32)
+    assert torch.equal(head(bare, hidden), head(whole, hidden))
+
+
+def test_scaled_logits_are_refused_without_the_layers_too(tmp_path: Path) -> None:
+    GraniteForCausalLM(GraniteConfig(**SHAPE, logits_scaling=8.0)).save_pretrained(tmp_path)
+    with pytest.raises(OpdError, match=r"granite-tiny.*GraniteForCausalLM"):
+        check_head(load_model(reference_to(tmp_path), "float32", layers=False), "granite-tiny")
+
+
+def reference_to(folder: Path) -> ModelRef:
+    return ModelRef(source="tiny", path=str(folder), weights="", tokenizer="")
 
 
 # ---- scoring ----
