@@ -38,6 +38,25 @@ class Prompts(Section):
     splits: Splits = Field(Splits(), description="how many rows go where")
 
 
+VLLM_OPTIONS = (
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "enable_expert_parallel",
+    "distributed_executor_backend",
+    "disable_custom_all_reduce",
+    "gpu_memory_utilization",
+    "kv_cache_memory_bytes",
+    "cpu_offload_gb",
+    "block_size",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "enforce_eager",
+    "attention_backend",
+)
+"""Arguments of `vllm.LLM` that say where and how fast it computes; those that say what (quantization, ...) stay out."""
+
+
 class Model(Section):
     """A model and how it is prompted."""
 
@@ -46,6 +65,15 @@ class Model(Section):
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     dtype: Literal["bfloat16", "float32", "float16"] = Field("bfloat16", description="dtype of the forward pass")
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="what samples its rollouts or computes its scores; vllm: pip install 'offline-opd[vllm]'",
+    )
+    engine_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="arguments of `vllm.LLM` that leave the result as it is: tensor_parallel_size, gpu_memory_utilization, "
+        "max_num_seqs, ...; they are not part of a result's identity",
+    )
     chat: bool | None = Field(
         None, description="wrap the prompt in the tokenizer's chat template; null: exactly when it has one"
     )
@@ -64,6 +92,14 @@ class Model(Section):
     def _system_needs_chat(self) -> "Model":
         if self.system is not None and self.chat is False:
             raise ValueError("`system` needs a chat template, but `chat` is false")
+        return self
+
+    @model_validator(mode="after")
+    def _options_change_no_result(self) -> "Model":
+        if self.engine_options and self.engine != "vllm":
+            raise ValueError("`engine_options` are for `engine: vllm`")
+        if unknown := self.engine_options.keys() - set(VLLM_OPTIONS):
+            raise ValueError(f"`engine_options` takes {', '.join(VLLM_OPTIONS)}, found {', '.join(sorted(unknown))}")
         return self
 
 

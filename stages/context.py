@@ -59,14 +59,18 @@ class Speaker:
             "max_position_embeddings", sys.maxsize
         )
 
-    def load(self) -> Any:
-        """The model itself. Raises OpdError when its files are no longer those that were prepared."""
+    def check(self) -> None:
+        """Raise OpdError when the model's files are no longer those that were prepared."""
         if reference(self.ref.source, Path(self.ref.path)).identity() != self.ref.identity():
             raise OpdError(
                 f"model {self.ref.source!r}: the files in {self.ref.path} changed after they were prepared; run the models "
                 "stage again"
             )
-        return load_model(self.ref, self.config.dtype)
+
+    def load(self, layers: bool = True) -> Any:
+        """The model itself, checked, or what it is without its layers (see `load_model`)."""
+        self.check()
+        return load_model(self.ref, self.config.dtype, layers)
 
     def renderer(self, prompts: "PromptTable") -> Renderer:
         """Renders prompts for this model, with as many worked examples as the run has."""

@@ -4,14 +4,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.lm import check_head
-from pipeline.sample import Response, sample, seed_of
+from pipeline.sample import Response, seed_of
 from pipeline.shards import open_writer
 from pipeline.texts import valid_prefix
 from schemas.config import Config
 from schemas.errors import OpdError
 from schemas.tables import arrow_schema
-from stages import console, layout
+from stages import console, engines, layout
 from stages.context import (
     DEFAULT_CONFIG,
     ConfigOption,
@@ -48,12 +47,11 @@ def main(
     limit = student.context - config.rollouts.max_new_tokens
     renderer = student.renderer(prompts)
     ids = renderer.ids([row for row, _ in jobs], limit)
-    model = student.load()
-    check_head(model, student.ref.source)
     path = layout.shard_path(config, phase, "rollouts", shard)
     options = config.rollouts
     identity = {
         "policy": student.ref.identity(),
+        "engine": student.config.engine,
         "dtype": student.config.dtype,
         "prompt": renderer.identity,
         "sampling": options.model_dump(include={"temperature", "top_p", "max_new_tokens", "top_k"}),
@@ -62,7 +60,9 @@ def main(
         "phase": phase,
     }
     inputs = {"prompts": prompts.shard.manifest.sha256}
+    longest = max(map(len, ids)) + options.max_new_tokens
     with (
+        engines.sampler(student, config, longest) as sample,
         console.progress(f"{phase} rollouts", len(jobs), "responses") as advance,
         open_writer(path, "rollouts", identity, inputs, {"student": student.ref.source}) as writer,
     ):
@@ -70,16 +70,14 @@ def main(
             chunk = jobs[start : start + ROW_GROUP]
             names = [f"{kind[0]}{number}-{row['prompt_id']}-{n}" for row, n in chunk]
             responses = sample(
-                model,
-                ids[start : start + ROW_GROUP],
-                [seed_of(config.seed, name) for name in names],
-                student.stop,
-                options.max_new_tokens,
-                options.temperature,
-                options.top_p,
-                options.batch_size,
-                options.top_k,
-                advance,
+                prompts=ids[start : start + ROW_GROUP],
+                seeds=[seed_of(config.seed, name) for name in names],
+                stop=student.stop,
+                max_new_tokens=options.max_new_tokens,
+                temperature=options.temperature,
+                top_p=options.top_p,
+                top_k=options.top_k,
+                advance=advance,
             )
             rows = [
                 _row(name, number, job, prompt, response, student, options.temperature != 1 or options.top_p != 1)

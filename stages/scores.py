@@ -2,7 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,8 @@ from pipeline.asked import asked_ids
 from pipeline.audit import choose, deltas, figures
 from pipeline.cache import fetch_or_make, lists_digest, responses_digest
 from pipeline.compact import STATISTIC_BITS, candidates, rounded
-from pipeline.lm import check_head, head
 from pipeline.prompts import Renderer
-from pipeline.score import Scores, hidden_rows, score
+from pipeline.score import Scores, score
 from pipeline.shards import Shard, open_shard, open_writer
 from pipeline.support import pair_ids, same_ids
 from pipeline.tokens import Spelling, spell, text_tokenizer
@@ -24,7 +23,7 @@ from pipeline.view import sampled_tokens
 from schemas.config import Config
 from schemas.errors import OpdError
 from schemas.tables import arrow_schema
-from stages import console, layout
+from stages import console, engines, layout
 from stages.context import (
     DEFAULT_CONFIG,
     ConfigOption,
@@ -90,7 +89,7 @@ class Job:
         return {
             "teacher": self.teacher.ref.identity(),
             "reads": "tokens" if self.reads_tokens else "text",
-            "engine": "transformers",
+            "engine": self.config.teacher.engine,
             "dtype": self.config.teacher.dtype,
             "prompt": self.renderer.identity,
             "stop_ids": self.teacher.stop.tolist(),
@@ -140,10 +139,9 @@ class Job:
 
     def write(self, path: Path, label: str) -> None:
         """Score the shard row group by row group."""
-        model = self.teacher.load()
-        check_head(model, self.teacher.ref.source)
-        scores, context = self.config.scores, self.teacher.context
+        scores = self.config.scores
         spelled = [self.read(group) for group in self.rollouts.row_groups()]
+        longest = self.longest(spelled)
         total = sum(len(spelling.ids) for spelling in spelled)
         samples = choose(self.rollouts.rows, self.config.audit.responses, self.inputs["responses"])
         kept: list[tuple[np.ndarray, np.ndarray, pa.Table]] = []
@@ -151,37 +149,35 @@ class Job:
         revision = self.config.teacher.revision
         name = self.teacher.ref.source + (f"@{revision}" if revision else "")
         origin = {"teacher": name, **self.rollouts.manifest.origin}
-        with (
-            console.progress(label, total, "teacher tokens") as advance,
-            open_writer(path, "scores", self.identity, self.inputs, origin) as writer,
-        ):
-            for group, spelling, asked in zip(self.rollouts.row_groups(), spelled, self.teacher_prompts, strict=True):
-                responses = np.split(spelling.ids, spelling.offsets[1:-1])
-                for name, prompt, response in zip(group["rollout_id"].to_pylist(), asked, responses, strict=True):
-                    if len(prompt) + len(response) > context:
-                        raise OpdError(
-                            f"rollout {name}: prompt and response take {len(prompt) + len(response)} tokens for "
-                            f"{self.teacher.ref.source}, whose context is {context}; lower rollouts.max_new_tokens"
-                        )
-                scored = score(
-                    hidden_rows(model, asked, responses, scores.batch_tokens, console.say),
-                    partial(head, model),
-                    responses,
-                    self.teacher.stop,
-                    scores.mass,
-                    0 if scores.support == "student" else scores.k_max,
-                    scores.min_p,
-                    self.asked(group, spelling),
-                    advance,
-                )
-                table = _table(group["rollout_id"], spelling, scored)
-                writer.write(table)
-                for at in samples[(samples >= first) & (samples < first + len(group))] - first:
-                    row = int(spelling.offsets[at] + at)
-                    kept.append((asked[at], responses[at], table.slice(row, len(responses[at]) + 1)))
-                first += len(group)
+        with open_writer(path, "scores", self.identity, self.inputs, origin) as writer:
+            with (
+                engines.scorer(self.teacher, self.config, longest) as (hidden_rows, logits, model),
+                console.progress(label, total, "teacher tokens") as advance,
+            ):
+                for group, spelling, asked in zip(
+                    self.rollouts.row_groups(), spelled, self.teacher_prompts, strict=True
+                ):
+                    responses = np.split(spelling.ids, spelling.offsets[1:-1])
+                    scored = score(
+                        hidden_rows(asked, responses),
+                        logits,
+                        responses,
+                        self.teacher.stop,
+                        scores.mass,
+                        0 if scores.support == "student" else scores.k_max,
+                        scores.min_p,
+                        self.asked(group, spelling),
+                        advance,
+                    )
+                    table = _table(group["rollout_id"], spelling, scored)
+                    writer.write(table)
+                    for at in samples[(samples >= first) & (samples < first + len(group))] - first:
+                        row = int(spelling.offsets[at] + at)
+                        kept.append((asked[at], responses[at], table.slice(row, len(responses[at]) + 1)))
+                    first += len(group)
             if kept:
-                writer.figures |= self.audit(model, kept)
+                # Another engine's scores are looked at again by `transformers`, once that engine is closed.
+                writer.figures |= self.audit(model or self.teacher.load(), kept)
 
     def audit(self, model: Any, kept: list[tuple[np.ndarray, np.ndarray, pa.Table]]) -> dict[str, Any]:
         """Score (prompt, response, rows of the shard) again and compare; `model` is converted in place.
@@ -202,6 +198,20 @@ class Job:
                 f"most; audit.max_mean_delta is {limits.max_mean_delta}, audit.max_delta {limits.max_delta}"
             )
         return found
+
+    def longest(self, spelled: list[Spelling]) -> int:
+        """Tokens of the longest prompt and response together. Raises OpdError when the teacher can't read that many."""
+        longest = 0
+        for group, spelling, prompts in zip(self.rollouts.row_groups(), spelled, self.teacher_prompts, strict=True):
+            lengths = np.diff(spelling.offsets) + [len(prompt) for prompt in prompts]
+            at = int(lengths.argmax())
+            if lengths[at] > self.teacher.context:
+                raise OpdError(
+                    f"rollout {group['rollout_id'][at].as_py()}: prompt and response take {lengths[at]} tokens for "
+                    f"{self.teacher.ref.source}, whose context is {self.teacher.context}; lower rollouts.max_new_tokens"
+                )
+            longest = max(longest, int(lengths[at]))
+        return longest
 
 
 def _table(names: pa.ChunkedArray, spelling: Spelling, scored: Scores) -> pa.Table:

@@ -45,6 +45,12 @@ def test_the_conda_environment_lists_the_projects_dependencies() -> None:
         ({"student": {}}, "`student.model` is missing"),
         ({"objective": {"recipe": "magic"}}, "`objective.recipe`: input should be 'hybrid', 'simct'"),
         ({"teacher": {"model": "x", "chat": False, "system": "s"}}, "`teacher`: `system` needs a chat template"),
+        ({"teacher": {"model": "x", "engine": "vlm"}}, "`teacher.engine`: input should be 'transformers' or 'vllm'"),
+        ({"teacher": {"model": "x", "engine_options": {"max_num_seqs": 4}}}, "`engine_options` are for `engine: vllm`"),
+        (
+            {"teacher": {"model": "x", "engine": "vllm", "engine_options": {"quantization": "fp8"}}},
+            "`engine_options` takes tensor_parallel_size, ",
+        ),
         ({"student": {"model": "x", "dtype": "float16"}}, "`student.dtype`: float16 overflows in training"),
         ({"run": "../up"}, "`run`: string should match pattern"),
         ({"prompts": 3}, "`prompts`:"),
