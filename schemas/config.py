@@ -153,22 +153,96 @@ class Coverage(Section):
     )
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "forward_kl": {"direction": "forward"},
+    "jsd": {"direction": "jsd"},
+    "kbucket": {"support": "bucket"},
+    "lightning": {"clip": 10.0},
+    "dpca": {"clip": 10.0, "max_unit": 6},
+    "dpca_additive": {"clip": 10.0, "max_unit": 6},
+}
+"""What a recipe sets where the config says nothing; else the keys' own defaults hold."""
+
+_DIVERGENCE, _PATH = {"direction", "support", "tau", "beta"}, {"clip", "max_unit"}
+READS: dict[str, set[str]] = {
+    "hybrid": _DIVERGENCE | _PATH,
+    "simct": {"direction", "unit_score", "tau", "beta", "max_unit"},
+    "strict_1to1": _DIVERGENCE,
+    "forward_kl": {"support", "tau"},
+    "jsd": {"support", "tau", "beta"},
+    "kbucket": {"direction", "beta"},
+    "sampled": _PATH,
+    "lightning": _PATH,
+    "iw_opd": _PATH,
+    "vopd": _PATH,
+    "dpca": _PATH,
+    "dpca_additive": _PATH,
+    "cr_opd": _PATH | {"cr_alpha", "cr_eps"},
+}
+"""The keys that change what a recipe does; any other must be left at its preset."""
+
+_LENIENT = {"hybrid", "simct", "strict_1to1", "sampled"}
+_SHARED = {("direction", "forward"), ("unit_score", "sum"), ("support", "bucket")}
+
+
 class Objective(Section):
     """The loss."""
 
-    recipe: Literal["hybrid", "simct", "strict_1to1", "sampled"] = Field(
+    recipe: Literal[
+        "hybrid",
+        "simct",
+        "strict_1to1",
+        "forward_kl",
+        "jsd",
+        "kbucket",
+        "sampled",
+        "lightning",
+        "iw_opd",
+        "vopd",
+        "dpca",
+        "dpca_additive",
+        "cr_opd",
+    ] = Field(
         "hybrid",
         description="hybrid: KL on 1:1 and stop units, sampled path on the rest | simct: KL over shared tokens and the "
-        "realised unit, everywhere | strict_1to1: KL on 1:1 and stop units only | sampled: the sampled path everywhere",
+        "realised unit, everywhere | strict_1to1: KL on 1:1 and stop units only | forward_kl, jsd, kbucket: strict_1to1 "
+        "with `direction: forward`, `direction: jsd`, `support: bucket` | sampled: the sampled path everywhere | lightning: "
+        "sampled with `clip: 10` (Lightning OPD; its paper has `weights.scheme: uniform`) | iw_opd: sampled, and "
+        "`weights.scheme` must weigh | vopd: sampled less the KL as a baseline | dpca, dpca_additive: sampled, a unit's "
+        "advantage spread over its tokens in proportion to their surprisal or evenly, with `clip: 10` and `max_unit: 6` | "
+        "cr_opd: sampled, and what a unit with a negative advantage loses goes to likely candidates (a hypothesis of a "
+        "survey, without experiments)",
     )
-    direction: Literal["reverse", "forward"] = Field("reverse", description="KL(student || teacher) or the other way")
+    direction: Literal["reverse", "forward", "jsd", "entropy_gated"] = Field(
+        "reverse",
+        description="reverse: KL(student || teacher) | forward: the other way | jsd: generalised Jensen-Shannon | "
+        "entropy_gated: forward where the teacher's entropy over candidates and rest is above 0.8 nats, else reverse",
+    )
     unit_score: Literal["mean", "sum"] = Field(
         "mean", description="score of an n:m unit (SimCT): mean or sum of log-probs"
     )
     support: Literal["renormalise", "bucket"] = Field(
         "renormalise", description="candidates renormalised (SimCT), or all else as one more class (a bound of full KL)"
     )
-    clip: float = Field(5.0, gt=0, description="advantages of the sampled path are clipped to +-clip nats")
+    clip: float = Field(
+        5.0, gt=0, description="advantages of the sampled path (dpca: of each token) are clipped to +-clip nats"
+    )
+    tau: float = Field(1.0, gt=0, description="temperature of both sides of a renormalised divergence")
+    beta: float = Field(
+        0.5, gt=0, lt=1, description="`direction: jsd`: the teacher's share of the mixture; small: nearly forward KL"
+    )
+    cr_alpha: float = Field(0.5, ge=0, le=1, description="cr_opd: the teacher's share in where mass is routed")
+    cr_eps: float = Field(0.001, ge=0, lt=1, description="cr_opd: candidates the student finds less likely get nothing")
+    max_unit: int | None = Field(
+        None, ge=1, description="units of more tokens than this on either side carry no loss; null: no limit"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("recipe"), str):
+            return {**PRESETS.get(values["recipe"], {}), **values}
+        return values
 
     @model_validator(mode="after")
     def _bucket_needs_a_distribution(self) -> "Objective":
@@ -176,6 +250,31 @@ class Objective(Section):
             raise ValueError(
                 "`support: bucket` does not go with `recipe: simct`: at longer units the candidates already hold the "
                 "realised unit's mass, so the classes overlap; use hybrid or strict_1to1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _keys_mean_something(self) -> "Objective":
+        preset = {name: field.default for name, field in type(self).model_fields.items()}
+        preset |= PRESETS.get(self.recipe, {})
+        for name, value in self:
+            if name == "recipe" or name in READS[self.recipe] or value == preset[name]:
+                continue
+            # A file may hold these for several recipes, as it always could.
+            if self.recipe in _LENIENT and (name == "clip" or (name, value) in _SHARED):
+                continue
+            raise ValueError(
+                f"`{name}: {value}` means nothing to `recipe: {self.recipe}`, which reads "
+                f"{', '.join(sorted(READS[self.recipe]))}"
+            )
+        if self.tau != 1 and self.support == "bucket":
+            raise ValueError(
+                f"`tau: {self.tau:g}` does not go with `support: bucket`: the mass of all else at another temperature is "
+                "not known from its mass at 1; use `support: renormalise`"
+            )
+        if self.beta != preset["beta"] and self.direction != "jsd":
+            raise ValueError(
+                f"`beta: {self.beta:g}` is of `direction: jsd` and means nothing to `direction: {self.direction}`"
             )
         return self
 
@@ -252,6 +351,15 @@ class Config(Section):
         if self.student.dtype == "float16":
             raise ValueError(
                 "`student.dtype`: float16 overflows in training without loss scaling; use bfloat16 or float32"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _iw_opd_weighs(self) -> "Config":
+        if self.objective.recipe == "iw_opd" and self.weights.scheme == "uniform":
+            raise ValueError(
+                "`weights.scheme: uniform` makes `objective.recipe: iw_opd` the plain sampled path; weigh by iw_opd, or use "
+                "`recipe: sampled`"
             )
         return self
 

@@ -1,58 +1,192 @@
 """Every objective, each a small pure function of log-probs at aligned units. Nothing here knows models or files.
 
-Shapes: U units, K candidate slots (padded with -inf on the teacher's side and masked out). Log-probs are in nats, natural
-log. Gradients flow through the student only; the teacher's tensors come from disk and carry none.
+Shapes: U units, K candidate slots (padded with -inf on the teacher's side and masked out), R student tokens. Log-probs are in
+nats, natural log. Gradients flow through the student only; the teacher's tensors come from disk and carry none.
+
+Not here, because a batch lacks what they need: PPO's ratio clipping and trust regions (behaviour log-probs), ExOPD (those of a
+reference policy).
 """
 
+from math import log, log1p
 from typing import Literal
 
 import torch
+
+KLDirection = Literal["reverse", "forward"]
+
+SMALLEST_SUM = 1e-8
+"""nats; the multiplicative credit of a unit that the student is surer of than this would divide by nothing."""
 
 
 def clipped_sampled_path(student_logp: torch.Tensor, teacher_logp: torch.Tensor, clip: float) -> torch.Tensor:
     """Policy-gradient surrogate of reverse KL on the sampled unit: -sg[clamp(log p_T - log p_S)] * log p_S.
 
-    Lightning OPD (arXiv 2604.13010) and Thinking Machines' on-policy distillation. (U,) x (U,) -> (U,).
+    Lightning OPD (arXiv 2604.13010; there clip is 10) and Thinking Machines' on-policy distillation. (U,) x (U,) -> (U,).
     """
     advantage = (teacher_logp - student_logp.detach()).clamp(-clip, clip)
     return -advantage * student_logp
 
 
+def vopd(student_logp: torch.Tensor, teacher_logp: torch.Tensor, kl: torch.Tensor, clip: float) -> torch.Tensor:
+    """The sampled path less a baseline, the policy's own value -KL: -sg[clamp(A + KL(p_S || p_T))] * log p_S.
+
+    vOPD (arXiv 2605.07865). The baseline depends on the history only, so the expected gradient stays what it is wherever the
+    clip doesn't bite, also when `kl` is only a bound or that of a unit's first token.
+
+    Args:
+        student_logp, teacher_logp: (U,), of the realised unit.
+        kl: (U,), nats, reverse KL at the unit's start.
+    Returns:
+        (U,).
+    """
+    advantage = (teacher_logp - student_logp + kl).detach().clamp(-clip, clip)
+    return -advantage * student_logp
+
+
+def cr_opd(
+    student_logp: torch.Tensor,
+    teacher_logp: torch.Tensor,
+    student_cand: torch.Tensor,
+    teacher_cand: torch.Tensor,
+    others: torch.Tensor,
+    clip: float,
+    alpha: float = 0.5,
+    eps: float = 1e-3,
+) -> torch.Tensor:
+    """The sampled path, and what a unit with A < 0 gives up goes to candidates that both models find likely.
+
+    |A| (log p_S(y) - sum_C q log p_S), C = candidates other than y with p_S >= eps, q ~ p_T^alpha p_S^(1 - alpha) on C; A
+    (clipped) and q are detached. Where A >= 0 or C is empty it is the sampled path. CR-OPD is a hypothesis of the survey
+    arXiv 2606.22793, which has no experiments on it.
+
+    Args:
+        student_logp, teacher_logp: (U,), of the realised unit.
+        student_cand, teacher_cand: (U, K), of the tokens that may start it; -inf in the teacher's unused slots.
+        others: bool (U, K), candidates that don't start the realised unit.
+    Returns:
+        (U,).
+    """
+    advantage = (teacher_logp - student_logp.detach()).clamp(-clip, clip)
+    policy = student_cand.detach()
+    inside = others & (teacher_cand > -torch.inf) & (policy.exp() >= eps)
+    score = (alpha * teacher_cand + (1 - alpha) * policy).masked_fill(~inside, -torch.inf)
+    # An empty C makes its row NaN; the mask takes that away as well.
+    q = score.softmax(-1).masked_fill(~inside, 0.0)
+    routed = (q * student_cand.masked_fill(~inside, 0.0)).sum(-1)
+    return -advantage * student_logp + advantage.clamp(max=0.0) * routed
+
+
+def dpca_additive(
+    token_logp: torch.Tensor, student_logp: torch.Tensor, teacher_logp: torch.Tensor, tokens: torch.Tensor
+) -> torch.Tensor:
+    """Credit of each token of a unit, the same for all: A_i = (L_T - L_S) / m, which sums to L_T - L_S.
+
+    Additive solution of DPCA (arXiv 2606.09456).
+
+    Args:
+        token_logp: (R,), the student's log-probs.
+        student_logp, teacher_logp: (R,), the sums L_S and L_T of the unit that each token belongs to.
+        tokens: (R,), how many student tokens m that unit has.
+    Returns:
+        (R,), nats; constants to the gradient.
+    """
+    return ((teacher_logp - student_logp) / tokens).detach().expand_as(token_logp)
+
+
+def dpca_multiplicative(
+    token_logp: torch.Tensor, student_logp: torch.Tensor, teacher_logp: torch.Tensor, tokens: torch.Tensor
+) -> torch.Tensor:
+    """Credit of each token of a unit by its surprisal: A_i = (L_T / L_S - 1) log p_i, which sums to L_T - L_S.
+
+    Multiplicative solution of DPCA, the one its paper trains with (arXiv 2606.09456); additive where |L_S| < 1e-8.
+    Arguments and result as `dpca_additive`.
+    """
+    nothing = student_logp.abs() < SMALLEST_SUM
+    scaled = (teacher_logp / student_logp.masked_fill(nothing, 1.0) - 1) * token_logp
+    return torch.where(nothing, dpca_additive(token_logp, student_logp, teacher_logp, tokens), scaled).detach()
+
+
 def support_kl(
-    student_score: torch.Tensor,
-    teacher_score: torch.Tensor,
-    direction: Literal["reverse", "forward"] = "reverse",
+    student_score: torch.Tensor, teacher_score: torch.Tensor, direction: KLDirection = "reverse", tau: float = 1.0
 ) -> torch.Tensor:
     """KL of the two score rows renormalised over one support: softmax_U, SimCT eq. 9 (arXiv 2605.07711).
 
     Args:
         student_score, teacher_score: (U, K); -inf in both marks a slot outside the support.
         direction: reverse is KL(q_S || q_T), forward KL(q_T || q_S).
+        tau: temperature of both sides, see `renormalised`.
     Returns:
         (U,).
     """
-    q_s, q_t = torch.log_softmax(student_score, -1), torch.log_softmax(teacher_score, -1)
-    p, q = (q_s, q_t) if direction == "reverse" else (q_t, q_s)
-    return _kl(p, q)
+    return _directed(renormalised(student_score, tau), renormalised(teacher_score, tau), direction)
 
 
 def bucket_kl(
-    student_logp: torch.Tensor,
-    teacher_logp: torch.Tensor,
-    direction: Literal["reverse", "forward"] = "reverse",
+    student_logp: torch.Tensor, teacher_logp: torch.Tensor, direction: KLDirection = "reverse"
 ) -> torch.Tensor:
     """KL over K candidates and one more class for all else: a lower bound of full-vocabulary KL (log-sum inequality).
 
-    (U, K) x (U, K) -> (U,); slots outside the support are -inf in both.
+    TA-OPD's tail token (arXiv 2608.14728). (U, K) x (U, K) -> (U,); slots outside the support are -inf in both.
     """
-    q_s, q_t = (torch.cat([logp, _rest(logp)], -1) for logp in (student_logp, teacher_logp))
-    p, q = (q_s, q_t) if direction == "reverse" else (q_t, q_s)
-    return _kl(p, q)
+    return _directed(with_rest(student_logp), with_rest(teacher_logp), direction)
 
 
-def _rest(logp: torch.Tensor) -> torch.Tensor:
-    """log(1 - sum exp logp) over the last axis, kept finite: (U, K) -> (U, 1)."""
-    return torch.log1p(-logp.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))
+def jsd(student_logp: torch.Tensor, teacher_logp: torch.Tensor, beta: float) -> torch.Tensor:
+    """Generalised Jensen-Shannon divergence: beta KL(p_T || m) + (1 - beta) KL(p_S || m), m = beta p_T + (1 - beta) p_S.
+
+    GKD eq. 1 (arXiv 2306.13649). It goes to 0 at both ends of beta; divided by beta it goes to KL(p_T || p_S) as beta -> 0,
+    divided by 1 - beta to KL(p_S || p_T) as beta -> 1.
+
+    Args:
+        student_logp, teacher_logp: (U, K), of the same classes and normalised (`renormalised`, `with_rest`); -inf in both marks
+            a slot outside the support.
+        beta: in (0, 1).
+    Returns:
+        (U,), at most the entropy of (beta, 1 - beta).
+    """
+    outside = (student_logp == -torch.inf) & (teacher_logp == -torch.inf)
+    # logaddexp of two -inf has no gradient but NaN.
+    s, t = student_logp.masked_fill(outside, 0.0), teacher_logp.masked_fill(outside, 0.0)
+    mixture = torch.logaddexp(t + log(beta), s + log1p(-beta)).masked_fill(outside, -torch.inf)
+    return beta * _kl(teacher_logp, mixture) + (1 - beta) * _kl(student_logp, mixture)
+
+
+def entropy_gate(
+    forward: torch.Tensor, reverse: torch.Tensor, teacher_entropy: torch.Tensor, threshold: float = 0.8
+) -> torch.Tensor:
+    """Forward KL where the teacher's entropy is over `threshold` nats, reverse KL elsewhere; all (U,).
+
+    After Entropy-Aware OPD (arXiv 2603.07079), whose abstract adds the forward KL there; here it takes the reverse one's place.
+    """
+    return torch.where(teacher_entropy > threshold, forward, reverse)
+
+
+def entropy_bound(teacher_logp: torch.Tensor) -> torch.Tensor:
+    """Entropy of K candidates and one class for all else, nats: a lower bound of the teacher's own. (U, K) -> (U,).
+
+    It stands in for the entropy in `scores`, which isn't handed on to units; what it lacks is the entropy within the rest.
+    """
+    logp = with_rest(teacher_logp)
+    inside = logp > -torch.inf
+    return -(logp.exp() * logp.masked_fill(~inside, 0.0)).sum(-1)
+
+
+def renormalised(score: torch.Tensor, tau: float = 1.0) -> torch.Tensor:
+    """Log-probs over the support alone at temperature tau: log softmax(score / tau). (U, K) -> (U, K).
+
+    Of candidates this is exactly the tempered distribution given that one of them is drawn: log Z cancels. The loss isn't
+    scaled by tau^2 as Hinton's is, so a higher tau also means smaller gradients.
+    """
+    return torch.log_softmax(score / tau, -1)
+
+
+def with_rest(logp: torch.Tensor) -> torch.Tensor:
+    """Log-probs and, as one more class, that of everything else, at least about 1e-6: (U, K) -> (U, K + 1)."""
+    return torch.cat([logp, torch.log1p(-logp.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))], -1)
+
+
+def _directed(q_s: torch.Tensor, q_t: torch.Tensor, direction: KLDirection) -> torch.Tensor:
+    return _kl(q_s, q_t) if direction == "reverse" else _kl(q_t, q_s)
 
 
 def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,12 @@
-"""Recipes: which objective applies to which unit. The functions themselves are in `objectives`."""
+"""Recipes: which objective applies to which unit. The functions themselves are in `objectives`, presets in `schemas.config`.
+
+The SimCT authors' release scores a unit by its mean raw logit. That is not offered: scores on disk are log-probs, and without
+the teacher's log Z at a unit's later tokens its logits can't be had back.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -19,44 +24,33 @@ class Scored:
     used: torch.Tensor
 
 
+Part = Callable[[UnitLogps, Batch, Objective, torch.Tensor], torch.Tensor]
+"""The losses (U,) of some units, given which (bool (U,)); elsewhere finite and without meaning."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The part for units of one token on both sides (stops included), and the one for longer units; None: no loss there."""
+
+    single: Part
+    longer: Part | None
+
+
 def losses(student: UnitLogps, batch: Batch, config: Objective) -> Scored:
     """The unweighted loss of every unit under the configured recipe."""
-    return RECIPES[config.recipe](student, batch, config)
-
-
-def _hybrid(student: UnitLogps, batch: Batch, config: Objective) -> Scored:
-    """KL where both sides have one token (stops included), the sampled path where units are longer."""
-    one = one_to_one(batch)
-    kl = candidate_kl(student, batch, config, one)
-    path = objectives.clipped_sampled_path(student.unit, batch.teacher_logp, config.clip)
-    return Scored(torch.where(one, kl, path), torch.ones_like(one))
-
-
-def _simct(student: UnitLogps, batch: Batch, config: Objective) -> Scored:
-    """KL over shared tokens and the realised unit at every unit (SimCT)."""
-    every = torch.ones_like(one_to_one(batch))
-    return Scored(candidate_kl(student, batch, config, every), every)
-
-
-def _strict(student: UnitLogps, batch: Batch, config: Objective) -> Scored:
-    """KL on 1:1 units and stops, nothing elsewhere: the baseline to beat."""
-    one = one_to_one(batch)
-    kl = candidate_kl(student, batch, config, one)
-    return Scored(torch.where(one, kl, 0.0), one)
-
-
-def _sampled(student: UnitLogps, batch: Batch, config: Objective) -> Scored:
-    """The sampled path at every unit (Lightning OPD)."""
-    path = objectives.clipped_sampled_path(student.unit, batch.teacher_logp, config.clip)
-    return Scored(path, torch.ones_like(one_to_one(batch)))
-
-
-RECIPES: dict[str, Callable[[UnitLogps, Batch, Objective], Scored]] = {
-    "hybrid": _hybrid,
-    "simct": _simct,
-    "strict_1to1": _strict,
-    "sampled": _sampled,
-}
+    recipe, one = RECIPES[config.recipe], one_to_one(batch)
+    every = torch.ones_like(one)
+    if recipe.longer is recipe.single:
+        scored = Scored(recipe.single(student, batch, config, every), every)
+    elif recipe.longer is None:
+        scored = Scored(torch.where(one, recipe.single(student, batch, config, one), 0.0), one)
+    else:
+        single, longer = recipe.single(student, batch, config, one), recipe.longer(student, batch, config, ~one)
+        scored = Scored(torch.where(one, single, longer), every)
+    if config.max_unit is None:
+        return scored
+    short = torch.maximum(batch.s_len, batch.t_len) <= config.max_unit
+    return Scored(torch.where(short, scored.loss, 0.0), scored.used & short)
 
 
 def one_to_one(batch: Batch) -> torch.Tensor:
@@ -65,7 +59,7 @@ def one_to_one(batch: Batch) -> torch.Tensor:
 
 
 def candidate_kl(student: UnitLogps, batch: Batch, config: Objective, where: torch.Tensor) -> torch.Tensor:
-    """KL over the teacher's candidates and the realised unit; meaningful at `where`."""
+    """The configured divergence over the teacher's candidates and the realised unit; meaningful at `where`."""
     scale_s, scale_t = (batch.s_len, batch.t_len) if config.unit_score == "mean" else (1, 1)
     # The realised unit joins the support unless it is a single token that is a candidate already.
     listed = ((batch.cand_id == _first_target(batch)[:, None]) & (batch.cand_logp > -torch.inf)).any(1)
@@ -76,9 +70,82 @@ def candidate_kl(student: UnitLogps, batch: Batch, config: Objective, where: tor
     drop = torch.cat([torch.zeros_like(unused), ~outside[:, None]], 1) | ~where[:, None] & torch.cat(
         [torch.ones_like(unused), torch.zeros_like(outside[:, None])], 1
     )
-    s_score, t_score = s_score.masked_fill(drop, -torch.inf), t_score.masked_fill(drop, -torch.inf)
-    kl = objectives.support_kl if config.support == "renormalise" else objectives.bucket_kl
-    return kl(s_score, t_score, config.direction)
+    return _divergence(
+        s_score.masked_fill(drop, -torch.inf), t_score.masked_fill(drop, -torch.inf), config, batch.cand_logp
+    )
+
+
+def _divergence(s: torch.Tensor, t: torch.Tensor, config: Objective, cand_logp: torch.Tensor) -> torch.Tensor:
+    if config.direction == "jsd":
+        classes = (
+            partial(objectives.renormalised, tau=config.tau)
+            if config.support == "renormalise"
+            else objectives.with_rest
+        )
+        return objectives.jsd(classes(s), classes(t), config.beta)
+    kl: Callable[..., torch.Tensor] = (
+        partial(objectives.support_kl, tau=config.tau) if config.support == "renormalise" else objectives.bucket_kl
+    )
+    if config.direction == "entropy_gated":
+        return objectives.entropy_gate(kl(s, t, "forward"), kl(s, t, "reverse"), objectives.entropy_bound(cand_logp))
+    return kl(s, t, config.direction)
+
+
+def _path(student: UnitLogps, batch: Batch, config: Objective, _: torch.Tensor) -> torch.Tensor:
+    return objectives.clipped_sampled_path(student.unit, batch.teacher_logp, config.clip)
+
+
+def _vopd(student: UnitLogps, batch: Batch, config: Objective, _: torch.Tensor) -> torch.Tensor:
+    policy = student.cand.detach().masked_fill(batch.cand_logp == -torch.inf, -torch.inf)
+    return objectives.vopd(student.unit, batch.teacher_logp, objectives.bucket_kl(policy, batch.cand_logp), config.clip)
+
+
+def _cr_opd(student: UnitLogps, batch: Batch, config: Objective, _: torch.Tensor) -> torch.Tensor:
+    # A longer unit is known by its first token here: other tokens that spell a part of it count as alternatives.
+    others = batch.cand_id != _first_target(batch)[:, None]
+    return objectives.cr_opd(
+        student.unit,
+        batch.teacher_logp,
+        student.cand,
+        batch.cand_logp,
+        others,
+        config.clip,
+        config.cr_alpha,
+        config.cr_eps,
+    )
+
+
+def _dpca(credit: Callable[..., torch.Tensor]) -> Part:
+    """The sampled path token by token, with a unit's advantage spread over its tokens by `credit` and then clipped."""
+
+    def part(student: UnitLogps, batch: Batch, config: Objective, _: torch.Tensor) -> torch.Tensor:
+        compared = batch.token_unit < len(batch.unit_row)
+        unit, token = batch.token_unit[compared], student.token[compared]
+        advantage = credit(token, student.unit[unit], batch.teacher_logp[unit], batch.s_len[unit])
+        loss = -advantage.clamp(-config.clip, config.clip) * token
+        return torch.zeros_like(student.unit).index_add(0, unit, loss)
+
+    return part
+
+
+_multiplicative, _additive = _dpca(objectives.dpca_multiplicative), _dpca(objectives.dpca_additive)
+
+RECIPES: dict[str, Recipe] = {
+    "hybrid": Recipe(candidate_kl, _path),
+    "simct": Recipe(candidate_kl, candidate_kl),
+    "strict_1to1": Recipe(candidate_kl, None),
+    "forward_kl": Recipe(candidate_kl, None),
+    "jsd": Recipe(candidate_kl, None),
+    "kbucket": Recipe(candidate_kl, None),
+    "sampled": Recipe(_path, _path),
+    "lightning": Recipe(_path, _path),
+    "iw_opd": Recipe(_path, _path),
+    "vopd": Recipe(_vopd, _vopd),
+    "dpca": Recipe(_multiplicative, _multiplicative),
+    "dpca_additive": Recipe(_additive, _additive),
+    "cr_opd": Recipe(_cr_opd, _cr_opd),
+}
+"""By name in the config; `schemas.config.PRESETS` holds the values that a recipe brings along."""
 
 
 def _first_target(batch: Batch) -> torch.Tensor:

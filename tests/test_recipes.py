@@ -1,0 +1,489 @@
+"""Recipes beyond those of test_objectives.py, against plain Python written from the formulas, and the keys they read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import exp, log
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_objectives import INF, Unit, plain_kl, random_distribution, random_unit, random_units, tensors
+
+from schemas.config import PRESETS, READS, Config, Objective, parse_config
+from schemas.errors import OpdError
+from train import objectives
+from train.policy import UnitLogps, unit_logps
+from train.recipes import RECIPES, losses
+from train.stream import Batch, batches
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("forward_kl", {}),
+    ("forward_kl", {"tau": 2.5}),
+    ("forward_kl", {"support": "bucket"}),
+    ("jsd", {}),
+    ("jsd", {"beta": 0.1, "tau": 0.7}),
+    ("jsd", {"beta": 0.9, "support": "bucket"}),
+    ("kbucket", {}),
+    ("kbucket", {"direction": "forward"}),
+    ("kbucket", {"direction": "jsd", "beta": 0.3}),
+    ("kbucket", {"direction": "entropy_gated"}),
+    ("strict_1to1", {"direction": "forward", "tau": 0.4}),
+    ("hybrid", {"tau": 3.0, "clip": 0.5}),
+    ("hybrid", {"direction": "jsd", "max_unit": 2}),
+    ("hybrid", {"direction": "entropy_gated", "tau": 1.5}),
+    ("simct", {"direction": "jsd", "tau": 0.5}),
+    ("simct", {"direction": "entropy_gated", "unit_score": "sum", "max_unit": 2}),
+    ("sampled", {"max_unit": 1}),
+    ("lightning", {}),
+    ("lightning", {"clip": 0.3}),
+    ("iw_opd", {"clip": 0.7}),
+    ("vopd", {}),
+    ("vopd", {"clip": 0.5, "max_unit": 2}),
+    ("dpca", {}),
+    ("dpca", {"clip": 0.4, "max_unit": 2}),
+    ("dpca_additive", {}),
+    ("dpca_additive", {"clip": 0.4, "max_unit": None}),
+    ("cr_opd", {}),
+    ("cr_opd", {"cr_alpha": 0.0, "cr_eps": 0.1}),
+    ("cr_opd", {"cr_alpha": 1.0, "cr_eps": 0.0, "clip": 0.5, "max_unit": 2}),
+]
+STRICT = {"strict_1to1", "forward_kl", "jsd", "kbucket"}
+ENTROPY_THRESHOLD = 0.8
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What a loss sees of the student at one unit."""
+
+    cand: tuple[float, ...]
+    unit: float
+    tokens: tuple[float, ...]
+
+    def moved(self, i: int, by: float) -> "Numbers":
+        flat = [*self.cand, self.unit, *self.tokens]
+        flat[i] += by
+        k = len(self.cand)
+        return Numbers(tuple(flat[:k]), flat[k], tuple(flat[k + 1 :]))
+
+
+def clamp(value: float, clip: float) -> float:
+    return min(clip, max(-clip, value))
+
+
+def classes(row: Sequence[float], config: Objective) -> list[float]:
+    """Probabilities: tempered and renormalised, or as they are with what is left of 1."""
+    if config.support == "bucket":
+        mass = [exp(x) for x in row]
+        return [*mass, 1 - sum(mass)]
+    mass = [exp(x) ** (1 / config.tau) for x in row]
+    return [m / sum(mass) for m in mass]
+
+
+def entropy_of(u: Unit) -> float:
+    mass = [exp(x) for x in u.t_cand]
+    return -sum(m * log(m) for m in [*mass, 1 - sum(mass)])
+
+
+def divergence(u: Unit, x: Numbers, config: Objective) -> float:
+    s, t = list(x.cand), list(u.t_cand)
+    if not (u.one_to_one and u.targets[0] in u.ids):
+        mean = config.unit_score == "mean"
+        s.append(x.unit / u.s_len if mean else x.unit)
+        t.append(u.teacher / u.t_len if mean else u.teacher)
+    p_s, p_t = classes(s, config), classes(t, config)
+    if config.direction == "jsd":
+        middle = [config.beta * b + (1 - config.beta) * a for a, b in zip(p_s, p_t, strict=True)]
+        return config.beta * plain_kl(p_t, middle) + (1 - config.beta) * plain_kl(p_s, middle)
+    gate = config.direction == "entropy_gated" and entropy_of(u) > ENTROPY_THRESHOLD
+    return plain_kl(p_t, p_s) if gate or config.direction == "forward" else plain_kl(p_s, p_t)
+
+
+def path(u: Unit, x: Numbers, at: Numbers, config: Objective) -> float:
+    return -clamp(u.teacher - at.unit, config.clip) * x.unit
+
+
+def vopd(u: Unit, x: Numbers, at: Numbers, config: Objective) -> float:
+    p_s, p_t = ([*(exp(c) for c in row), 1 - sum(exp(c) for c in row)] for row in (at.cand, u.t_cand))
+    return -clamp(u.teacher - at.unit + plain_kl(p_s, p_t), config.clip) * x.unit
+
+
+def dpca(u: Unit, x: Numbers, at: Numbers, config: Objective) -> float:
+    loss, total = 0.0, sum(at.tokens)
+    for token, was in zip(x.tokens, at.tokens, strict=True):
+        if config.recipe == "dpca_additive" or abs(total) < 1e-8:
+            credit = (u.teacher - total) / len(x.tokens)
+        else:
+            credit = (u.teacher / total - 1) * was
+        loss -= clamp(credit, config.clip) * token
+    return loss
+
+
+def cr_opd(u: Unit, x: Numbers, at: Numbers, config: Objective) -> float:
+    advantage = clamp(u.teacher - at.unit, config.clip)
+    chosen = [i for i, c in enumerate(u.ids) if c != u.targets[0] and exp(at.cand[i]) >= config.cr_eps]
+    if advantage >= 0 or not chosen:
+        return -advantage * x.unit
+    a = config.cr_alpha
+    q = [exp(u.t_cand[i]) ** a * exp(at.cand[i]) ** (1 - a) for i in chosen]
+    return abs(advantage) * (x.unit - sum(w / sum(q) * x.cand[i] for w, i in zip(q, chosen, strict=True)))
+
+
+def reference(u: Unit, x: Numbers, at: Numbers, config: Objective) -> float:
+    """A unit's loss where the student says `x`; what is detached sees `at`."""
+    if config.max_unit is not None and max(u.s_len, u.t_len) > config.max_unit:
+        return 0.0
+    special = {"vopd": vopd, "dpca": dpca, "dpca_additive": dpca, "cr_opd": cr_opd}.get(config.recipe)
+    if special:
+        return special(u, x, at, config)
+    if config.recipe in ("sampled", "lightning", "iw_opd") or (config.recipe == "hybrid" and not u.one_to_one):
+        return path(u, x, at, config)
+    return 0.0 if config.recipe in STRICT and not u.one_to_one else divergence(u, x, config)
+
+
+def told(units: Sequence[Unit], seed: int = 0, spare: int = 0) -> tuple[list[Numbers], UnitLogps, Batch]:
+    """The same units as plain numbers and as float64 leaves; every unit's tokens add up to it."""
+    rng = np.random.default_rng(seed)
+    student, batch = tensors(units, spare)
+    numbers = [
+        Numbers(u.s_cand, u.student, tuple((u.student * random_distribution(rng, u.s_len)).tolist())) for u in units
+    ]
+    token = torch.tensor([t for n in numbers for t in n.tokens], dtype=torch.float64, requires_grad=True)
+    of_token = torch.repeat_interleave(torch.arange(len(units)), batch.s_len)
+    return numbers, replace(student, token=token), replace(batch, token_unit=of_token)
+
+
+def run(student: UnitLogps, batch: Batch, config: Objective) -> tuple[np.ndarray, list[np.ndarray], list[bool]]:
+    scored = losses(student, batch, config)
+    leaves = (student.cand, student.unit, student.token)
+    slopes = torch.autograd.grad(scored.loss.sum(), leaves, materialize_grads=True)
+    return scored.loss.detach().numpy(), [g.numpy() for g in slopes], scored.used.tolist()
+
+
+@pytest.mark.parametrize(("recipe", "options"), CASES)
+def test_recipe_and_its_gradient_are_the_formula(recipe: str, options: dict[str, Any]) -> None:
+    config, units, h = Objective(recipe=recipe, **options), random_units(seed=21), 1e-6
+    numbers, student, batch = told(units)
+    loss, (cand, unit, token), used = run(student, batch, config)
+    expected = [reference(u, n, n, config) for u, n in zip(units, numbers, strict=True)]
+    np.testing.assert_allclose(loss, expected, rtol=1e-6, atol=1e-12)
+    assert np.ptp(loss[loss != 0]) > 0.01
+    at_token = 0
+    for i, (u, n) in enumerate(zip(units, numbers, strict=True)):
+        size, slots = 1 + len(n.cand) + len(n.tokens), len(n.cand)
+        slope = [
+            (reference(u, n.moved(j, h), n, config) - reference(u, n.moved(j, -h), n, config)) / (2 * h)
+            for j in range(size)
+        ]
+        ours = [*cand[i, :slots], unit[i], *token[at_token : at_token + u.s_len]]
+        np.testing.assert_allclose(ours, slope, rtol=1e-6, atol=1e-7)
+        assert not cand[i, slots:].any()
+        at_token += u.s_len
+    short = [config.max_unit is None or max(u.s_len, u.t_len) <= config.max_unit for u in units]
+    assert used == [ok and (recipe not in STRICT or u.one_to_one) for ok, u in zip(short, units, strict=True)]
+
+
+def test_the_cases_reach_every_branch() -> None:
+    units = random_units(seed=21)
+    assert {recipe for recipe, _ in CASES} == set(RECIPES)
+    assert 0 < sum(entropy_of(u) > ENTROPY_THRESHOLD for u in units) < len(units)
+    negative = [u for u in units if u.teacher < u.student]
+    assert 0 < len(negative) < len(units)
+    choices = [sum(c != u.targets[0] and exp(p) >= 0.1 for c, p in zip(u.ids, u.s_cand, strict=True)) for u in negative]
+    assert min(choices) == 0 and max(choices) > 1
+    assert {max(u.s_len, u.t_len) for u in units} >= {1, 2, 3}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_unit_is_the_same_alone_and_beside_others_and_padding(recipe: str) -> None:
+    config, units = Objective(recipe=recipe), random_units(seed=22, each=2)
+    _, student, batch = told(units)
+    _, wide_student, wide_batch = told(units, spare=4)
+    (loss, slopes, _), (wide, wide_slopes, _) = run(student, batch, config), run(wide_student, wide_batch, config)
+    np.testing.assert_allclose(wide, loss, rtol=1e-12)
+    slots = student.cand.shape[1]
+    np.testing.assert_allclose(wide_slopes[0][:, :slots], slopes[0], rtol=1e-12, atol=1e-15)
+    assert not wide_slopes[0][:, slots:].any()  # NaN would count as true
+    first = 0
+    for i, u in enumerate(units):
+        mine = slice(first, first + u.s_len)
+        one = {name: getattr(batch, name)[i : i + 1] for name in ("s_len", "t_len", "teacher_logp", "weight")}
+        one |= {name: getattr(batch, name)[i : i + 1] for name in ("cand_id", "cand_logp", "response_of_unit")}
+        zero = torch.zeros(1, dtype=torch.int64)
+        alone = replace(
+            batch, **one, targets=batch.targets[mine], unit_row=zero, token_unit=torch.zeros_like(batch.targets[mine])
+        )
+        found = UnitLogps(student.token[mine], student.unit[i : i + 1], student.cand[i : i + 1])
+        assert losses(found, alone, config).loss.item() == pytest.approx(loss[i], rel=1e-12)
+        first += u.s_len
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_masked_tokens_carry_nothing_and_a_batch_of_them_is_empty(recipe: str) -> None:
+    """Tokens of masked units come with the unit number U."""
+    config, units = Objective(recipe=recipe), random_units(seed=23, each=1)
+    _, student, batch = told(units)
+    loss, slopes, _ = run(student, batch, config)
+    masked = replace(batch, token_unit=torch.cat([batch.token_unit, torch.full((3,), len(units))]))
+    masked = replace(masked, targets=torch.cat([batch.targets, torch.tensor([1, 2, 3])]))
+    token = torch.cat([student.token.detach(), torch.full((3,), -9.0, dtype=torch.float64)]).requires_grad_()
+    beside, beside_slopes, _ = run(replace(student, token=token), masked, config)
+    np.testing.assert_array_equal(beside, loss)
+    np.testing.assert_array_equal(beside_slopes[2], [*slopes[2], 0, 0, 0])
+
+    per_unit = ("unit_row", "s_len", "t_len", "teacher_logp", "weight", "cand_id", "cand_logp", "response_of_unit")
+    none = replace(
+        masked,
+        **{name: getattr(batch, name)[:0] for name in per_unit},
+        token_unit=torch.zeros_like(masked.token_unit),
+    )
+    empty = UnitLogps(token, *(torch.zeros_like(x[:0]).requires_grad_() for x in (student.unit, student.cand)))
+    nothing, (_, _, slope), used = run(empty, none, config)
+    assert nothing.shape == (0,) and used == [] and not slope.any()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        ("forward_kl", {}),
+        ("jsd", {"beta": 0.25}),
+        ("kbucket", {}),
+        ("strict_1to1", {"tau": 2.0}),
+        ("kbucket", {"direction": "entropy_gated"}),
+    ],
+)
+def test_same_tokenizer_and_every_token_a_candidate_is_the_exact_divergence(
+    recipe: str, options: dict[str, Any]
+) -> None:
+    rng, vocab, count = np.random.default_rng(24), 30, 20
+    config = Objective(recipe=recipe, **options)
+    scale = np.linspace(0.2, 4, count)[:, None]  # from flat to sharp teachers
+    logits, teacher = (torch.from_numpy(scale * rng.normal(size=(count, vocab))) for _ in range(2))
+    student, teacher = logits.log_softmax(-1), teacher.log_softmax(-1)
+    realised = torch.from_numpy(rng.integers(0, vocab, count))
+    pick = torch.arange(count), realised
+    _, batch = tensors([random_unit(rng, "1:1 listed") for _ in range(count)])
+    full = replace(
+        batch,
+        targets=realised,
+        cand_id=torch.arange(vocab).expand(count, -1),
+        cand_logp=teacher,
+        teacher_logp=teacher[pick],
+    )
+    scored = losses(UnitLogps(student[pick], student[pick], student), full, config)
+    expected = []
+    for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
+        p, q = ([exp(x / config.tau) / sum(exp(y / config.tau) for y in row) for x in row] for row in (s, t))
+        if config.direction == "jsd":
+            m = [0.25 * b + 0.75 * a for a, b in zip(p, q, strict=True)]
+            expected.append(0.25 * plain_kl(q, m) + 0.75 * plain_kl(p, m))
+        else:
+            sure = -sum(x * log(x) for x in q) <= ENTROPY_THRESHOLD
+            forward = config.direction == "forward" or (config.direction == "entropy_gated" and not sure)
+            expected.append(plain_kl(q, p) if forward else plain_kl(p, q))
+    # 2e-5: with no class left over, both sides' rest counts as 1e-6.
+    np.testing.assert_allclose(scored.loss, expected, rtol=1e-6, atol=2e-5 if config.support == "bucket" else 1e-9)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 12), st.floats(0.05, 0.95))
+def test_jsd_between_its_limits(seed: int, size: int, beta: float) -> None:
+    rng = np.random.default_rng(seed)
+    p_s, p_t = (random_distribution(rng, size) for _ in range(2))
+    s, t = (torch.from_numpy(np.log(p)) for p in (p_s, p_t))
+    near = 1e-7
+    assert float(objectives.jsd(s, t, near)) / near == pytest.approx(plain_kl(p_t, p_s), rel=1e-4, abs=1e-6)
+    assert float(objectives.jsd(s, t, 1 - near)) / near == pytest.approx(plain_kl(p_s, p_t), rel=1e-4, abs=1e-6)
+    assert float(objectives.jsd(s, t, beta)) == pytest.approx(float(objectives.jsd(t, s, 1 - beta)), rel=1e-9)
+    bound = -beta * log(beta) - (1 - beta) * log(1 - beta)
+    assert -1e-15 <= float(objectives.jsd(s, t, beta)) <= bound
+    apart = torch.tensor([[0.0, -INF], [-INF, 0.0]], dtype=torch.float64)
+    assert float(objectives.jsd(apart[0], apart[1], beta)) == pytest.approx(bound, rel=1e-12)
+
+
+def test_temperature_has_its_limits() -> None:
+    """Hot: both sides are uniform. Cold: each is its likeliest candidate, so agreement on it is all that counts."""
+    s, t = (torch.tensor([row], dtype=torch.float64).log() for row in ([0.5, 0.3, 0.2], [0.6, 0.1, 0.3]))
+    assert float(objectives.support_kl(s, t, "reverse", 1e4)) == pytest.approx(0, abs=1e-7)
+    assert float(objectives.support_kl(s, t, "forward", 1e-2)) == pytest.approx(0, abs=1e-7)
+    assert float(objectives.support_kl(s, t, "reverse", 1.0)) == float(objectives.support_kl(s, t, "reverse"))
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.floats(-30, 0), min_size=1, max_size=8),
+    st.floats(-60, 0),
+    st.sampled_from([objectives.dpca_additive, objectives.dpca_multiplicative]),
+)
+def test_credit_adds_up_to_the_advantage(tokens: list[float], teacher: float, credit: Any) -> None:
+    p = torch.tensor(tokens, dtype=torch.float64, requires_grad=True)
+    total, m = p.sum().expand(len(p)), torch.full((len(p),), len(p))
+    given_to = credit(p, total, torch.full_like(p, teacher), m)
+    assert not given_to.requires_grad
+    assert float(given_to.sum()) == pytest.approx(teacher - sum(tokens), rel=1e-9, abs=1e-7)
+    if len(tokens) == 1:
+        assert float(given_to[0]) == pytest.approx(teacher - tokens[0], rel=1e-9, abs=1e-7)
+    if abs(sum(tokens)) < 1e-8:
+        assert given_to.tolist() == pytest.approx([(teacher - sum(tokens)) / len(tokens)] * len(tokens))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [([-0.01, -0.03], [-0.24, -0.72]), ([-1e-5, -3e-5], [-0.24999, -0.74997]), ([0, 0], [-0.5, -0.5])],
+)
+def test_credit_is_pinned(tokens: list[float], expected: list[float]) -> None:
+    """By surprisal, however sure the student is, and evenly where it leaves no doubt; the teacher's sum is -1."""
+    p = torch.tensor(tokens, dtype=torch.float64)
+    given_to = objectives.dpca_multiplicative(p, p.sum().expand(2), -torch.ones_like(p), torch.tensor([2, 2]))
+    assert given_to.tolist() == pytest.approx(expected, rel=1e-9)
+
+
+def test_both_credits_are_the_sampled_path_on_single_tokens() -> None:
+    units = [u for u in random_units(seed=25) if u.s_len == 1]
+    assert any(u.t_len > 1 for u in units) and any(u.one_to_one for u in units)
+    rows = []
+    for recipe in ("dpca", "dpca_additive", "sampled"):
+        _, student, batch = told(units)
+        loss, (_, unit, token), _ = run(student, batch, Objective(recipe=recipe, clip=10.0))
+        rows.append((loss, unit + token))
+    for loss, slope in rows[1:]:
+        np.testing.assert_allclose(loss, rows[0][0], rtol=1e-12)
+        np.testing.assert_allclose(slope, rows[0][1], rtol=1e-12)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 20))
+def test_the_bucket_loses_the_kl_within_the_rest(seed: int, vocab: int) -> None:
+    """The coarsening of SimCT's proposition with one class c: full KL - bucket KL = Q_S(c) KL(q_S(.|c) || q_T(.|c))."""
+    rng = np.random.default_rng(seed)
+    p_s, p_t = (random_distribution(rng, vocab) for _ in range(2))
+    kept = int(rng.integers(0, vocab))
+    rest_s, rest_t = p_s[kept:].sum(), p_t[kept:].sum()
+    if min(rest_s, rest_t) < 1e-5:
+        return
+    lost = rest_s * plain_kl(p_s[kept:] / rest_s, p_t[kept:] / rest_t)
+    s, t = (torch.from_numpy(np.log(p[:kept])) for p in (p_s, p_t))
+    assert plain_kl(p_s, p_t) - float(objectives.bucket_kl(s, t)) == pytest.approx(lost, abs=1e-9)
+    assert float(objectives.entropy_bound(t)) <= -sum(x * log(x) for x in p_t) + 1e-9
+
+
+def every_outcome(seed: int, vocab: int = 12) -> tuple[torch.Tensor, torch.Tensor, UnitLogps, Batch]:
+    """One position and a unit for each token that could be sampled there: logits, p_T, and what a recipe sees."""
+    rng = np.random.default_rng(seed)
+    logits = torch.from_numpy(rng.normal(size=vocab)).requires_grad_()
+    teacher = torch.from_numpy(rng.normal(size=vocab)).log_softmax(-1)
+    student = logits.log_softmax(-1)
+    _, batch = tensors([random_unit(rng, "1:1 listed") for _ in range(vocab)])
+    ids = torch.arange(vocab)
+    batch = replace(
+        batch, targets=ids, token_unit=ids, cand_id=ids.expand(vocab, -1), cand_logp=teacher.expand(vocab, -1)
+    )
+    return logits, teacher, UnitLogps(student, student, student.expand(vocab, -1)), replace(batch, teacher_logp=teacher)
+
+
+@pytest.mark.parametrize("recipe", ["sampled", "vopd", "dpca", "dpca_additive"])
+def test_the_expected_gradient_is_that_of_reverse_kl(recipe: str) -> None:
+    logits, teacher, student, batch = every_outcome(seed=26)
+    p = student.unit.detach().exp()
+    loss = losses(student, batch, Objective(recipe=recipe, clip=50.0)).loss
+    (ours,) = torch.autograd.grad((p * loss).sum(), logits, retain_graph=True)
+    s = logits.log_softmax(-1)
+    (exact,) = torch.autograd.grad((s.exp() * (s - teacher)).sum(), logits)
+    np.testing.assert_allclose(ours, exact, rtol=1e-6, atol=1e-6)
+
+
+def test_the_baseline_centres_the_advantage() -> None:
+    _, teacher, student, _ = every_outcome(seed=27)
+    s = student.unit.detach().requires_grad_()
+    kl = (s.exp() * (s - teacher)).sum().detach().expand_as(s)
+    (slope,) = torch.autograd.grad(objectives.vopd(s, teacher, kl, 50.0).sum(), s)
+    assert float((s.detach().exp() * slope).sum()) == pytest.approx(0, abs=1e-12)
+
+
+def test_routing_moves_mass_to_candidates_only_where_the_advantage_is_negative() -> None:
+    s, t = (
+        torch.tensor([row] * 2, dtype=torch.float64).log() for row in ([0.5, 0.3, 0.1999, 1e-4], [0.1, 0.2, 0.6, 0.1])
+    )
+    realised = torch.tensor([0, 2])  # A < 0, A > 0
+    others = torch.arange(4) != realised[:, None]
+    student, cand = s[torch.arange(2), realised].requires_grad_(), s.clone().requires_grad_()
+    loss = objectives.cr_opd(student, t[torch.arange(2), realised], cand, t, others, clip=10.0)
+    unit, slope = torch.autograd.grad(loss.sum(), (student, cand))
+    advantage = log(0.1 / 0.5)
+    q = np.array([0, (0.3 * 0.2) ** 0.5, (0.1999 * 0.6) ** 0.5, 0])  # the last is too unlikely for the student
+    np.testing.assert_allclose(slope[0], advantage * q / q.sum(), rtol=1e-9)
+    assert not slope[1].any()
+    np.testing.assert_allclose(unit, [-advantage, -log(0.6 / 0.1999)], rtol=1e-9)
+
+
+@pytest.mark.parametrize(("recipe", "options"), CASES)
+def test_a_models_gradient_is_finite(recipe: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """Float32 from a forward pass to the weights."""
+    model, stop = tiny.model(), torch.from_numpy(tiny.STOP.astype("int64"))
+    batch = next(batches(tiny.shards(tmp_path), 6, 6, 1, 0))[0]
+    scored = losses(unit_logps(model, batch, stop), batch, Objective(recipe=recipe, **options))
+    assert scored.loss.shape == scored.used.shape == batch.unit_row.shape
+    assert not scored.loss[~scored.used].any()
+    gradients = torch.autograd.grad(scored.loss.sum(), list(model.parameters()))
+    assert all(torch.isfinite(g).all() for g in gradients) and any(g.any() for g in gradients)
+
+
+def test_every_recipe_has_its_keys() -> None:
+    names = set(get_args(Objective.model_fields["recipe"].annotation))
+    assert names == set(RECIPES) == set(READS) and set(PRESETS) <= names
+    assert set().union(*READS.values()) == set(Objective.model_fields) - {"recipe"}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_presets_hold_until_the_config_says_otherwise(recipe: str) -> None:
+    plain = Objective(recipe=recipe)
+    for key, value in PRESETS.get(recipe, {}).items():
+        assert getattr(plain, key) == value
+    assert Objective.model_validate(plain.model_dump()) == plain
+    if "clip" in READS[recipe]:
+        assert Objective(recipe=recipe, clip=2.0, max_unit=None) == plain.model_copy(
+            update={"clip": 2.0, "max_unit": None}
+        )
+
+
+MINIMAL: dict[str, Any] = {"prompts": {"source": "p.jsonl"}, "student": {"model": "a/b"}, "teacher": {"model": "c/d"}}
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        ({"recipe": "simct", "support": "bucket"}, "`support: bucket` does not go with `recipe: simct`"),
+        ({"recipe": "hybrid", "support": "bucket", "tau": 2}, "`tau: 2` does not go with `support: bucket`"),
+        ({"recipe": "sampled", "tau": 2}, "`tau: 2.0` means nothing to `recipe: sampled`, which reads clip, max_unit"),
+        ({"recipe": "sampled", "direction": "jsd"}, "`direction: jsd` means nothing to `recipe: sampled`"),
+        ({"recipe": "lightning", "direction": "forward"}, "`direction: forward` means nothing to `recipe: lightning`"),
+        ({"recipe": "dpca", "support": "bucket"}, "`support: bucket` means nothing to `recipe: dpca`"),
+        ({"recipe": "cr_opd", "unit_score": "sum"}, "`unit_score: sum` means nothing to `recipe: cr_opd`"),
+        ({"recipe": "hybrid", "cr_eps": 0.5}, "`cr_eps: 0.5` means nothing to `recipe: hybrid`"),
+        ({"recipe": "strict_1to1", "max_unit": 3}, "`max_unit: 3` means nothing to `recipe: strict_1to1`"),
+        (
+            {"recipe": "forward_kl", "direction": "reverse"},
+            "`direction: reverse` means nothing to `recipe: forward_kl`",
+        ),
+        ({"recipe": "kbucket", "support": "renormalise"}, "`support: renormalise` means nothing to `recipe: kbucket`"),
+        ({"recipe": "jsd", "clip": 3}, "`clip: 3.0` means nothing to `recipe: jsd`"),
+        ({"recipe": "hybrid", "beta": 0.1}, "`beta: 0.1` is of `direction: jsd`"),
+        ({"recipe": "jsd", "beta": 1.0}, "`objective.beta`: input should be less than 1"),
+        ({"recipe": "hybrid", "tau": 0}, "`objective.tau`: input should be greater than 0"),
+    ],
+)
+def test_combinations_without_meaning_are_refused_by_name(objective: dict[str, Any], message: str) -> None:
+    with pytest.raises(OpdError) as caught:
+        parse_config({**MINIMAL, "objective": objective}, "my.yaml")
+    assert message in str(caught.value)
+
+
+def test_iw_opd_needs_weights() -> None:
+    with pytest.raises(OpdError, match=r"`weights.scheme: uniform` makes `objective.recipe: iw_opd`"):
+        parse_config({**MINIMAL, "objective": {"recipe": "iw_opd"}, "weights": {"scheme": "uniform"}}, "my.yaml")
+    config: Config = parse_config({**MINIMAL, "objective": {"recipe": "iw_opd"}}, "my.yaml")
+    assert config.weights.scheme == "iw_opd"
