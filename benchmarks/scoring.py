@@ -30,6 +30,8 @@ from schemas.config import Scores as Settings
 RESPONSES = 64
 K = 64
 ROUNDS = 3
+GROUP = 16
+"""Sequences in a row group of `--scale`."""
 NAIVE_ROWS = 8
 """Sequences in a batch of the naive forward: a 262k vocabulary takes 0.8 GB for each float32 array of their size."""
 BATCH_TOKENS: int = Settings.model_fields["batch_tokens"].default
@@ -106,7 +108,7 @@ def check(model: Any, rows: list[np.ndarray], stop: np.ndarray) -> None:
             assert np.median(difference) < 0.05, difference
 
 
-def speed(source: str, folder: str, model: Any, rows: list[np.ndarray], stop: np.ndarray) -> None:
+def speed(source: str, model: Any, rows: list[np.ndarray], stop: np.ndarray) -> None:
     """Print one model's row of the table."""
     check(model, rows[:NAIVE_ROWS], stop)
     roof = matmuls(model)
@@ -127,7 +129,7 @@ def speed(source: str, folder: str, model: Any, rows: list[np.ndarray], stop: np
 
 def measure(model: Any, groups: list[list[np.ndarray]], stop: np.ndarray) -> dict[str, float]:
     """Wall and processor seconds for the row groups, one after the other, and the process' peak memory, MB."""
-    ours(model, groups[0][:4], stop)
+    ours(model, groups[0], stop)
     cpu = time.process_time()
     wall = seconds(lambda: [ours(model, group, stop) for group in groups])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -157,23 +159,27 @@ def main() -> None:
     parser.add_argument("--groups", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.scale:
-        print(f"| model | time, {options.scale}x / 1x | CPU time | peak memory | 1x | {options.scale}x | 1x | {options.scale}x |")
+        print(
+            f"| model | time, {options.scale}x / 1x | CPU time | peak memory | 1x | {options.scale}x | 1x | {options.scale}x |"
+        )
         print("|---|---|---|---|---|---|---|---|")
         for source in options.models:
             growth(source, options.scale)
         return
     if not options.groups:
-        print("| model | ours / roofline | ours / naive | ours, tokens/s | naive | roofline |\n|---|---|---|---|---|---|")
+        print(
+            "| model | ours / roofline | ours / naive | ours, tokens/s | naive | roofline |\n|---|---|---|---|---|---|"
+        )
     for source in options.models:
         ref = prepare(source, Path(os.environ.get("OPD_CACHE", Path.home() / ".cache" / "offline-opd")))
         model, tokenizer = load_model(ref, "bfloat16"), load_tokenizer(source, ref.path)
         stop = np.array([tokenizer.eos_token_id])
         if options.groups:
-            rows = list(sequences(tokenizer, RESPONSES * options.groups))
-            groups = [rows[i : i + RESPONSES] for i in range(0, len(rows), RESPONSES)]
+            rows = list(sequences(tokenizer, GROUP * options.groups))
+            groups = [rows[i : i + GROUP] for i in range(0, len(rows), GROUP)]
             print(json.dumps(measure(model, groups, stop)))
         else:
-            speed(source, ref.path, model, list(sequences(tokenizer, RESPONSES)), stop)
+            speed(source, model, list(sequences(tokenizer, RESPONSES)), stop)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ def _rows(bits: np.ndarray, shift: np.int32, log_z: np.ndarray, entropy: np.ndar
     power = np.empty(BLOCK, np.int32)
     fraction = np.empty(BLOCK, np.float32)
     for row in range(bits.shape[0]):
-        peak, total, dot = LOWEST_LOGIT, 0.0, 0.0
+        peak = LOWEST_LOGIT
+        total = dot = np.float64(0)
         for start in range(0, bits.shape[1], BLOCK):
             block = bits[row, start : start + BLOCK]
             _widen(block, shift, wide)
@@ -76,7 +77,9 @@ def _rows(bits: np.ndarray, shift: np.int32, log_z: np.ndarray, entropy: np.ndar
             if top > peak:
                 drop = np.float64(peak) - np.float64(top)
                 scale = np.exp(drop)
-                dot, total, peak = scale * (dot + drop * total), scale * total, top
+                dot = scale * (dot + drop * total)
+                total *= scale
+                peak = top
             _exp(x, peak, power, fraction)
             more_total, more_dot = _sums(x, peak, power.view(np.float32), fraction)
             total += more_total
