@@ -1,9 +1,18 @@
-"""Advantages, credit and importance weights as polars expressions over the units table. No loop over tokens."""
+"""Advantages and credit of units as polars expressions, and the weights table. No loop over tokens.
+
+A masked unit has advantage 0 and takes part as one: it is a step of a discount and a position of its response. Its own credit
+is what the definition gives there, and no loss ever reads it.
+"""
 
 from dataclasses import dataclass
 
+import numpy as np
 import polars as pl
 
+from pipeline.estimates import fold_of, position_sums, tokens_of_units, value_features, value_sums, values
+from pipeline.importance import ideal, iw_opd, prefix, prefix_ratio, signed, truncated, uniform
+from schemas.config import Weights
+from schemas.errors import OpdError
 from schemas.tables import WEIGHTS
 
 MASKED = pl.col("kind") == "masked"
@@ -12,7 +21,7 @@ MAX_LOG_RATIO = 20.0
 
 
 def advantages(units: pl.DataFrame, rollouts: pl.DataFrame) -> pl.DataFrame:
-    """Add `student_logp` and `advantage` to units.
+    """Add `student_logp`, `is_ratio` and `advantage` to units.
 
     Args:
         units: schema `units`.
@@ -21,41 +30,156 @@ def advantages(units: pl.DataFrame, rollouts: pl.DataFrame) -> pl.DataFrame:
     Returns:
         `units` with student_logp, the sum of the policy's log-probs over the unit's tokens (null when masked),
         advantage = teacher_logp - student_logp (0 when masked): A = log p_T - log p_S, design section 4, and
-        is_ratio = exp(student_logp - the behaviour policy's sum), 1 when masked.
+        is_ratio = exp(student_logp - the behaviour policy's sum), 1 when masked; all float64.
+    Raises:
+        OpdError: a log-prob of a unit that is not masked is missing, NaN or infinite (scores floor what has no mass, so
+            -inf is none either); names the column, the first rollout and the count.
     """
     policy = "policy_logp" if "policy_logp" in rollouts.columns else "behavior_logp"
-    tokens = rollouts.select("rollout_id", policy=policy, behavior="behavior_logp")
-    joined = units.join(tokens, on="rollout_id", how="left", maintain_order="left")
-    student, behavior = (pl.col(name).list.slice("s_start", "s_len").list.sum() for name in ("policy", "behavior"))
-    log_ratio = (student - behavior).clip(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return joined.with_columns(
-        student_logp=pl.when(~MASKED).then(student).cast(pl.Float32),
+    behavior = _unit_sums(units, rollouts, "behavior_logp")
+    student = behavior if policy == "behavior_logp" else _unit_sums(units, rollouts, policy)
+    teacher = units["teacher_logp"].cast(pl.Float64)
+    for name, column in (("teacher_logp", teacher), ("behavior_logp", behavior), (policy, student)):
+        _refuse_infinite(units, name, column)
+    log_ratio = (pl.lit(student) - pl.lit(behavior)).clip(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return units.with_columns(
+        student_logp=pl.when(~MASKED).then(pl.lit(student)),
         is_ratio=pl.when(~MASKED).then(log_ratio.exp()).otherwise(1.0),
-    ).with_columns(advantage=(pl.col("teacher_logp") - pl.col("student_logp")).fill_null(0.0))
+        advantage=pl.when(~MASKED).then(pl.lit(teacher) - pl.lit(student)).otherwise(0.0),
+    )
 
 
-def iw_opd(gamma: float) -> pl.Expr:
-    """IW-OPD's weight of each unit: w_t = 1 + gamma (1 - D_t / D), D_t = sum of |A_k| for k < t, D over all k.
+def _unit_sums(units: pl.DataFrame, rollouts: pl.DataFrame, column: str) -> pl.Series:
+    """Sum of a list column of rollouts over each unit's tokens, float64; NaN where the rollout or a value is missing."""
+    tokens, start, end = tokens_of_units(units, rollouts.with_columns(pl.col(column).cast(pl.List(pl.Float64))), column)
+    # Sums from each start to its end, and from there to the next start, which are dropped; 0 closes the last one.
+    bounds = np.stack([start, end], 1).ravel()
+    sums = np.add.reduceat(np.append(tokens, 0.0), bounds)[::2] if len(bounds) else np.empty(0)
+    known = units["rollout_id"].is_in(rollouts["rollout_id"].implode()).to_numpy()
+    return pl.Series(column, np.where(known, np.where(end > start, sums, 0.0), np.nan), dtype=pl.Float64)
 
-    arXiv 2606.22600. Needs a whole response: evaluate over `rollout_id`. A response without any advantage has D_t / D = 0.
-    A = [.2, -.3, .5] with gamma .5 gives [1.5, 1.4, 1.25].
+
+def _refuse_infinite(units: pl.DataFrame, name: str, values: pl.Series) -> None:
+    wrong = units.filter(~MASKED & ~pl.lit(values.is_finite().fill_null(False)))
+    if len(wrong):
+        raise OpdError(
+            f"`{name}` is missing, NaN or infinite in {len(wrong)} units of {wrong['rollout_id'].n_unique()} rollouts, "
+            f"first in rollout {wrong['rollout_id'][0]}, unit {wrong['unit'][0]}; expected finite nats in every unit that is "
+            f"not masked: make the shard of {_HOME[name]} again"
+        )
+
+
+_HOME = {
+    "teacher_logp": "units (and the scores it was made from)",
+    "behavior_logp": "rollouts",
+    "policy_logp": "policy",
+}
+
+
+def immediate() -> pl.Expr:
+    """A_t: a local, biased surrogate of the sequence's reverse KL with little variance (survey, arXiv 2606.22793)."""
+    return pl.col("advantage")
+
+
+def return_to_go() -> pl.Expr:
+    """Sum of A_k for k >= t, nats: unbiased on-policy, with high variance (survey, arXiv 2606.22793)."""
+    return pl.col("advantage").cum_sum(reverse=True).over("rollout_id")
+
+
+def discounted(gamma: float) -> pl.Expr:
+    """Sum of gamma^(k-t) A_k for k >= t, nats: 0 is `immediate`, 1 `return_to_go`. Masked units count as steps.
+
+    The recursion G_t = A_t + gamma G_(t+1) is polars' exponentially weighted mean of the reversed response,
+    y_i = gamma y_(i-1) + (1 - gamma) x_i from y_0 = x_0, over 1 - gamma, once x_0 is scaled alike. Nothing is ever divided
+    by a power of gamma, which would underflow within a few hundred units.
     """
-    size = pl.col("credit").abs()
-    before, total = size.cum_sum() - size, size.sum()
-    share = pl.when(total > 0).then(before / total).otherwise(0.0)
-    return (1 + gamma * (1 - share)).over("rollout_id")
+    return _discounted(pl.col("advantage"), gamma).over("rollout_id")
 
 
-def weigh(units: pl.DataFrame, rollouts: pl.DataFrame, scheme: str, gamma: float) -> pl.DataFrame:
-    """The weights table of one shard (schema `weights`); `rollouts` as `advantages` takes it.
+def _discounted(value: pl.Expr, gamma: float) -> pl.Expr:
+    if gamma == 1:
+        return value.cum_sum(reverse=True)
+    if gamma == 0:
+        return value
+    value = value.reverse()
+    value = pl.when(pl.int_range(pl.len()) == 0).then(value * (1 - gamma)).otherwise(value)
+    return value.ewm_mean(alpha=1 - gamma, adjust=False).reverse() / (1 - gamma)
 
-    `scheme`: uniform | iw_opd. Credit is immediate: a unit's own advantage.
+
+def baseline() -> pl.Expr:
+    """Return to go less its mean over the *other* responses that have a unit at the same position; 0 stands for no others.
+
+    The baseline leaves the response itself out, so it is independent of what was sampled there and leaves the estimate
+    unbiased. It is by position, not by prompt, since one response per prompt is the usual case. Reads the columns
+    `return_to_go`, and `count` and `return_to_go_sum` of the position (`estimates.position_sums`).
     """
-    table = advantages(units, rollouts).with_columns(credit=pl.col("advantage"))
-    weight = iw_opd(gamma) if scheme == "iw_opd" else pl.lit(1.0)
-    table = table.with_columns(weight=weight)
+    own, others = pl.col("return_to_go"), pl.col("count") - 1
+    mean = pl.when(others > 0).then((pl.col("return_to_go_sum") - own) / others).otherwise(0.0)
+    return own - mean
+
+
+def gae(gamma: float, lam: float) -> pl.Expr:
+    """GAE: sum of (gamma lam)^(k-t) delta_k for k >= t, delta_t = A_t + gamma V_(t+1) - V_t, and V = 0 after the last unit.
+
+    Schulman et al. 2016 (arXiv 1506.02438), eq. 16; for distillation a hypothesis of the survey arXiv 2606.22793 without
+    experiments. Reads `advantage` and `value` (`estimates.values`); lam 0 is delta_t, lam 1 the discounted return less V_t.
+    """
+    after = pl.col("value").shift(-1, fill_value=0.0)
+    delta = pl.col("advantage") + gamma * after - pl.col("value")
+    return _discounted(delta, gamma * lam).over("rollout_id")
+
+
+def weigh(units: pl.DataFrame, rollouts: pl.DataFrame, options: Weights) -> pl.DataFrame:
+    """The weights table of one shard (schema `weights`).
+
+    Args:
+        units: schema `units`, whole responses; `cand_logp` and `tail_logp` only for gae.
+        rollouts: as `advantages` takes it.
+        options: section `weights` of the config. `baseline`, `gae` and `ideal` compare the responses of `units`.
+    Raises:
+        OpdError: a log-prob of a unit that is not masked is missing, NaN or infinite; names column, rollout and count.
+    """
+    table = _weight(_credit(advantages(units, rollouts), options), options)
     floats = [c.name for c in WEIGHTS if c.name not in ("rollout_id", "unit")]
     return table.select("rollout_id", "unit", pl.col(floats).cast(pl.Float32))
+
+
+def _credit(table: pl.DataFrame, options: Weights) -> pl.DataFrame:
+    if options.credit == "gae":
+        target = table.with_columns(fold=fold_of(), target=discounted(options.discount))
+        features = value_features(target)
+        value = values(features, value_sums(features))
+        return table.with_columns(value).with_columns(credit=gae(options.discount, options.gae_lambda))
+    if options.credit == "baseline":
+        return _with_position_sums(
+            table.with_columns(return_to_go=return_to_go()), "return_to_go", baseline(), "credit"
+        )
+    simple = {"immediate": immediate, "return_to_go": return_to_go, "discounted": lambda: discounted(options.discount)}
+    return table.with_columns(credit=simple[options.credit]())
+
+
+def _weight(table: pl.DataFrame, options: Weights) -> pl.DataFrame:
+    if options.scheme == "ideal":
+        table = table.with_columns(prefix_ratio=prefix_ratio(options.alpha))
+        table = _with_position_sums(table, "prefix_ratio", ideal(), "weight")
+    else:
+        schemes = {
+            "uniform": uniform,
+            "iw_opd": lambda: iw_opd(options.gamma),
+            "signed": lambda: signed(options.gamma),
+            "prefix": lambda: prefix(options.prefix_share),
+        }
+        table = table.with_columns(weight=schemes[options.scheme]())
+    if options.truncate is None:
+        return table
+    return table.with_columns(weight=pl.col("weight") * truncated(options.truncate))
+
+
+def _with_position_sums(table: pl.DataFrame, column: str, estimate: pl.Expr, name: str) -> pl.DataFrame:
+    """`table` with `estimate` as `name`, which may read the sums of `column` by position."""
+    sums = position_sums(table, [column])
+    joined = table.join(sums, on="unit", how="left", maintain_order="left")
+    return joined.with_columns(estimate.alias(name)).drop("count", f"{column}_sum")
 
 
 @dataclass(frozen=True)

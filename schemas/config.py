@@ -280,10 +280,33 @@ class Objective(Section):
 
 
 class Weights(Section):
-    """Importance weights of units."""
+    """Importance weights and credit of units."""
 
-    scheme: Literal["uniform", "iw_opd"] = Field("iw_opd", description="uniform: all 1 | iw_opd: arXiv 2606.22600")
-    gamma: float = Field(0.5, ge=0, description="strength of iw_opd; 0 is uniform")
+    scheme: Literal["uniform", "iw_opd", "signed", "ideal", "prefix"] = Field(
+        "iw_opd",
+        description="uniform: all 1 | iw_opd: arXiv 2606.22600, less weight the more |advantage| lies before | signed: "
+        "likewise, but advantages before cancel | ideal: (teacher's over student's prob. of all before)^alpha, over its mean "
+        "at the same unit index in the shard | prefix: 1 on the first `prefix_share` of the units, 0 after",
+    )
+    gamma: float = Field(0.5, ge=0, description="strength of iw_opd and signed; 0 is uniform")
+    alpha: float = Field(0.05, ge=0, description="exponent of ideal; 0 is uniform, 0.1 collapses within tens of tokens")
+    prefix_share: float = Field(
+        0.3, gt=0, le=1, description="share of a response's units that prefix keeps; 1 is uniform"
+    )
+    truncate: float | None = Field(
+        None,
+        gt=0,
+        description="truncated importance sampling, a factor min(pi_theta / pi_behavior, truncate) of any scheme's weight; "
+        "matters to `reuse`d rollouts; null: no factor",
+    )
+    credit: Literal["immediate", "return_to_go", "discounted", "baseline", "gae"] = Field(
+        "immediate",
+        description="credit of a unit, from advantages A: immediate: its own | return_to_go: sum from it on | discounted: by "
+        "`discount` a unit | baseline: return_to_go less the mean of the shard's other responses at the same unit index | "
+        "gae: generalised advantage with a value cross-fitted over the shard's responses (a hypothesis, arXiv 2606.22793)",
+    )
+    discount: float = Field(0.99, ge=0, le=1, description="of discounted and gae, per unit; 1: none")
+    gae_lambda: float = Field(0.95, ge=0, le=1, description="of gae; 0: one step and the value, 1: all and the value")
 
 
 class Train(Section):

@@ -8,6 +8,9 @@ from pipeline.shards import open_shard, open_writer
 from stages import console, layout
 from stages.context import DEFAULT_CONFIG, ConfigOption, PhaseOption, ShardOption, read_config
 
+UNIT_COLUMNS = ["rollout_id", "unit", "kind", "s_start", "s_len", "teacher_logp"]
+VALUE_COLUMNS = ["cand_logp", "tail_logp"]
+
 
 def main(phase: PhaseOption, shard: ShardOption = 0, config_file: ConfigOption = DEFAULT_CONFIG) -> None:
     """Recompute the weights of a shard; needs no model."""
@@ -24,16 +27,23 @@ def main(phase: PhaseOption, shard: ShardOption = 0, config_file: ConfigOption =
         )
         inputs["policy"] = policy.manifest.sha256
     path = layout.shard_path(config, phase, "weights", shard)
-    tables = []
+    needed = UNIT_COLUMNS + (VALUE_COLUMNS if config.weights.credit == "gae" else [])
+    groups = [table.select(needed) for table in units.row_groups()]
+    sampled = [table.select(["rollout_id", "behavior_logp"]) for table in rollouts.row_groups()]
+    if policy is not None:
+        tokens = [table["policy_logp"] for table in policy.row_groups()]
+        sampled = [table.append_column("policy_logp", own) for table, own in zip(sampled, tokens, strict=True)]
+    # Some estimators compare responses of the whole shard, so row groups are cut again only when they are written.
+    units_frame, rollouts_frame = (
+        pl.DataFrame(pl.from_arrow(pa.concat_tables(tables))) for tables in (groups, sampled)
+    )
+    table = weigh(units_frame, rollouts_frame, config.weights)
     with open_writer(path, "weights", config.weights.model_dump(), inputs) as writer:
-        for index, (sampled, aligned) in enumerate(zip(rollouts.row_groups(), units.row_groups(), strict=True)):
-            if policy is not None:
-                sampled = sampled.append_column("policy_logp", policy.row_group(index)["policy_logp"])  # noqa: PLW2901
-            units_frame, rollouts_frame = (pl.DataFrame(pl.from_arrow(table)) for table in (aligned, sampled))
-            table = weigh(units_frame, rollouts_frame, config.weights.scheme, config.weights.gamma)
-            writer.write(pa.Table.from_batches(table.to_arrow().to_batches()))
-            tables.append(table)
-    figures = summary(pl.concat(tables))
+        at = 0
+        for group in groups:
+            writer.write(pa.Table.from_batches(table.slice(at, len(group)).to_arrow().to_batches()))
+            at += len(group)
+    figures = summary(table)
     console.say(
         f"{phase} weights: {figures.units:,} units, mean advantage {figures.advantage_mean:.3f} nats, "
         f"effective sample size {100 * figures.ess:.1f} %"

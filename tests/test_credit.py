@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.answers import bootstrap_ratio, extract, is_right, wilson
-from pipeline.credit import Summary, advantages, iw_opd, summary, weigh
+from pipeline.credit import Summary, advantages, summary, weigh
+from pipeline.importance import iw_opd
+from schemas.config import Weights
 from schemas.tables import arrow_schema
 
 
@@ -60,8 +62,8 @@ def importance(sizes: Sequence[float], gamma: float) -> list[float]:
     return [1 + gamma * (1 - (math.fsum(sizes[:t]) / total if total else 0.0)) for t in range(len(sizes))]
 
 
-def credit_frame(values: Sequence[float]) -> pl.DataFrame:
-    return pl.DataFrame({"rollout_id": ["a"] * len(values), "credit": values})
+def advantage_frame(values: Sequence[float]) -> pl.DataFrame:
+    return pl.DataFrame({"rollout_id": ["a"] * len(values), "advantage": values})
 
 
 # Multiples of 1/64 up to 32: exact in float32, so that a response's advantage can be exactly zero.
@@ -74,7 +76,7 @@ batch_of_responses = st.lists(st.lists(unit, min_size=1, max_size=12), min_size=
 @given(batch_of_responses, st.floats(0, 2))
 def test_weights_are_those_of_a_loop_over_responses(responses: list[Response], gamma: float) -> None:
     units, rollouts = tables(responses)
-    table = weigh(units, rollouts, "iw_opd", gamma)
+    table = weigh(units, rollouts, Weights(scheme="iw_opd", gamma=gamma))
     assert table.select("rollout_id", "unit").equals(units.select("rollout_id", "unit"))
     assert table.to_arrow().schema.names == arrow_schema("weights").names
     flat = [unit for response in responses for unit in response]
@@ -90,19 +92,19 @@ def test_weights_are_those_of_a_loop_over_responses(responses: list[Response], g
 @given(batch_of_responses)
 def test_no_gamma_and_no_scheme_weigh_nothing(responses: list[Response]) -> None:
     units, rollouts = tables(responses)
-    for table in (weigh(units, rollouts, "iw_opd", 0.0), weigh(units, rollouts, "uniform", 0.5)):
+    for table in (weigh(units, rollouts, o) for o in (Weights(gamma=0.0), Weights(scheme="uniform"))):
         assert table["weight"].to_list() == [1.0] * len(units)
 
 
 def test_pinned_vector() -> None:
-    weights = credit_frame([0.2, -0.3, 0.5]).select(w=iw_opd(0.5))["w"]
+    weights = advantage_frame([0.2, -0.3, 0.5]).select(w=iw_opd(0.5))["w"]
     np.testing.assert_allclose(weights, [1.5, 1.4, 1.25], rtol=1e-12)
 
 
 def test_response_without_advantage() -> None:
     """D_t / D counts as 0, and the response beside it is none the worse for it."""
     zero, other = [Unit(-1.5, (-1.0, -0.5))] * 3, [Unit(-0.5, (-0.7,)), Unit(-1.0, (-0.7,)), Unit(-0.2, (-0.7,))]
-    table = weigh(*tables([zero, other]), "iw_opd", 0.5)
+    table = weigh(*tables([zero, other]), Weights())
     assert table["advantage"].to_list()[:3] == [0.0] * 3
     np.testing.assert_allclose(table["weight"], [1.5, 1.5, 1.5, 1.5, 1.4, 1.25], rtol=1e-6)
 
@@ -112,8 +114,8 @@ def test_masked_unit_carries_nothing() -> None:
     table = advantages(*tables([response]))
     assert table["student_logp"].to_list() == [-0.75, None, -0.5]
     assert table["advantage"].to_list() == [-0.25, 0.0, -1.5]
-    masked = weigh(*tables([response]), "iw_opd", 0.5)["weight"].to_list()
-    left_out = weigh(*tables([[response[0], response[2]]]), "iw_opd", 0.5)["weight"].to_list()
+    masked = weigh(*tables([response]), Weights())["weight"].to_list()
+    left_out = weigh(*tables([[response[0], response[2]]]), Weights())["weight"].to_list()
     assert [masked[0], masked[2]] == left_out
 
 
@@ -123,7 +125,7 @@ def test_summary_of_a_shard(lengths: tuple[int, ...]) -> None:
     responses = [
         [Unit(float(-rng.integers(1, 64)) / 16, (float(-rng.integers(1, 64)) / 16,)) for _ in range(n)] for n in lengths
     ]
-    figures = summary(weigh(*tables(responses), "iw_opd", 0.5))
+    figures = summary(weigh(*tables(responses), Weights()))
     sizes = [[abs(u.advantage) for u in response] for response in responses]
     share: dict[int, float] = {}
     for row in sizes:
@@ -139,7 +141,7 @@ def test_summary_of_a_shard(lengths: tuple[int, ...]) -> None:
 
 
 def test_summary_of_nothing_to_learn_and_of_nothing() -> None:
-    table = weigh(*tables([[Unit(-1.0, (-1.0,))] * 2]), "uniform", 0.5)
+    table = weigh(*tables([[Unit(-1.0, (-1.0,))] * 2]), Weights(scheme="uniform"))
     assert summary(table) == Summary(2, 0.0, {0: 0.0, 5: 0.0}, 1.0)
     assert summary(table.clear()) == Summary(0, 0.0, {}, 0.0)
 
@@ -243,9 +245,9 @@ def test_a_foreign_policys_rollouts_carry_its_ratio() -> None:
             "policy_logp": [[-0.25, -0.5, -1.0], [-0.5]],
         }
     )
-    table = weigh(units, rollouts, "uniform", 0.0)
+    table = weigh(units, rollouts, Weights(scheme="uniform"))
     assert table["student_logp"].to_list() == [-0.75, None, -0.5]
     assert table["advantage"].to_list() == [-0.25, 0.0, -1.5]
     assert table["is_ratio"].to_list() == pytest.approx([math.exp(0.75), 1.0, math.exp(20.0)])
-    own = weigh(units, rollouts.drop("policy_logp"), "uniform", 0.0)
+    own = weigh(units, rollouts.drop("policy_logp"), Weights(scheme="uniform"))
     assert own["is_ratio"].to_list() == [1.0, 1.0, 1.0] and own["student_logp"][0] == -1.5
