@@ -32,8 +32,9 @@ def advantages(units: pl.DataFrame, rollouts: pl.DataFrame) -> pl.DataFrame:
         advantage = teacher_logp - student_logp (0 when masked): A = log p_T - log p_S, design section 4, and
         is_ratio = exp(student_logp - the behaviour policy's sum), 1 when masked; all float64.
     Raises:
-        OpdError: a log-prob of a unit that is not masked is missing, NaN or infinite (scores floor what has no mass, so
-            -inf is none either); names the column, the first rollout and the count.
+        OpdError: a log-prob of a unit that is not masked is missing, NaN or infinite; names the column, the first rollout
+            and the count. -inf is no log-prob either: a softmax leaves every token some mass, and the student's view has
+            `view.LOG_FLOOR` where the teacher would have ended.
     """
     policy = "policy_logp" if "policy_logp" in rollouts.columns else "behavior_logp"
     behavior = _unit_sums(units, rollouts, "behavior_logp")

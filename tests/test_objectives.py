@@ -45,6 +45,11 @@ class Unit:
     teacher: float
 
     @property
+    def credit_shift(self) -> float:
+        """What credit assignment added: any number that only the sampled path may see."""
+        return (2 + self.student) / 3
+
+    @property
     def one_to_one(self) -> bool:
         return self.s_len == 1 and self.t_len == 1
 
@@ -115,6 +120,7 @@ def tensors(units: Sequence[Unit], spare: int = 0) -> tuple[UnitLogps, Batch]:
         t_len=torch.tensor([u.t_len for u in units]),
         teacher_logp=torch.tensor([u.teacher for u in units], dtype=torch.float64),
         weight=torch.ones(len(units), dtype=torch.float64),
+        credit_shift=torch.tensor([u.credit_shift for u in units], dtype=torch.float64),
         cand_id=cand_id,
         cand_logp=cand_logp,
         responses=(),
@@ -152,7 +158,7 @@ def reference(u: Unit, s_cand: Sequence[float], student: float, advantage: float
 
 
 def clipped(u: Unit, clip: float) -> float:
-    return min(clip, max(-clip, u.teacher - u.student))
+    return min(clip, max(-clip, u.teacher - u.student + u.credit_shift))
 
 
 def slope(u: Unit, config: Objective, width: int) -> tuple[list[float], float]:

@@ -91,6 +91,7 @@ def batch_of(told: Sequence[Told]) -> Batch:
             "t_len": s_len,
             "teacher_logp": np.array([math.nan if unit.masked else -1.0 - i for unit in one.units], np.float32),
             "weight": np.array([1 + i + j / 8 for j in range(len(one.units))], np.float32),
+            "credit_shift": np.zeros(len(one.units), np.float32),
             "comparable": np.array([not unit.masked for unit in one.units]),
         }
         ids = np.array([c for unit in one.units for c in unit.candidates], np.int32)

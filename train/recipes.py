@@ -92,7 +92,8 @@ def _divergence(s: torch.Tensor, t: torch.Tensor, config: Objective, cand_logp: 
 
 
 def _path(student: UnitLogps, batch: Batch, config: Objective, _: torch.Tensor) -> torch.Tensor:
-    return objectives.clipped_sampled_path(student.unit, batch.teacher_logp, config.clip)
+    # The unit's own advantage under the model as it is now, and what credit assignment added when the weights were made.
+    return objectives.clipped_sampled_path(student.unit, batch.teacher_logp + batch.credit_shift, config.clip)
 
 
 def _vopd(student: UnitLogps, batch: Batch, config: Objective, _: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,7 @@ class Batch:
         token_unit: int64 (R,), the unit each token belongs to; U for tokens of masked units.
         s_len, t_len: int64 (U,), tokens of the unit on either side; a stop counts one.
         teacher_logp, weight: float32 (U,).
+        credit_shift: float32 (U,), credit less advantage as the weights stage saw them; 0 where credit is immediate.
         cand_id: int64 (U, K), student ids, STOP_ID for the stop candidate; 0 in unused slots.
         cand_logp: float32 (U, K), -inf in unused slots.
         responses: names of the responses.
@@ -44,6 +45,7 @@ class Batch:
     t_len: torch.Tensor
     teacher_logp: torch.Tensor
     weight: torch.Tensor
+    credit_shift: torch.Tensor
     cand_id: torch.Tensor
     cand_logp: torch.Tensor
     responses: tuple[str, ...]
@@ -120,6 +122,7 @@ def _row_group(shards: Triple, group: int) -> list[_Response]:
     stopped = [reason == "stop" for reason in rollouts["finish_reason"].to_pylist()]
     columns = {name: units[name].to_numpy() for name in ("s_start", "s_len", "t_len", "teacher_logp")}
     columns["weight"] = weights["weight"].to_numpy()
+    columns["credit_shift"] = weights["credit"].to_numpy() - weights["advantage"].to_numpy()
     columns["comparable"] = units["kind"].combine_chunks().to_numpy(zero_copy_only=False) != KINDS[MASKED]
     return [
         _Response(
@@ -184,6 +187,7 @@ def collate(responses: Sequence[_Response]) -> Batch:
         "t_len": np.maximum(units["t_len"], 1)[keep].astype(np.int64),
         "teacher_logp": units["teacher_logp"][keep].astype(np.float32),
         "weight": units["weight"][keep].astype(np.float32),
+        "credit_shift": units["credit_shift"][keep].astype(np.float32),
         "cand_id": cand_id[keep],
         "cand_logp": cand_logp[keep],
     }

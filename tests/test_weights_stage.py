@@ -1,0 +1,60 @@
+"""The weights stage over a real shard: estimators see the whole of it, and its row groups are those of the units."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+import tiny
+
+from pipeline.credit import weigh
+from pipeline.shards import open_shard, open_writer
+from schemas.config import Weights
+from stages import weights
+from train.stream import batches
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"scheme": "ideal", "credit": "baseline", "truncate": 2.0},
+        {"scheme": "signed", "credit": "gae", "discount": 0.9},
+        {"scheme": "prefix", "credit": "discounted"},
+        {"scheme": "uniform", "credit": "return_to_go"},
+    ],
+)
+def test_the_whole_shard_is_weighed_and_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    phase = tmp_path / "runs" / "default" / "round-0"
+    rollouts, units, _ = tiny.shards(phase, count=1)[0]
+    made_from = {"rollouts": rollouts.manifest.sha256}
+    groups = list(units.row_groups())
+    with open_writer(units.path, "units", {}, made_from) as writer:  # as the units stage does
+        for group in groups:
+            writer.write(group)
+    models = {"student": {"model": "a"}, "teacher": {"model": "b"}}
+    config = models | {"prompts": {"source": "p.jsonl"}, "weights": options}
+    Path("c.yaml").write_text(json.dumps(config))
+    weights.main("round-0", 0, Path("c.yaml"))
+
+    made = open_shard(phase / "weights" / "000.parquet", "weights", Weights(**options).model_dump(), made_from)  # type: ignore[arg-type]
+    table, frames = pl.read_parquet(made.path), [pl.read_parquet(shard.path) for shard in (units, rollouts)]
+    assert table.equals(weigh(*frames, Weights(**options)))  # type: ignore[arg-type]
+    with pq.ParquetFile(made.path) as file:
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    assert sizes == [len(group) for group in groups]
+
+    # The trainer reads credit and weight of the units that are compared.
+    units = open_shard(units.path, "units", inputs=made_from)
+    seen = [part for parts in batches([(rollouts, units, made)], 8, 4, seed=0, epoch=0) for part in parts]
+    compared = table.filter(frames[0]["kind"] != "masked")
+    shift = compared["credit"] - compared["advantage"]
+    for name, expected in (("credit_shift", shift), ("weight", compared["weight"])):
+        got = np.concatenate([getattr(part, name).numpy() for part in seen])
+        np.testing.assert_array_equal(np.sort(got), np.sort(expected.to_numpy()))
+    assert bool((shift == 0).all()) == (options.get("credit", "immediate") == "immediate")
