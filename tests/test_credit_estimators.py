@@ -381,6 +381,14 @@ def test_sums_add_in_row_order() -> None:
     assert sums_by(table, ["k"], ["x"]).to_dict(as_series=False) == {"k": [0, 1], "count": [1, 3], "x_sum": [3.0, 0.0]}
 
 
+def test_shards_add_in_the_order_of_their_names() -> None:
+    """1e16 + 1 - 1e16 is 0 in that order and 1 in another; what came first must not matter."""
+    shards = {"a": 1e16, "b": 1.0, "c": -1e16}
+    partials = {name: pl.DataFrame({"k": [0], "count": [1.0], "x_sum": [x]}) for name, x in shards.items()}
+    for order in ("abc", "cab", "acb"):
+        assert combine({name: partials[name] for name in order}, ["k"])["x_sum"].to_list() == [0.0]
+
+
 def test_value_without_others_is_zero() -> None:
     table = pl.DataFrame({"fold": [0, 0], "target": [1.0, 2.0]} | {name: [1.0, 0.5] for name in estimates.FEATURES})
     assert values(table, estimates.value_sums(table)).to_list() == [0.0, 0.0]
