@@ -301,10 +301,10 @@ class Weights(Section):
     )
     credit: Literal["immediate", "return_to_go", "discounted", "baseline", "gae"] = Field(
         "immediate",
-        description="what the sampled path of hybrid, sampled, lightning and iw_opd multiplies log-probs by. immediate: a unit's "
-        "own advantage | return_to_go: the sum from it on | discounted: likewise, by `discount` a unit | baseline: return_to_go "
-        "less the mean of the shard's other responses at the same unit index | gae: generalised advantages with a value "
-        "cross-fitted over the shard's responses (a hypothesis of arXiv 2606.22793)",
+        description="what the sampled path of hybrid, sampled, lightning and iw_opd multiplies log-probs by. immediate: a "
+        "unit's own advantage | return_to_go: the sum from it on | discounted: likewise, by `discount` a unit | baseline: "
+        "return_to_go less the mean of the shard's other responses at the same unit index | gae: generalised advantages "
+        "with a value cross-fitted over the shard's responses (a hypothesis of arXiv 2606.22793)",
     )
     discount: float = Field(0.99, ge=0, le=1, description="of discounted and gae, per unit; 1: none")
     gae_lambda: float = Field(0.95, ge=0, le=1, description="of gae; 0: one step and the value, 1: all and the value")
