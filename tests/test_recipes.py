@@ -212,7 +212,9 @@ def test_a_unit_is_the_same_alone_and_beside_others_and_padding(recipe: str) -> 
     for i, u in enumerate(units):
         mine = slice(first, first + u.s_len)
         one = {name: getattr(batch, name)[i : i + 1] for name in ("s_len", "t_len", "teacher_logp", "credit_shift")}
-        one |= {name: getattr(batch, name)[i : i + 1] for name in ("weight", "cand_id", "cand_logp", "response_of_unit")}
+        one |= {
+            name: getattr(batch, name)[i : i + 1] for name in ("weight", "cand_id", "cand_logp", "response_of_unit")
+        }
         zero = torch.zeros(1, dtype=torch.int64)
         alone = replace(
             batch, **one, targets=batch.targets[mine], unit_row=zero, token_unit=torch.zeros_like(batch.targets[mine])
@@ -235,7 +237,17 @@ def test_masked_tokens_carry_nothing_and_a_batch_of_them_is_empty(recipe: str) -
     np.testing.assert_array_equal(beside, loss)
     np.testing.assert_array_equal(beside_slopes[2], [*slopes[2], 0, 0, 0])
 
-    per_unit = ("unit_row", "s_len", "t_len", "teacher_logp", "weight", "credit_shift", "cand_id", "cand_logp", "response_of_unit")
+    per_unit = (
+        "unit_row",
+        "s_len",
+        "t_len",
+        "teacher_logp",
+        "weight",
+        "credit_shift",
+        "cand_id",
+        "cand_logp",
+        "response_of_unit",
+    )
     none = replace(
         masked,
         **{name: getattr(batch, name)[:0] for name in per_unit},
