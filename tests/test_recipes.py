@@ -308,8 +308,8 @@ def test_jsd_between_its_limits(seed: int, size: int, beta: float) -> None:
     p_s, p_t = (random_distribution(rng, size) for _ in range(2))
     s, t = (torch.from_numpy(np.log(p)) for p in (p_s, p_t))
     near = 1e-7
-    assert float(objectives.jsd(s, t, near)) / near == pytest.approx(plain_kl(p_t, p_s), rel=1e-4, abs=1e-6)
-    assert float(objectives.jsd(s, t, 1 - near)) / near == pytest.approx(plain_kl(p_s, p_t), rel=1e-4, abs=1e-6)
+    assert float(objectives.jsd(s, t, near)) / near == pytest.approx(plain_kl(p_t, p_s), rel=1e-2, abs=1e-6)
+    assert float(objectives.jsd(s, t, 1 - near)) / near == pytest.approx(plain_kl(p_s, p_t), rel=1e-2, abs=1e-6)
     assert float(objectives.jsd(s, t, beta)) == pytest.approx(float(objectives.jsd(t, s, 1 - beta)), rel=1e-9)
     bound = -beta * log(beta) - (1 - beta) * log(1 - beta)
     assert -1e-15 <= float(objectives.jsd(s, t, beta)) <= bound
