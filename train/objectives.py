@@ -126,7 +126,7 @@ def bucket_kl(
 ) -> torch.Tensor:
     """KL over K candidates and one more class for all else: a lower bound of full-vocabulary KL (log-sum inequality).
 
-    TA-OPD's tail token (arXiv 2608.14728). (U, K) x (U, K) -> (U,); slots outside the support are -inf in both.
+    (U, K) x (U, K) -> (U,); slots outside the support are -inf in both.
     """
     return _directed(with_rest(student_logp), with_rest(teacher_logp), direction)
 
