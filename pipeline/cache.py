@@ -112,9 +112,18 @@ def _intact(entry: Path, identity: dict[str, Any], inputs: dict[str, str]) -> bo
 
 def use(cache: Path, entry: Path, link: Path) -> None:
     """Point a run's shard and manifest at an entry, and note that it is used there."""
+    _note_use(cache, entry, link)
+    link_shard(entry, link)
+
+
+def _note_use(cache: Path, entry: Path, link: Path) -> None:
     link = link.absolute()
     write_text(cache / "users" / entry.stem / digest(str(link))[:16], f"{link}\n")
-    for target, name in ((entry, link), (manifest_path(entry), manifest_path(link))):
+
+
+def link_shard(shard: Path, link: Path) -> None:
+    """Point `link` at a shard, and the manifest's name beside it at its manifest."""
+    for target, name in ((shard, link), (manifest_path(shard), manifest_path(link))):
         publish_link(target, name)
 
 
@@ -145,8 +154,7 @@ def relink(cache: Path, run: Path) -> int:
             publish_link(target, name)
             os.utime(name, ns=(times.st_atime_ns, times.st_mtime_ns), follow_symlinks=False)
             if name.suffix == ".parquet":
-                link = name.absolute()
-                write_text(cache / "users" / target.stem / digest(str(link))[:16], f"{link}\n")
+                _note_use(cache, target, name)
             moved += 1
     return moved
 

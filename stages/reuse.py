@@ -1,8 +1,8 @@
 """Reuse: take over another run's rollouts and teacher scores for this student; no teacher forward."""
 
 from pipeline.adopt import adopt
-from pipeline.cache import publish_link, responses_digest
-from pipeline.shards import Shard, manifest_path, open_shard, open_writer
+from pipeline.cache import link_shard, responses_digest
+from pipeline.shards import Shard, open_shard, open_writer
 from pipeline.tokens import from_table
 from schemas.config import Config
 from schemas.errors import OpdError
@@ -32,9 +32,8 @@ def main(phase: PhaseOption, shard: ShardOption = 0, config_file: ConfigOption =
     scores = open_shard(source.shard("scores", shard), "scores", inputs={"responses": responses_digest(given)})
     write_rollouts(config, phase, shard, source, given)
     link = layout.shard_path(config, phase, "scores", shard)
-    for target, name in ((scores.path, link), (manifest_path(scores.path), manifest_path(link))):
-        publish_link(target.resolve(), name)
-    write_provenance(link, scores, f"reused from {source.folder}")
+    link_shard(scores.path.resolve(), link)
+    write_provenance(link, scores.manifest, given.rows, f"reused from {source.folder}")
 
 
 def write_rollouts(config: Config, phase: str, shard: int, source: layout.Source, given: Shard) -> None:

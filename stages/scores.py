@@ -16,7 +16,7 @@ from pipeline.cache import fetch_or_make, lists_digest, responses_digest
 from pipeline.compact import STATISTIC_BITS, candidates, rounded
 from pipeline.prompts import Renderer
 from pipeline.score import Scores, score
-from pipeline.shards import Shard, open_shard, open_writer
+from pipeline.shards import Shard, open_shard, open_writer, read_manifest
 from pipeline.support import pair_ids, same_ids
 from pipeline.tokens import Spelling, spell, text_tokenizer
 from pipeline.view import sampled_tokens
@@ -59,7 +59,7 @@ def main(
     found = fetch_or_make(layout.cache_folder(config), job.identity, job.inputs, make, link, config.cache_remote)
     if found:
         console.say(f"{phase} scores: found in the cache, no teacher token scored ({link.resolve().name})")
-    write_provenance(link, open_shard(link, "scores"), "cache" if found else "scored")
+    write_provenance(link, read_manifest(link), rollouts.rows, "cache" if found else "scored")
 
 
 @dataclass(frozen=True)
