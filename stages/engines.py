@@ -34,7 +34,7 @@ def scorer(
         return
     # At least a token of each sequence that it may have under way, 256 if nobody says otherwise.
     options = {"max_num_batched_tokens": max(config.scores.batch_tokens, 256)} | speaker.config.engine_options
-    with vllm.open_engine(speaker.ref.path, speaker.config.dtype, longest, True, options) as llm:
+    with vllm.open_engine(speaker.ref.path, speaker.dtype, longest, True, options) as llm:
         yield partial(vllm.hidden_rows, llm, device=model.device), partial(head, model), None
 
 
@@ -49,5 +49,5 @@ def sampler(speaker: Speaker, config: Config, longest: int) -> Iterator[Callable
         return
     speaker.check()
     options = {"max_num_seqs": size} | speaker.config.engine_options
-    with vllm.open_engine(speaker.ref.path, speaker.config.dtype, longest, False, options) as llm:
+    with vllm.open_engine(speaker.ref.path, speaker.dtype, longest, False, options) as llm:
         yield partial(vllm.sample, llm)

@@ -36,7 +36,7 @@ def main(
     student = policy(config, number)
     model = student.load()
     check_head(model, student.ref.source)
-    identity = {"policy": student.ref.identity(), "dtype": student.config.dtype, "stop_ids": student.stop.tolist()}
+    identity = {"policy": student.ref.identity(), "dtype": student.dtype, "stop_ids": student.stop.tolist()}
     inputs = {"rollouts": rollouts.manifest.sha256}
     path = layout.shard_path(config, phase, "policy", shard)
     with (

@@ -52,7 +52,7 @@ def main(
     identity = {
         "policy": student.ref.identity(),
         "engine": student.config.engine,
-        "dtype": student.config.dtype,
+        "dtype": student.dtype,
         "prompt": renderer.identity,
         "sampling": options.model_dump(include={"temperature", "top_p", "max_new_tokens", "top_k"}),
         "stop_ids": student.stop.tolist(),

@@ -90,7 +90,7 @@ class Job:
             "teacher": self.teacher.ref.identity(),
             "reads": "tokens" if self.reads_tokens else "text",
             "engine": self.config.teacher.engine,
-            "dtype": self.config.teacher.dtype,
+            "dtype": self.teacher.dtype,
             "prompt": self.renderer.identity,
             "stop_ids": self.teacher.stop.tolist(),
             "scores": scores.model_dump(include={"support", "mass", "k_max", "min_p"}),

@@ -35,6 +35,7 @@ def main(
         student = policy(config, round_index)
         identity = {
             "student": student.ref.identity(),
+            "dtype": student.dtype,
             "weights": [weights.manifest.sha256 for _, _, weights in shards],
             "objective": config.objective.model_dump(),
             "train": config.train.model_dump(mode="json", exclude={"save_every"}),

@@ -103,7 +103,8 @@ def test_rollouts_carry_the_behaviour_policys_own_logprobs(run: Run) -> None:
     from transformers import AutoModelForCausalLM
 
     reference = json.loads((run.run / "models/student.json").read_text())
-    model = AutoModelForCausalLM.from_pretrained(reference["path"], dtype=torch.bfloat16)
+    dtype = open_shard(run.run / "round-0/rollouts/000.parquet", "rollouts").manifest.identity["dtype"]
+    model = AutoModelForCausalLM.from_pretrained(reference["path"], dtype=getattr(torch, dtype))
     differences = []
     for row in pl.read_parquet(run.run / "round-0/rollouts/000.parquet").to_dicts():
         ids = torch.tensor(row["prompt_ids"] + row["response_ids"])[None]
