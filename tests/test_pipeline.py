@@ -31,6 +31,7 @@ class Run:
         config["rollouts"] |= {"rounds": 1, "prompts": 12, "shard_size": 6}
         config["train"] = {"batch_size": 4, "micro_batch_size": 4, "warmup_steps": 1}
         config["evaluate"] = {"kl_items": 6}
+        config["audit"] = {"responses": 1}
         (folder / "config.yaml").write_text(yaml.safe_dump(config | changes, allow_unicode=True))
         self.run = folder / "runs" / changes.get("run", "default")
 
@@ -169,6 +170,7 @@ def test_too_little_coverage_stops_the_run_with_a_table(run: Run) -> None:
     assert "too little of the rollouts can be compared" in output and "coverage.min_one_to_one is 100.0 %" in output
 
 
+@pytest.mark.slow
 def test_a_changed_learning_rate_trains_anew_from_the_same_rollouts(run: Run) -> None:
     """A real rerun: the optimiser state that the first training left must not stand in the way."""
     changed = ("--config", "train={batch_size: 4, micro_batch_size: 4, warmup_steps: 1, learning_rate: 1e-6}")
@@ -182,6 +184,7 @@ def test_a_changed_learning_rate_trains_anew_from_the_same_rollouts(run: Run) ->
     }
 
 
+@pytest.mark.slow
 def test_a_deleted_run_scores_nothing_again(run: Run) -> None:
     before = run.shards()
     shutil.rmtree(run.run)
