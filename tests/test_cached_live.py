@@ -31,9 +31,9 @@ def live_columns(job: Job, units: pl.DataFrame, k: int, min_p: float) -> tuple[l
     pairs = pair_ids(job.teacher.vocabulary, job.student.vocabulary)
     candidates, sums = [], []
     prompts = [ids for group in job.teacher_prompts for ids in group]
-    for prompt, (name, text) in zip(
-        prompts, zip(*job.rollouts.read().select(["rollout_id", "response"]).to_pydict().values()), strict=True
-    ):
+    rollouts = job.rollouts.read()
+    names, texts = (rollouts[column].to_pylist() for column in ("rollout_id", "response"))
+    for prompt, name, text in zip(prompts, names, texts, strict=True):
         own = job.teacher.tokenizer(text, add_special_tokens=False)["input_ids"]
         with torch.inference_mode():
             logits = model(torch.tensor([[*prompt, *own]])).logits[0, len(prompt) - 1 :].double()
