@@ -323,7 +323,9 @@ class Train(Section):
         0.1, ge=0, le=1, description="linear decay over the whole run to this share of the peak"
     )
     batch_size: int = Field(16, ge=1, description="responses per step")
-    micro_batch_size: int = Field(16, ge=1, description="responses per forward pass")
+    micro_batch_tokens: int = Field(
+        4096, ge=1, description="padded tokens per forward pass, prompt and response; one response at least"
+    )
     epochs: int = Field(1, ge=1, description="passes over a round's rollouts")
     grad_clip: float = Field(1.0, gt=0, description="gradient norm at most")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")

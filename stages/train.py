@@ -16,13 +16,14 @@ from stages import console, layout
 from stages.context import DEFAULT_CONFIG, ConfigOption, Speaker, ThreadsOption, policy, read_config, teacher
 from train.checkpoint import export
 from train.loop import Progress, train_round
-from train.stream import Triple, count_batches
+from train.stream import Triple, count_steps
 
 
 def main(
     round_index: Annotated[int, typer.Option("--round", min=0, help="number of the round")] = 0,
     config_file: ConfigOption = DEFAULT_CONFIG,
     threads: ThreadsOption = None,
+    workers: Annotated[int, typer.Option(min=0, help="threads that read ahead; they change no result")] = 1,
 ) -> None:
     """Train the student for one round and export a checkpoint that `from_pretrained` loads."""
     config = read_config(config_file)
@@ -44,7 +45,7 @@ def main(
         }
         model = student.load()
         check_head(model, student.ref.source)
-        steps = count_batches(shards, config.train.batch_size) * config.train.epochs
+        steps = count_steps(shards, config.train.batch_size) * config.train.epochs
         state = folder.parent / "train"
         previous = layout.checkpoint_folder(config, round_index - 1).parent / "train" / "state.safetensors"
         last: dict[str, float] = {}
@@ -66,6 +67,7 @@ def main(
                 state / "metrics.jsonl",
                 identity,
                 report,
+                workers,
             )
         ref = export(
             model, student.tokenizer, folder, model_card(config, student, identity), f"{config.run} round {round_index}"

@@ -29,7 +29,7 @@ class Run:
         config: dict[str, Any] = yaml.safe_load((ROOT / "config/config.yaml").read_text())
         config["prompts"]["splits"] = {"examples": 4, "train": 12, "dev": 0, "test": 8}
         config["rollouts"] |= {"rounds": 1, "prompts": 12, "shard_size": 6}
-        config["train"] = {"batch_size": 4, "micro_batch_size": 4, "warmup_steps": 1}
+        config["train"] = {"batch_size": 4, "micro_batch_tokens": 300, "warmup_steps": 1}
         config["evaluate"] = {"kl_items": 6}
         config["audit"] = {"responses": 1}
         (folder / "config.yaml").write_text(yaml.safe_dump(config | changes, allow_unicode=True))
@@ -145,7 +145,7 @@ def test_the_checkpoint_is_a_model(run: Run) -> None:
 def test_again_does_nothing_and_a_learning_rate_only_retrains(run: Run) -> None:
     assert "Nothing to be done" in run.snakemake()
     plan = run.snakemake(
-        "-n", "--config", "train={batch_size: 4, micro_batch_size: 4, warmup_steps: 1, learning_rate: 1e-6}"
+        "-n", "--config", "train={batch_size: 4, micro_batch_tokens: 300, warmup_steps: 1, learning_rate: 1e-6}"
     )
     planned = {
         line.split()[0]: int(line.split()[1])
@@ -173,7 +173,7 @@ def test_too_little_coverage_stops_the_run_with_a_table(run: Run) -> None:
 @pytest.mark.slow
 def test_a_changed_learning_rate_trains_anew_from_the_same_rollouts(run: Run) -> None:
     """A real rerun: the optimiser state that the first training left must not stand in the way."""
-    changed = ("--config", "train={batch_size: 4, micro_batch_size: 4, warmup_steps: 1, learning_rate: 1e-6}")
+    changed = ("--config", "train={batch_size: 4, micro_batch_tokens: 300, warmup_steps: 1, learning_rate: 1e-6}")
     before = run.shards()
     weights = (run.run / "round-0/checkpoint/model.safetensors").read_bytes()
     output = run.snakemake("runs/default/round-0/checkpoint.json", *changed)

@@ -1,10 +1,11 @@
-"""The trainer's stream and loop: every response once, in an order that only the seed decides; resume to the bit."""
+"""The trainer's loop and checkpoints; resume to the bit. Its stream: test_stream."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ from schemas.config import Config, parse_config
 from schemas.errors import OpdError
 from train.checkpoint import export, load_state
 from train.loop import Progress, train_round
-from train.stream import batches, count_batches
+from train.stream import count_steps
 
 STOP = torch.from_numpy(tiny.STOP.astype("int64"))
 
 
 def config(**train: Any) -> Config:
-    values = {"batch_size": 6, "micro_batch_size": 4, "warmup_steps": 2, "learning_rate": 1e-3, **train}
+    values = {"batch_size": 6, "micro_batch_tokens": 40, "warmup_steps": 2, "learning_rate": 1e-3, **train}
     return parse_config(
         {"prompts": {"source": "x"}, "student": {"model": "s"}, "teacher": {"model": "t"}, "train": values}, "test"
     )
@@ -31,7 +32,7 @@ def config(**train: Any) -> Config:
 
 def run(folder: Path, shards: Any, settings: Config, **changes: Any) -> dict[str, torch.Tensor]:
     """Train a tiny model for one round; returns the final state."""
-    steps = count_batches(shards, settings.train.batch_size) * settings.train.epochs
+    steps = count_steps(shards, settings.train.batch_size) * settings.train.epochs
     arguments: dict[str, Any] = {
         "model": tiny.model(),
         "stop": STOP,
@@ -52,33 +53,10 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def names(stream: Any) -> list[str]:
-    return [name for parts in stream for part in parts for name in part.responses]
-
-
-def test_every_response_comes_once_in_an_order_of_the_seed(tmp_path: Path) -> None:
-    shards = tiny.shards(tmp_path)
-    first = names(batches(shards, 6, 4, seed=1, epoch=0))
-    assert sorted(first) == sorted(f"s{s}-r{r}" for s in range(2) for r in range(20))
-    assert first == names(batches(shards, 6, 4, seed=1, epoch=0))
-    assert first != names(batches(shards, 6, 4, seed=1, epoch=1)) != names(batches(shards, 6, 4, seed=2, epoch=0))
-    sizes = [sum(len(part.responses) for part in parts) for parts in batches(shards, 6, 4, 1, 0)]
-    assert sizes == [6] * 6 + [4] and len(sizes) == count_batches(shards, 6)
-    assert max(len(part.responses) for parts in batches(shards, 6, 4, 1, 0) for part in parts) == 4
-
-
-def test_tables_that_are_not_in_step_are_refused(tmp_path: Path) -> None:
-    (a, b) = tiny.shards(tmp_path)
-    with pytest.raises(OpdError, match="run the weights stage again"):
-        names(batches([(a[0], a[1], b[2])], 6, 6, 1, 0))
-    with pytest.raises(OpdError, match="run the units stage again"):
-        names(batches([(a[0], b[1], b[2])], 6, 6, 1, 0))
-
-
 def test_training_lowers_the_loss_and_micro_batches_do_not_matter(tmp_path: Path) -> None:
     shards = tiny.shards(tmp_path)
-    whole = run(tmp_path / "whole", shards, config(micro_batch_size=6, epochs=8))
-    cut = run(tmp_path / "cut", shards, config(micro_batch_size=1, epochs=8))
+    whole = run(tmp_path / "whole", shards, config(micro_batch_tokens=1000, epochs=8))
+    cut = run(tmp_path / "cut", shards, config(micro_batch_tokens=1, epochs=8))
     for name, value in whole.items():
         torch.testing.assert_close(value, cut[name], rtol=1e-3, atol=2e-4)
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
@@ -88,7 +66,7 @@ def test_training_lowers_the_loss_and_micro_batches_do_not_matter(tmp_path: Path
 
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     shards, settings = tiny.shards(tmp_path), config(save_every=2, epochs=2)
-    straight = run(tmp_path / "straight", shards, settings)
+    straight = run(tmp_path / "straight", shards, settings, workers=2)
 
     class Interrupted(Exception):
         pass
@@ -101,7 +79,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
                 raise Interrupted
 
         with pytest.raises(Interrupted):
-            run(folder, shards, settings, report=interrupt)
+            run(folder, shards, settings, report=interrupt, workers=stop_at % 3)
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("stream")]
         assert same(run(folder, shards, settings), straight)
         steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert steps == list(range(14))

@@ -106,11 +106,11 @@ def _response(rng: np.random.Generator, name: str, rows: dict[str, list[dict[str
             {
                 "rollout_id": name,
                 "unit": unit,
-                "student_logp": None if masked else -1.0,
-                "advantage": 0.0,
-                "credit": 0.0,
+                "student_logp": None if masked else -1 - unit / 8,
+                "advantage": -unit / 4,
+                "credit": -unit / 4,
                 "weight": float(1 + rng.random() / 2),
-                "is_ratio": 1.0,
+                "is_ratio": 1 + at / 16,
             }
         )
         at, unit = at + size, unit + 1

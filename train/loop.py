@@ -4,8 +4,8 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from train.checkpoint import load_state, save_state
 from train.optimiser import MasterAdamW, learning_rate
 from train.policy import unit_logps
 from train.recipes import losses
-from train.stream import Batch, Triple, batches, count_batches
+from train.stream import Step, Triple, batches, count_steps
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ def train_round(
     metrics_path: Path,
     identity: dict[str, Any],
     report: Callable[[dict[str, float]], None] = lambda _: None,
+    workers: int = 0,
 ) -> None:
     """Train `model` in place on one round's shards.
 
@@ -53,6 +54,7 @@ def train_round(
         metrics_path: JSON lines, one a step; steps that a resumed run repeats replace the earlier lines.
         identity: what determines this round.
         report: called with each step's metrics.
+        workers: threads that read ahead; they change nothing else.
     """
     optimiser = MasterAdamW(model, config.train)
     done = 0
@@ -69,21 +71,21 @@ def train_round(
     metrics_path.write_text("".join(line + "\n" for line in lines))
 
     # The model stays in evaluation mode: what is trained is the policy that was sampled, and dropout would differ from it.
-    per_epoch = count_batches(shards, config.train.batch_size)
-    steps = per_epoch * config.train.epochs
-    stream = (
-        parts
-        for epoch in range(config.train.epochs)
-        for parts in batches(
-            shards, config.train.batch_size, config.train.micro_batch_size, config.seed + round_index, epoch
-        )
+    steps = count_steps(shards, config.train.batch_size) * config.train.epochs
+    stream = batches(
+        shards,
+        config.train.batch_size,
+        config.train.micro_batch_tokens,
+        config.seed + round_index,
+        range(done, steps),
+        workers=workers,
     )
-    with metrics_path.open("a") as metrics:
+    with metrics_path.open("a") as metrics, closing(stream):
         began = time.perf_counter()
-        for step, parts in enumerate(islice(stream, done, None), done):
+        for step, batch in enumerate(stream, done):
             waited = time.perf_counter() - began
             rate = learning_rate(config.train, progress.before + step, progress.total)
-            figures = train_step(model, stop, parts, optimiser, rate, config)
+            figures = train_step(model, stop, batch, optimiser, rate, config)
             seconds = time.perf_counter() - began
             figures |= {
                 "round": round_index,
@@ -104,18 +106,17 @@ def train_round(
 
 
 def train_step(
-    model: Any, stop: torch.Tensor, parts: Sequence[Batch], optimiser: MasterAdamW, rate: float, config: Config
+    model: Any, stop: torch.Tensor, step: Step, optimiser: MasterAdamW, rate: float, config: Config
 ) -> dict[str, float]:
     """One optimiser step over micro-batches.
 
     The loss is the sum of weight times loss over the units that the recipe uses, divided by all comparable units of the
-    batch, so that a recipe that uses fewer units does not take larger steps on them. Raises OpdError when it diverges.
+    step, so that a recipe that uses fewer units does not take larger steps on them. Raises OpdError when it diverges.
     """
     device = model.device
-    moved = [part.to(device) for part in parts]
-    units = sum(len(part.unit_row) for part in moved)
+    units = step.units
     sums = {"loss": 0.0, "sampled_kl": 0.0, "used": 0.0}
-    for part in moved:
+    for part in (part.to(device) for part in step.parts):
         if not len(part.unit_row):
             continue
         student = unit_logps(model, part, stop)
@@ -138,5 +139,5 @@ def train_step(
         "grad_norm": norm,
         "units": units,
         "used_share": sums["used"] / max(1, units),
-        "tokens": float(sum(int(part.mask.sum()) for part in parts)),
+        "tokens": float(sum(int(part.mask.sum()) for part in step.parts)),
     }
