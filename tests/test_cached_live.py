@@ -76,8 +76,8 @@ def test_loss_and_gradient_from_shards_are_those_computed_live(run: Run, monkeyp
     monkeypatch.setenv("OPD_CACHE", str(run.cache))
     config = load_config(Path("runs/default/config.yaml"))
     shards = open_shards(config, "round-0")
-    (parts,) = list(batches(shards[:1], 100, 100, 0, 0))
-    (batch,) = parts
+    (step,) = batches(shards[:1], 100, 10**6, 0, range(1))
+    (batch,) = step.parts
     student = policy(config, 0)
     job = Job(config, shards[0][0], open_prompts(config), teacher(config), student)
     units = pl.DataFrame(pl.from_arrow(shards[0][1].read()))
