@@ -314,13 +314,20 @@ class Weights(Section):
     gae_lambda: float = Field(0.95, ge=0, le=1, description="of gae; 0: one step and the value, 1: all and the value")
 
 
+TRAIN_OPERATION = {"save_every", "keep_states", "trackers"}
+"""Keys of `train` that leave the trained weights as they are, so a round need not be trained again for them."""
+
+
 class Train(Section):
     """The optimiser."""
 
     learning_rate: float = Field(4e-5, gt=0, description="peak learning rate of AdamW")
     warmup_steps: int = Field(4, ge=0, description="linear warm-up, in steps of the whole run")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="of the learning rate after the warm-up, over the whole run; constant: the peak"
+    )
     min_lr_ratio: float = Field(
-        0.1, ge=0, le=1, description="linear decay over the whole run to this share of the peak"
+        0.1, ge=0, le=1, description="share of the peak that linear and cosine end at, at the run's last step"
     )
     batch_size: int = Field(16, ge=1, description="responses per step")
     micro_batch_tokens: int = Field(
@@ -331,6 +338,18 @@ class Train(Section):
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's moments")
     save_every: int = Field(50, ge=1, description="steps between resumable states")
+    keep_states: int = Field(2, ge=1, description="newest states of a round that are kept, the final one included")
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        (),
+        description="where each step's figures go beside train/metrics.jsonl: tensorboard (runs/<run>/tensorboard), wandb, "
+        "trackio; pip install 'offline-opd[trackers]'",
+    )
+
+    @model_validator(mode="after")
+    def _constant_does_not_decay(self) -> "Train":
+        if self.schedule == "constant" and self.min_lr_ratio != type(self).model_fields["min_lr_ratio"].default:
+            raise ValueError(f"`min_lr_ratio: {self.min_lr_ratio:g}` means nothing to `schedule: constant`")
+        return self
 
 
 class Evaluate(Section):

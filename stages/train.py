@@ -1,22 +1,26 @@
 """Train: one round on its shards, from the last checkpoint to the next."""
 
-import json
-from typing import Annotated, Any
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
 
 import torch
 import typer
 from filelock import FileLock
 
 from pipeline.lm import check_head
-from pipeline.models import ModelRef
-from pipeline.shards import open_shard, versions, write_text
-from schemas.config import Config
-from schemas.manifest import digest
+from pipeline.shards import open_shard, write_text
+from schemas.config import TRAIN_OPERATION, Config
 from stages import console, layout
-from stages.context import DEFAULT_CONFIG, ConfigOption, Speaker, ThreadsOption, policy, read_config, teacher
+from stages.card import model_card
+from stages.context import DEFAULT_CONFIG, ConfigOption, ThreadsOption, policy, read_config
 from train.checkpoint import export
 from train.loop import Progress, train_round
 from train.stream import Triple, count_steps
+from train.trackers import trackers
 
 
 def main(
@@ -25,7 +29,10 @@ def main(
     threads: ThreadsOption = None,
     workers: Annotated[int, typer.Option(min=0, help="threads that read ahead; they change no result")] = 1,
 ) -> None:
-    """Train the student for one round and export a checkpoint that `from_pretrained` loads."""
+    """Train the student for one round and export a checkpoint that `from_pretrained` loads.
+
+    SIGTERM saves and leaves after the step under way, with exit status 143; the same command then goes on.
+    """
     config = read_config(config_file)
     console.threads(threads)
     torch.manual_seed(config.seed)
@@ -39,21 +46,27 @@ def main(
             "dtype": student.dtype,
             "weights": [weights.manifest.sha256 for _, _, weights in shards],
             "objective": config.objective.model_dump(),
-            "train": config.train.model_dump(mode="json", exclude={"save_every"}),
+            "train": config.train.model_dump(mode="json", exclude=TRAIN_OPERATION),
             "rounds": config.rollouts.rounds,
             "seed": config.seed,
         }
         model = student.load()
         check_head(model, student.ref.source)
         steps = count_steps(shards, config.train.batch_size) * config.train.epochs
-        state = folder.parent / "train"
-        previous = layout.checkpoint_folder(config, round_index - 1).parent / "train" / "state.safetensors"
+        progress = Progress(before=round_index * steps, total=config.rollouts.rounds * steps)
+        about = config.model_dump(mode="json")
         last: dict[str, float] = {}
-        with console.progress(f"round-{round_index} train", steps, "steps") as advance:
+        with (
+            stop_on_sigterm() as stop_asked,
+            trackers(config.train.trackers, layout.run_folder(config), config.run, about) as track,
+            console.progress(f"round-{round_index} train", steps, "steps") as advance,
+        ):
 
             def report(figures: dict[str, float]) -> None:
+                step = int(figures["step"])
+                track({k: v for k, v in figures.items() if k not in ("step", "steps")}, progress.before + step)
+                advance(1, detail(figures), already=0 if last else step)
                 last.update(figures)
-                advance(1)
 
             train_round(
                 model,
@@ -61,22 +74,52 @@ def main(
                 shards,
                 config,
                 round_index,
-                Progress(before=round_index * steps, total=config.rollouts.rounds * steps),
-                previous if round_index else None,
-                state / "state.safetensors",
-                state / "metrics.jsonl",
+                progress,
+                states_folder(config, round_index - 1) if round_index else None,
+                states_folder(config, round_index),
                 identity,
                 report,
                 workers,
+                stop_asked,
+                console.say,
             )
-        ref = export(
-            model, student.tokenizer, folder, model_card(config, student, identity), f"{config.run} round {round_index}"
-        )
+        card = model_card(config, round_index, student, shards, states_folder(config, round_index) / "metrics.jsonl")
+        ref = export(model, student.tokenizer, folder, card, f"{config.run} round {round_index}")
         write_text(layout.policy_file(config, round_index + 1), ref.model_dump_json(indent=1) + "\n")
     if last:
         console.say(
             f"round-{round_index} train: loss {last['loss']:.3f}, sampled KL {last['sampled_kl']:.3f}, in {folder}"
         )
+
+
+def states_folder(config: Config, round_index: int) -> Path:
+    """Where a round's training states and metrics lie."""
+    return layout.checkpoint_folder(config, round_index).parent / "train"
+
+
+@contextmanager
+def stop_on_sigterm() -> Iterator[Callable[[], bool]]:
+    """While it is open a SIGTERM, as schedulers send it before they pre-empt, only makes the yielded function say True."""
+    asked = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def detail(figures: dict[str, float]) -> str:
+    """A step's figures for the progress bar."""
+    ess = [f"ESS {figures['ess']:.2f}"] if "ess" in figures else []
+    return ", ".join(
+        [
+            f"loss {figures['loss']:.3f}",
+            f"KL {figures['sampled_kl']:.3f}",
+            *ess,
+            f"{figures['tokens_per_second']:,.0f} tokens/s",
+            f"data wait {100 * figures['data_wait']:.0f} %",
+        ]
+    )
 
 
 def open_shards(config: Config, phase: str) -> list[Triple]:
@@ -93,32 +136,6 @@ def open_shards(config: Config, phase: str) -> list[Triple]:
         )
         triples.append((rollouts, units, weights))
     return triples
-
-
-def model_card(config: Config, student: Speaker, identity: dict[str, Any]) -> str:
-    """The exported folder's README: where the model comes from and what made it."""
-    scorer: ModelRef = teacher(config).ref
-    front = json.dumps({"base_model": config.student.model, "library_name": "transformers", "tags": ["distillation"]})
-    return f"""---
-{front}
----
-
-# {config.run}
-
-{config.student.model} after on-policy distillation from {config.teacher.model}, offline: its own rollouts, scored once
-by the teacher.
-
-| | |
-|---|---|
-| teacher | `{config.teacher.model}`, weights `{scorer.weights[:16]}` |
-| started from | `{student.ref.source}`, weights `{student.ref.weights[:16]}` |
-| objective | `{json.dumps(config.objective.model_dump())}` |
-| weights | `{json.dumps(config.weights.model_dump())}` |
-| rollouts | `{json.dumps(config.rollouts.model_dump())}` |
-| optimiser | `{json.dumps(config.train.model_dump(mode="json"))}` |
-| data | `{digest(identity["weights"])[:16]}` |
-| versions | `{json.dumps(versions())}` |
-"""
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -11,9 +12,10 @@ from typing import Any
 
 import torch
 
+from pipeline.shards import write_text
 from schemas.config import Config
-from schemas.errors import OpdError
-from train.checkpoint import load_state, save_state
+from schemas.errors import OpdError, Stopped
+from train.checkpoint import final_state, forget_states, newest_state, save_state, state_path
 from train.optimiser import MasterAdamW, learning_rate
 from train.policy import unit_logps
 from train.recipes import losses
@@ -38,37 +40,43 @@ def train_round(
     round_index: int,
     progress: Progress,
     start_from: Path | None,
-    state_path: Path,
-    metrics_path: Path,
+    folder: Path,
     identity: dict[str, Any],
     report: Callable[[dict[str, float]], None] = lambda _: None,
     workers: int = 0,
+    stop_asked: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Train `model` in place on one round's shards.
 
     Args:
         stop: int64, the student's stop ids.
-        start_from: optimiser state that the last round left; None in the first.
-        state_path: this round's own state, written every `save_every` steps and at the end; found there, it is resumed,
-            unless what determines the round has changed since: then the round starts anew.
-        metrics_path: JSON lines, one a step; steps that a resumed run repeats replace the earlier lines.
+        start_from: the last round's `folder`; None in the first.
+        folder: states and `metrics.jsonl` (a line a step) of this round. A state is saved every `save_every` steps and at
+            the end; the newest intact one is resumed, unless what determines the round has changed since: then the round
+            starts anew. Lines of steps that are taken again are replaced.
         identity: what determines this round.
         report: called with each step's metrics.
         workers: threads that read ahead; they change nothing else.
+        stop_asked: asked after each step; once true, the state is saved and the round left.
+        say: called with a line for the person watching when a damaged state was passed over.
+    Raises:
+        OpdError: training diverged, or no state that is needed is intact.
+        Stopped: `stop_asked` said so.
     """
     optimiser = MasterAdamW(model, config.train)
     done = 0
-    if state_path.exists():
-        tensors, about = load_state(state_path)
-        if about["identity"] == identity:
-            optimiser.load(tensors)
-            done = about["step"]
-    if done == 0 and start_from is not None:
-        tensors, _ = load_state(start_from)
-        optimiser.load(tensors)
+    if found := newest_state(folder, identity, say):
+        done = found[1]["step"]
+    elif start_from is not None:
+        found = final_state(start_from)
+    if found:
+        optimiser.load(found[0])
+        restore_rng(found[0])
+        del found  # as large as the optimiser
+    metrics_path = folder / "metrics.jsonl"
     lines = metrics_path.read_text().splitlines()[:done] if metrics_path.exists() else []
-    metrics_path.parent.mkdir(parents=True, exist_ok=True)
-    metrics_path.write_text("".join(line + "\n" for line in lines))
+    write_text(metrics_path, "".join(line + "\n" for line in lines))
 
     # The model stays in evaluation mode: what is trained is the policy that was sampled, and dropout would differ from it.
     steps = count_steps(shards, config.train.batch_size) * config.train.epochs
@@ -81,6 +89,14 @@ def train_round(
         workers=workers,
     )
     with metrics_path.open("a") as metrics, closing(stream):
+
+        def save(step: int) -> None:
+            """The schedule and the place in the stream follow from the step."""
+            os.fsync(metrics.fileno())  # a state must not outlive the lines of its steps
+            about = {"identity": identity, "step": step, "steps": steps}
+            save_state(state_path(folder, step), optimiser.state() | rng_state(), about)
+            forget_states(folder, identity, step, config.train.keep_states)
+
         began = time.perf_counter()
         for step, batch in enumerate(stream, done):
             waited = time.perf_counter() - began
@@ -98,11 +114,30 @@ def train_round(
             }
             metrics.write(json.dumps(figures) + "\n")
             metrics.flush()
+            stopping = stop_asked()
+            if stopping or ((step + 1) % config.train.save_every == 0 and step + 1 < steps):
+                save(step + 1)  # before the report, whose reader may be gone already
             report(figures)
-            if (step + 1) % config.train.save_every == 0 and step + 1 < steps:
-                save_state(state_path, optimiser.state(), {"identity": identity, "step": step + 1})
+            if stopping:
+                raise Stopped(
+                    f"asked to stop: step {step + 1} of {steps} is saved, the same command goes on from there"
+                )
             began = time.perf_counter()
-    save_state(state_path, optimiser.state(), {"identity": identity, "step": steps})
+        if not done or done < steps:
+            save(steps)
+
+
+def rng_state() -> dict[str, torch.Tensor]:
+    """State of torch's random number generators, as tensors."""
+    cuda = {"rng/cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return {"rng/cpu": torch.get_rng_state(), **cuda}
+
+
+def restore_rng(tensors: dict[str, torch.Tensor]) -> None:
+    """Put the generators where `rng_state` found them; a device that was not there then keeps its own."""
+    torch.set_rng_state(tensors["rng/cpu"])
+    if torch.cuda.is_available() and "rng/cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng/cuda"])
 
 
 def train_step(
