@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import cached_live
 import polars as pl
 import pytest
 import yaml
@@ -185,19 +186,10 @@ def test_a_changed_learning_rate_trains_anew_from_the_same_rollouts(run: Run) ->
 
 
 @pytest.mark.slow
-def test_a_deleted_run_scores_nothing_again(run: Run) -> None:
-    before = run.shards()
-    shutil.rmtree(run.run)
-    entries = {p.name: p.stat().st_mtime_ns for p in (run.cache / "scores").glob("*.parquet")}
-    targets = [f"runs/default/round-0/units/{shard}.parquet" for shard in ("000", "001")]
-    output = run.snakemake(*targets)
-    assert output.count("found in the cache, no teacher token scored") == 2
-    assert entries == {p.name: p.stat().st_mtime_ns for p in (run.cache / "scores").glob("*.parquet")}
-    for name in ("rollouts", "scores", "units"):
-        for shard in ("000", "001"):
-            assert (run.run / f"round-0/{name}/{shard}.parquet").read_bytes() == before[
-                f"round-0/{name}/{shard}.parquet"
-            ]
+def test_loss_and_gradient_from_shards_are_those_computed_live(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run.folder)
+    monkeypatch.setenv("OPD_CACHE", str(run.cache))
+    cached_live.compare()
 
 
 @pytest.mark.slow
@@ -288,3 +280,20 @@ def test_another_student_with_another_tokenizer_reuses_the_scores(run: Run, tmp_
     process = other.start()
     output, _ = process.communicate()
     assert process.returncode and "but the scores of" in output
+
+
+@pytest.mark.slow
+def test_a_deleted_run_scores_nothing_again(run: Run) -> None:
+    """Last of all: the run is gone after it."""
+    before = run.shards()
+    shutil.rmtree(run.run)
+    entries = {p.name: p.stat().st_mtime_ns for p in (run.cache / "scores").glob("*.parquet")}
+    targets = [f"runs/default/round-0/units/{shard}.parquet" for shard in ("000", "001")]
+    output = run.snakemake(*targets)
+    assert output.count("found in the cache, no teacher token scored") == 2
+    assert entries == {p.name: p.stat().st_mtime_ns for p in (run.cache / "scores").glob("*.parquet")}
+    for name in ("rollouts", "scores", "units"):
+        for shard in ("000", "001"):
+            assert (run.run / f"round-0/{name}/{shard}.parquet").read_bytes() == before[
+                f"round-0/{name}/{shard}.parquet"
+            ]

@@ -8,7 +8,6 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from test_pipeline import Run, run  # noqa: F401 - a fixture
 
 from pipeline.support import pair_ids
 from schemas.config import Objective, load_config
@@ -70,10 +69,8 @@ def gradient(model: Any, batch: Batch, stop: torch.Tensor, objective: Objective)
     return float(total.detach()), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-@pytest.mark.slow
-def test_loss_and_gradient_from_shards_are_those_computed_live(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    monkeypatch.chdir(run.folder)
-    monkeypatch.setenv("OPD_CACHE", str(run.cache))
+def compare() -> None:
+    """Loss and gradient of the finished run in the working directory, from its shards and live."""
     config = load_config(Path("runs/default/config.yaml"))
     shards = open_shards(config, "round-0")
     (step,) = batches(shards[:1], 100, 10**6, 0, range(1))
