@@ -17,6 +17,12 @@ from stages.context import Speaker, teacher
 from train.stream import Triple
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
+FRONT = {
+    "library_name": "transformers",
+    "pipeline_tag": "text-generation",
+    "tags": ["distillation", "on-policy-distillation"],
+}
+"""What the hub reads of every card of ours."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -37,7 +43,9 @@ def model_card(config: Config, round_index: int, student: Speaker, shards: list[
         config=config,
         round=round_index + 1,
         # The hub refuses a base model that is not one of its own.
-        front={"base_model": source} if HUB_ID.fullmatch(source) and not Path(source).exists() else {},
+        front=({"base_model": source} if HUB_ID.fullmatch(source) and not Path(source).exists() else {}) | FRONT,
+        sampling=config.rollouts.model_dump(include={"temperature", "top_p", "max_new_tokens"}),
+        candidates=config.scores.model_dump(exclude={"batch_tokens"}),
         teacher=described(config.teacher, teacher(config).ref),
         student=described(config.student, student.ref),
         responses=sum(shard.rows for shard in rollouts),
