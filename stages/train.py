@@ -10,7 +10,7 @@ from filelock import FileLock
 from pipeline.lm import check_head
 from pipeline.models import ModelRef
 from pipeline.shards import open_shard, versions, write_text
-from schemas.config import Config
+from schemas.config import Config, consistency
 from schemas.manifest import digest
 from stages import console, layout
 from stages.context import DEFAULT_CONFIG, ConfigOption, Speaker, ThreadsOption, policy, read_config, teacher
@@ -109,6 +109,7 @@ by the teacher.
 | | |
 |---|---|
 | teacher | `{config.teacher.model}`, weights `{scorer.weights[:16]}` |
+| teacher consistency | {consistency(config) or ("consistent" if config.student.tuned_on else "not declared")} |
 | started from | `{student.ref.source}`, weights `{student.ref.weights[:16]}` |
 | objective | `{json.dumps(config.objective.model_dump())}` |
 | weights | `{json.dumps(config.weights.model_dump())}` |
