@@ -15,10 +15,10 @@ from snakemake.exceptions import WorkflowError
 
 from pipeline.cache import relink
 from pipeline.models import IDENTITY_FILES, TOKENIZER_FILES
-from schemas.config import TRAIN_OPERATION, parse_config
+from schemas.config import TRAIN_OPERATION, consistency, parse_config
 from schemas.errors import OpdError
 from schemas.manifest import digest
-from stages import layout, resume
+from stages import console, layout, resume
 from stages.report import print_summary, write_config
 
 if not workflow.config_settings.configfiles:
@@ -51,7 +51,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning idle threads slo
 
 def reads(*sections):
     """Digest of what a rule reads of the config: `section` or `section.key`."""
-    values = CONFIG.model_dump(mode="json", exclude={role: {"engine_options"} for role in ("student", "teacher")})
+    values = CONFIG.model_dump(
+        mode="json", exclude={role: {"engine_options", "tuned_on"} for role in ("student", "teacher")}
+    )
     for section in sections:
         assert section.split(".")[0] in values, section
     picked = {}
@@ -359,6 +361,37 @@ rule train:
         "python -m stages.train --config {params.config} --round {wildcards.round} --threads {threads} 2>&1 | tee {log}"
 
 
+rule diagnostics:
+    input:
+        lambda wildcards: [
+            path for table in ("rollouts", "scores", "units", "weights") for path in shards(table, wildcards.phase)
+        ],
+        policy,
+        # A round's figures tell of its gate and its training too.
+        lambda wildcards: (
+            [
+                RUN / wildcards.phase / "coverage.json",
+                layout.policy_file(CONFIG, layout.parse_phase(wildcards.phase)[1] + 1),
+            ]
+            if wildcards.phase.startswith("round")
+            else []
+        ),
+    output:
+        RUN / "{phase}/diagnostics.json",
+    log:
+        RUN / "logs/{phase}-diagnostics.log",
+    benchmark:
+        RUN / "timings/{phase}-diagnostics.tsv"
+    conda:
+        "config/environment.yaml"
+    params:
+        config=SETTINGS,
+        reads=reads("objective", "weights", "teacher.model"),
+        tuned_on=CONFIG.student.tuned_on,
+    shell:
+        "python -m stages.diagnostics --config {params.config} --phase {wildcards.phase} 2>&1 | tee {log}"
+
+
 rule evaluate:
     input:
         lambda wildcards: [
@@ -392,6 +425,7 @@ rule report:
     input:
         [RUN / f"eval-{c}/result.json" for c in CHECKPOINTS],
         [layout.policy_file(CONFIG, r + 1) for r in ROUNDS],
+        [layout.diagnostics_path(CONFIG, phase) for phase in layout.phases(CONFIG)],
     output:
         RUN / "report.html",
         RUN / "summary.json",
@@ -402,12 +436,15 @@ rule report:
     params:
         config=SETTINGS,
         reads=reads(*(name for name in type(CONFIG).model_fields if name != "cache")),
+        tuned_on=CONFIG.student.tuned_on,
     shell:
         "python -m stages.report --config {params.config} 2>&1 | tee {log}"
 
 
 onstart:
     write_config(CONFIG)
+    if warning := consistency(CONFIG):
+        console.warn(warning)
 
 
 onsuccess:

@@ -92,6 +92,12 @@ class Model(Section):
         description="strings that end a response beside the model's own end tokens: every token that starts with one stops",
     )
 
+    tuned_on: str | None = Field(
+        None,
+        description="student only: `model` of the teacher whose samples it was fine-tuned on; the run warns where "
+        "`teacher.model` is another one. null: not declared",
+    )
+
     @model_validator(mode="after")
     def _system_needs_chat(self) -> "Model":
         if self.system is not None and self.chat is False:
@@ -404,6 +410,14 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _only_students_are_tuned(self) -> "Config":
+        if self.teacher.tuned_on is not None:
+            raise ValueError(
+                f"`teacher.tuned_on: {self.teacher.tuned_on}` is a key of the student: whose samples it was fine-tuned on"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _iw_opd_weighs(self) -> "Config":
         if self.objective.recipe == "iw_opd" and self.weights.scheme == "uniform":
             raise ValueError(
@@ -419,6 +433,27 @@ class Config(Section):
                 f"`scores.support: {self.scores.support}` needs the student's own candidates: set `rollouts.top_k`"
             )
         return self
+
+
+def consistency(config: Config) -> str | None:
+    """Why the student and the teacher may not fit, and the remedy: a sentence for people; None where nothing is declared
+    against them.
+
+    Teacher consistency (Lightning OPD, arXiv 2604.13010): distilling a student from another teacher than the one it was
+    fine-tuned on leaves a persistent bias. Lightning OPD 2.0 (arXiv 2607.28449) takes that off by `weights.credit: residual`.
+    """
+    tuned_on, teacher = config.student.tuned_on, config.teacher.model
+    if tuned_on is None or tuned_on == teacher:
+        return None
+    remedy = (
+        "`weights.credit: residual` (Lightning OPD 2.0, arXiv 2607.28449), which is in use here, is the remedy"
+        if config.weights.credit == "residual"
+        else "the remedy is `weights.credit: residual` (Lightning OPD 2.0, arXiv 2607.28449), or that teacher"
+    )
+    return (
+        f"the student was fine-tuned on samples of {tuned_on} (`student.tuned_on`), and the teacher is {teacher}: another one "
+        f"than in fine-tuning leaves a persistent bias (teacher consistency, Lightning OPD, arXiv 2604.13010); {remedy}"
+    )
 
 
 def parse_config(values: Any, where: str) -> Config:

@@ -11,7 +11,7 @@ import polars as pl
 
 from pipeline.models import ModelRef
 from pipeline.shards import versions
-from schemas.config import READS, Config, Model
+from schemas.config import READS, Config, Model, consistency
 from stages import layout
 from stages.context import Speaker, teacher
 from train.stream import Triple
@@ -48,6 +48,7 @@ def model_card(config: Config, round_index: int, student: Speaker, shards: list[
         candidates=config.scores.model_dump(exclude={"batch_tokens"}),
         teacher=described(config.teacher, teacher(config).ref),
         student=described(config.student, student.ref),
+        consistency=consistency(config) or ("consistent" if config.student.tuned_on else "not declared"),
         responses=sum(shard.rows for shard in rollouts),
         units=sum(shard.rows for shard in units),
         tokens=tokens.row(0, named=True),

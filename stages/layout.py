@@ -38,6 +38,18 @@ def coverage_path(config: Config, phase: str) -> Path:
     return run_folder(config) / phase / "coverage.json"
 
 
+def diagnostics_path(config: Config, phase: str) -> Path:
+    """The figures of a phase."""
+    return run_folder(config) / phase / "diagnostics.json"
+
+
+def phases(config: Config) -> list[str]:
+    """The phases that have tables, in the order of the run."""
+    rounds = config.rollouts.rounds
+    named = ["eval-0", *(f"round-{r}" for r in range(rounds)), f"eval-{rounds}"]
+    return [phase for phase in named if shard_count(config, phase)]
+
+
 def provenance_path(scores: Path) -> Path:
     """How a run came by the scores that this link points at."""
     return scores.with_suffix(".origin")

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from pipeline.shards import open_shard
+from schemas.diagnostics import Diagnostics
 
 ROOT = Path(__file__).parents[1]
 
@@ -96,6 +97,11 @@ def test_every_table_is_there_and_readable(run: Run) -> None:
     assert ((mass - 1).abs() <= slack.to_series()).all() and abs(mass.mean() - 1) < 0.01
     assert compared["teacher_logp"].is_finite().all()
     assert not list(run.folder.rglob("*.tmp"))
+    found = Diagnostics.model_validate_json((run.run / "round-0/diagnostics.json").read_text())
+    assert found.texts.responses == 12 and found.texts.student_tokens == units["s_len"].sum()
+    assert found.staleness.same_weights and found.staleness.units.ess == found.staleness.responses.ess == 1
+    assert found.training and found.training.steps == 3 and found.entropy.student and found.entropy.teacher
+    assert found.teacher.tokens["scored"] > 0 and found.seconds["scores"] > 0 and found.teacher.warning is None
 
 
 def test_rollouts_carry_the_behaviour_policys_own_logprobs(run: Run) -> None:
@@ -123,7 +129,7 @@ def test_results_and_report(run: Run) -> None:
     assert summary["before"]["items"] == summary["after"]["items"] == 8
     assert summary["before"]["reverse_kl"] > 0
     assert {"round-0", "eval-0", "eval-1"} == {phase["phase"] for phase in summary["phases"]}
-    assert all(abs(sum(phase["coverage"].values()) - 1) < 1e-6 for phase in summary["phases"])
+    assert all(abs(sum(phase["coverage"]["kinds"].values()) - 1) < 1e-6 for phase in summary["phases"])
     page = (run.run / "report.html").read_text()
     assert page.count("<svg") == 5 and "<script" not in page and "http" not in page.split("<style>")[0]
     lines = [json.loads(line) for line in (run.run / "round-0/train/metrics.jsonl").read_text().splitlines()]
