@@ -88,7 +88,7 @@ def phase_figures(config: Config, phase: str) -> dict[str, Any]:
         "teacher_mass_without_student_id": shared,
         "truncated": float((rollouts["finish_reason"] == "length").mean()),  # type: ignore[arg-type]
         "mean_behavior_logp": rollouts["behavior_logp"].explode().mean(),
-        "advantage_share": credit.summary(weights).advantage_share,
+        "advantage_share": credit.summary(weights, len(rollouts)).advantage_share,
     }
 
 

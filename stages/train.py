@@ -111,7 +111,7 @@ by the teacher.
 | teacher | `{config.teacher.model}`, weights `{scorer.weights[:16]}` |
 | started from | `{student.ref.source}`, weights `{student.ref.weights[:16]}` |
 | objective | `{json.dumps(config.objective.model_dump())}` |
-| weights | `{json.dumps(config.weights.model_dump())}` |
+| weights | `{json.dumps(config.weights.identity())}` |
 | rollouts | `{json.dumps(config.rollouts.model_dump())}` |
 | optimiser | `{json.dumps(config.train.model_dump(mode="json"))}` |
 | data | `{digest(identity["weights"])[:16]}` |
