@@ -51,9 +51,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning idle threads slo
 
 def reads(*sections):
     """Digest of what a rule reads of the config: `section` or `section.key`."""
-    values = CONFIG.model_dump(
-        mode="json", exclude={role: {"engine_options", "tuned_on"} for role in ("student", "teacher")}
-    )
+    beside = {role: {"engine_options", "tuned_on"} for role in ("student", "teacher")} | {"weights": {"scheduler"}}
+    values = CONFIG.model_dump(mode="json", exclude=beside)
     for section in sections:
         assert section.split(".")[0] in values, section
     picked = {}
@@ -290,25 +289,32 @@ rule policy:
         " --threads {threads} 2>&1 | tee {log}"
 
 
-rule weights:
-    input:
-        shard_of("rollouts"),
-        shard_of("units"),
-        # Rollouts of another policy need the log-probs of the one that is trained.
-        lambda wildcards: shard_of("policy") if layout.is_reused(CONFIG, wildcards.phase) else [],
-    output:
-        shard_of("weights"),
-    log:
-        RUN / "logs/{phase}-weights-{shard}.log",
-    benchmark:
-        RUN / "timings/{phase}-weights-{shard}.tsv"
-    conda:
-        "config/environment.yaml"
-    params:
-        config=SETTINGS,
-        reads=reads("weights"),
-    shell:
-        "python -m stages.weights --config {params.config} --phase {wildcards.phase} --shard {wildcards.shard} 2>&1 | tee {log}"
+# A rule for each phase, since phases differ in how many shards they have: estimators may compare all responses of a phase.
+for PHASE in layout.phases(CONFIG):
+
+    rule:
+        name:
+            f"weights_{PHASE.replace('-', '_')}"
+        input:
+            shards("rollouts", PHASE),
+            shards("units", PHASE),
+            # Rollouts of another policy need the log-probs of the one that is trained.
+            shards("policy", PHASE) if layout.is_reused(CONFIG, PHASE) else [],
+        output:
+            shards("weights", PHASE),
+            [path.with_suffix(".json") for path in shards("weights", PHASE)],
+        log:
+            RUN / f"logs/{PHASE}-weights.log",
+        benchmark:
+            RUN / f"timings/{PHASE}-weights.tsv"
+        conda:
+            "config/environment.yaml"
+        params:
+            config=SETTINGS,
+            phase=PHASE,
+            reads=reads("weights"),
+        shell:
+            "python -m stages.weights --config {params.config} --phase {params.phase} 2>&1 | tee {log}"
 
 
 rule coverage:
