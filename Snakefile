@@ -93,7 +93,7 @@ FRESH_PHASES = rf"(?!({REUSED_PHASES})\b)(round|eval)-\d+"
 
 
 wildcard_constraints:
-    phase=r"(round|eval)-\d+",
+    phase=r"(round|eval)-\d+(@\d+)?",
     shard=r"\d{3}",
     role="student|teacher",
 
@@ -268,7 +268,7 @@ rule units:
 
 rule policy:
     input:
-        shard_of("rollouts"),
+        lambda wildcards: shards("rollouts", wildcards.phase)[int(wildcards.shard)],
         policy,
     output:
         shard_of("policy"),
@@ -294,12 +294,12 @@ for PHASE in layout.phases(CONFIG):
 
     rule:
         name:
-            f"weights_{PHASE.replace('-', '_')}"
+            f"weights_{PHASE.replace('-', '_').replace('@', '_of_')}"
         input:
             shards("rollouts", PHASE),
             shards("units", PHASE),
             # Rollouts of another policy need the log-probs of the one that is trained.
-            shards("policy", PHASE) if layout.is_reused(CONFIG, PHASE) else [],
+            shards("policy", PHASE) if layout.is_foreign(CONFIG, PHASE) else [],
         output:
             shards("weights", PHASE),
             [path.with_suffix(".json") for path in shards("weights", PHASE)],
@@ -340,11 +340,17 @@ rule train:
     input:
         ancient(RUN / "round-{round}/coverage.json"),  # a gate: that it was passed matters, not when
         lambda wildcards: [
-            path for table in ("rollouts", "units", "weights") for path in shards(table, f"round-{wildcards.round}")
+            path
+            for phase in layout.trained_on(CONFIG, int(wildcards.round))
+            for table in ("rollouts", "units", "weights")
+            for path in shards(table, phase)
         ],
         lambda wildcards: layout.policy_file(CONFIG, int(wildcards.round)),
+        # What earlier rounds left of their steps is this one's.
+        lambda wildcards: [layout.outcome_path(CONFIG, r) for r in range(int(wildcards.round))],
     output:
         RUN / "round-{round}/checkpoint.json",
+        RUN / "round-{round}/train/result.json",
         RUN / "round-{round}/checkpoint/config.json",
     log:
         RUN / "logs/round-{round}-train.log",
@@ -362,6 +368,7 @@ rule train:
             *(f"train.{key}" for key in type(CONFIG.train).model_fields if key not in TRAIN_OPERATION),
             "seed",
             "rollouts.rounds",
+            "rollouts.replay",
         ),
     shell:
         "python -m stages.train --config {params.config} --round {wildcards.round} --threads {threads} 2>&1 | tee {log}"
@@ -379,7 +386,7 @@ rule diagnostics:
                 RUN / wildcards.phase / "coverage.json",
                 layout.policy_file(CONFIG, layout.parse_phase(wildcards.phase)[1] + 1),
             ]
-            if wildcards.phase.startswith("round")
+            if wildcards.phase.startswith("round") and "@" not in wildcards.phase
             else []
         ),
     output:

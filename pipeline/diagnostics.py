@@ -7,7 +7,7 @@ from functools import reduce
 
 import polars as pl
 
-from pipeline.importance import MAX_LOG_WEIGHT
+from pipeline.importance import MAX_LOG_WEIGHT, ess
 from pipeline.units import KINDS
 from schemas.diagnostics import Credit, Entropy, Ratios, Texts
 
@@ -190,8 +190,3 @@ def compared(total: Sums) -> float:
 def ratio(part: float, whole: float) -> float | None:
     """part / whole; None of nothing."""
     return part / whole if whole else None
-
-
-def ess(count: float, total: float, squared: float) -> float | None:
-    """Effective sample size as a share, (sum w)^2 / (n sum w^2); None when there is no weight."""
-    return ratio(total * total, count * squared)

@@ -118,6 +118,12 @@ class Rollouts(Section):
     """Sampling from the student."""
 
     rounds: int = Field(2, ge=1, description="rounds of sample, score, train; each starts from the last checkpoint")
+    replay: int = Field(
+        0,
+        ge=0,
+        description="rounds before it whose rollouts a round trains on too; their weights are made anew with the policy that "
+        "the round starts from. `weights.truncate` corrects for their age",
+    )
     prompts: int = Field(128, ge=1, description="train prompts per round")
     samples: int = Field(1, ge=1, description="responses per prompt")
     max_new_tokens: int = Field(16, ge=1, description="tokens per response at most")
@@ -358,7 +364,15 @@ class Train(Section):
     micro_batch_tokens: int = Field(
         4096, ge=1, description="padded tokens per forward pass, prompt and response; one response at least"
     )
-    epochs: int = Field(1, ge=1, description="passes over a round's rollouts")
+    epochs: int = Field(1, ge=1, description="passes over a round's rollouts, which are its budget of steps")
+    min_ess: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="end a round before its budget is spent once the effective sample size over the last steps' units of the "
+        "policy in training over the one that the round started from falls below this share; the next round samples from there "
+        "and may spend what was left. null: never",
+    )
     grad_clip: float = Field(1.0, gt=0, description="gradient norm at most")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's moments")

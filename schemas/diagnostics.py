@@ -156,22 +156,35 @@ class Credit(Section):
     )
 
 
+class Drift(Section):
+    """Importance ratios within one batch, as the trainer measured them before that step's update."""
+
+    units: Ratios = Field(description="over the batch's compared units")
+    responses: Ratios = Field(description="over its responses, r the product over the compared units of each")
+    since_start: Ratios = Field(
+        description="over units, of the policy in training over the one that the round started from: "
+        "what `train.min_ess` bounds"
+    )
+
+
 class Training(Section):
     """The round's optimiser steps, from `train/metrics.jsonl`."""
 
-    steps: int = Field(description="optimiser steps")
+    steps: int = Field(description="optimiser steps that were taken")
+    budget: int = Field(description="steps that the round could take, with what the rounds before it left over")
+    ended: str | None = Field(
+        description="budget: all were taken | min_ess: `train.min_ess` ended the round; null: it is still under way"
+    )
     sampled_kl_first: float | None = Field(description="nats per unit, log p_S - log p_T of the first step's batch")
     sampled_kl_last: float | None = Field(description="likewise of the last step's")
-    ess_first: float | None = Field(
-        description="effective sample size that the trainer measured at its first step; null: it records none"
-    )
-    ess_last: float | None = Field(description="likewise at its last step")
+    first: Drift = Field(description="at the first step")
+    last: Drift = Field(description="at the last step")
 
 
 class Diagnostics(Section):
     """The whole file."""
 
-    phase: str = Field(description="round-<r> or eval-<c>")
+    phase: str = Field(description="round-<r>, eval-<c>, or round-<r>@<q>: round q as round r replays it")
     texts: Texts
     loss: Loss
     support: Support
@@ -181,7 +194,7 @@ class Diagnostics(Section):
     coverage: Coverage
     entropy: Entropy
     credit: Credit
-    training: Training | None = Field(description="null: an eval phase, or nothing was trained yet")
+    training: Training | None = Field(description="null: an eval phase, a replayed round, or nothing was trained yet")
     seconds: dict[str, float] = Field(
         description="wall seconds of each stage, summed over its jobs, as Snakemake timed them"
     )

@@ -82,8 +82,18 @@ ROWS: dict[str, dict[str, Cell]] = {
         "effective sample size, responses": lambda d: percent(d.staleness.responses.ess),
         "χ², responses": lambda d: number(d.staleness.responses.chi2),
         "log-ratio, nats per response": lambda d: number(d.staleness.log_ratio),
-        "effective sample size in training, first and last step": lambda d: (
-            f"{percent(d.training.ess_first)}, {percent(d.training.ess_last)}" if d.training else "-"
+        "in training, first and last step: effective sample size, units": lambda d: (
+            f"{percent(d.training.first.units.ess)}, {percent(d.training.last.units.ess)}" if d.training else "-"
+        ),
+        "likewise, responses": lambda d: (
+            f"{percent(d.training.first.responses.ess)}, {percent(d.training.last.responses.ess)}"
+            if d.training
+            else "-"
+        ),
+        "steps taken, budget": lambda d: (
+            f"{d.training.steps}, {d.training.budget}" + (" (stale)" if d.training.ended == "min_ess" else "")
+            if d.training
+            else "-"
         ),
     },
     "Responses": {

@@ -11,9 +11,21 @@ import polars as pl
 from pipeline.diagnostics import Sums, compared, credit, entropy, kinds, measure, ratio, ratios, texts
 from pipeline.shards import open_shard, read_manifest, write_text
 from schemas.config import READS, Config, consistency
-from schemas.diagnostics import Coverage, Diagnostics, Loss, Sampling, Staleness, Support, Teacher, Training
+from schemas.diagnostics import (
+    Coverage,
+    Diagnostics,
+    Drift,
+    Loss,
+    Ratios,
+    Sampling,
+    Staleness,
+    Support,
+    Teacher,
+    Training,
+)
 from schemas.errors import OpdError
 from schemas.manifest import Manifest, digest
+from schemas.outcome import Outcome
 from stages import console, layout
 from stages.context import DEFAULT_CONFIG, ConfigOption, PhaseOption, read_config, read_ref
 
@@ -115,7 +127,7 @@ def support_of(scores: Manifest) -> Support:
 
 def sampling_of(config: Config, phase: str, rollouts: Manifest) -> Sampling:
     """Who sampled; where rollouts are reused, as the run they come from has it on record."""
-    _, number = layout.parse_phase(phase)
+    _, number = layout.parse_phase(layout.sampled_in(phase))
     reused = layout.is_reused(config, phase)
     made = read_manifest(layout.reused(config)[number].shard("rollouts", 0)) if reused else rollouts
     identity = made.identity
@@ -153,8 +165,13 @@ def teacher_of(config: Config, phase: str, scores: Manifest) -> Teacher:
 
 
 def teacher_tokens(config: Config, phase: str) -> dict[str, int]:
-    """Teacher tokens by how the run came by their scores: `scored` by it, found in the `cache`, or `reused from <run>`."""
+    """Teacher tokens by how the run came by their scores: `scored` by it, found in the `cache`, or `reused from <run>`.
+
+    None for a replayed round, which has them already.
+    """
     found: dict[str, int] = {}
+    if layout.sampled_in(phase) != phase:
+        return found
     for index in range(layout.shard_count(config, phase)):
         path = layout.provenance_path(layout.shard_path(config, phase, "scores", index))
         about: dict[str, Any] = {"origin": "unknown", "teacher_tokens": 0}
@@ -190,18 +207,32 @@ def coverage_of(config: Config, phase: str, total: Sums) -> Coverage:
 
 
 def training_of(config: Config, phase: str) -> Training | None:
-    """First and last of the steps that the round has taken."""
-    path = layout.run_folder(config) / phase / "train" / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+    """First and last of the steps that the round has taken, and what ended it."""
+    metrics = layout.run_folder(config) / phase / "train" / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
     if not lines:
         return None
     first, last = json.loads(lines[0]), json.loads(lines[-1])
+    _, number = layout.parse_phase(phase)
+    outcome = layout.outcome_path(config, number)
+    ended = Outcome.model_validate_json(outcome.read_text()) if outcome.exists() else None
     return Training(
         steps=len(lines),
+        budget=int(last["steps"]),
+        ended=ended and ended.ended,
         sampled_kl_first=first["sampled_kl"],
         sampled_kl_last=last["sampled_kl"],
-        ess_first=first.get("ess"),
-        ess_last=last.get("ess"),
+        first=ratios_of(first),
+        last=ratios_of(last),
+    )
+
+
+def ratios_of(step: dict[str, float]) -> Drift:
+    """What the trainer measured at a step."""
+    return Drift(
+        units=Ratios(ess=step["ess"], chi2=step["chi2"]),
+        responses=Ratios(ess=step["response_ess"], chi2=step["response_chi2"]),
+        since_start=Ratios(ess=step["drift_ess"], chi2=step["drift_chi2"]),
     )
 
 

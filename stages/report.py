@@ -28,7 +28,8 @@ def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
     run = layout.run_folder(config)
     summary = summarise(config)
     before, after = (pl.read_parquet(run / f"eval-{c}" / "answers.parquet") for c in (0, config.rollouts.rounds))
-    rounds = [diagnostics.read(config, f"round-{r}") for r in range(config.rollouts.rounds)]
+    trained = [phase for r in range(config.rollouts.rounds) for phase in layout.trained_on(config, r)]
+    rounds = [diagnostics.read(config, phase) for phase in trained]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"percent": checklist.percent, "number": checklist.number}
     page = environment.from_string(TEMPLATE.read_text()).render(
@@ -86,15 +87,34 @@ def charts(config: Config, summary: dict[str, Any]) -> dict[str, str]:
             for r in range(config.rollouts.rounds)
         ]
     ).with_row_index("at")
+    step = alt.X("at:Q", title="optimiser step", axis=alt.Axis(tickMinStep=1, format="d"))
     curve = (
         alt.Chart(steps)
         .mark_line(point=True)
         .encode(
-            x=alt.X("at:Q", title="optimiser step", axis=alt.Axis(tickMinStep=1, format="d")),
+            x=step,
             y=alt.Y("sampled_kl:Q", title="sampled reverse KL, nats per unit"),
             color=alt.Color("round:N", title="round"),
         )
     )
+    over = {"units": "ess", "responses": "response_ess"}
+    if config.rollouts.replay or config.reuse:  # else the same as units
+        over["units, since the round's start"] = "drift_ess"
+    drift = (
+        alt.Chart(
+            steps.select("at", "round", **over).unpivot(index=["at", "round"], variable_name="of", value_name="ess")
+        )
+        .mark_line(point=True)
+        .encode(
+            x=step,
+            y=alt.Y("ess:Q", title="effective sample size", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])),
+            color=alt.Color("round:N", title="round"),
+            strokeDash=alt.StrokeDash("of:N", title="over", sort=list(over), legend=alt.Legend(symbolType="stroke")),
+        )
+    )
+    if config.train.min_ess is not None:
+        bound = alt.Chart(pl.DataFrame({"ess": [config.train.min_ess]}))
+        drift = drift + bound.mark_rule(color="#b42318").encode(y="ess:Q")
     ends = pl.DataFrame(
         [
             {"when": when, "accuracy": r["accuracy"], "low": r["accuracy_95"][0], "high": r["accuracy_95"][1]}
@@ -111,10 +131,11 @@ def charts(config: Config, summary: dict[str, Any]) -> dict[str, str]:
     kl = alt.Chart(ends).mark_bar(size=40, color="#e45756").encode(
         x=order, y=alt.Y("kl:Q", title="on-policy reverse KL, nats per token")
     ) + alt.Chart(ends).mark_rule().encode(x=order, y="kl_low:Q", y2="kl_high:Q")
+    own = [figures for figures in summary["phases"] if "@" not in figures["phase"]]
     coverage = pl.DataFrame(
         [
             {"phase": figures["phase"], "kind": kind, "share": share, "order": KINDS.index(kind)}
-            for figures in summary["phases"]
+            for figures in own
             for kind, share in figures["coverage"]["kinds"].items()
         ]
     )
@@ -133,7 +154,7 @@ def charts(config: Config, summary: dict[str, Any]) -> dict[str, str]:
     deciles = pl.DataFrame(
         [
             {"phase": figures["phase"], "decile": int(decile), "share": share}
-            for figures in summary["phases"]
+            for figures in own
             if figures["phase"].startswith("round")
             for decile, share in figures["credit"]["advantage_share"].items()
         ]
@@ -151,7 +172,8 @@ def charts(config: Config, summary: dict[str, Any]) -> dict[str, str]:
     measured = summary["before"]["reverse_kl"] is not None
     drawn = {
         "accuracy": accuracy | kl.properties(width=170, height=200) if measured else accuracy,
-        "curve": curve.properties(width=430, height=200),
+        "curve": curve.properties(width=330, height=200),
+        "drift": drift.properties(width=330, height=200),
         "coverage": covered.properties(width=330),
         "credit": by_tenth.properties(width=330, height=180),
     }

@@ -30,7 +30,7 @@ def part(config: Config, phase: str, shard: int) -> Part:
         return layout.shard_path(config, phase, table, shard).absolute()
 
     # Rollouts of another policy need the log-probs of the one that is trained.
-    policy = path("policy") if layout.is_reused(config, phase) else None
+    policy = path("policy") if layout.is_foreign(config, phase) else None
     return Part(path("rollouts"), path("units"), policy, path("weights"))
 
 

@@ -203,6 +203,7 @@ def test_students_entropy_only_of_its_own_untempered_samples(own: bool, warped: 
     assert (found.student, found.student_per_byte) == ((1.5, 0.5) if known else (None, None))
 
 
+PREFIXES = {"": 1, "response_": 2, "drift_": 1}
 MODELS: dict[str, Any] = {"prompts": {"source": "p.jsonl"}, "student": {"model": "a"}, "teacher": {"model": "b"}}
 
 
@@ -218,8 +219,13 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     gate = {"phase": "round-0", "compared": 0.9, "one_to_one": 0.7, "shared_mass": 0.99, "by_class": [], "n_to_m": []}
     (folder / "round-0/coverage.json").write_text(json.dumps(gate))
     (folder / "round-0/train").mkdir()
-    steps = [{"step": 0, "sampled_kl": 1.5, "ess": 1.0}, {"step": 1, "sampled_kl": 1.0, "ess": 0.75}]
+    fresh, moved = (
+        {f"{of}ess": x / by for of, by in PREFIXES.items()} | {f"{of}chi2": by / x - 1 for of, by in PREFIXES.items()}
+        for x in (1.0, 0.75)
+    )
+    steps = [{"step": 0, "steps": 9, "sampled_kl": 1.5, **fresh}, {"step": 1, "steps": 9, "sampled_kl": 1.0, **moved}]
     (folder / "round-0/train/metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    (folder / "round-0/train/result.json").write_text('{"budget": 9, "steps": 2, "ended": "min_ess", "ess": 0.75}')
     (folder / "timings").mkdir()
     for job, seconds in (
         ("round-0-scores-000", 2.5),
@@ -253,7 +259,8 @@ def test_the_file_of_a_round(run: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert found.teacher.source == "b@main" and found.teacher.template == digest(PROMPT)
     assert found.teacher.tokens == {"cache": 21} and found.teacher.warning == consistency(config)
     assert found.staleness.rounds_behind == 0 and found.staleness.same_weights
-    assert found.training and (found.training.ess_first, found.training.ess_last) == (1.0, 0.75)
+    assert found.training and (found.training.first.units.ess, found.training.last.units.chi2) == (1.0, 1 / 0.75 - 1)
+    assert (found.training.steps, found.training.budget, found.training.ended) == (2, 9, "min_ess")
     assert found.seconds == {"scores": 6.0, "train": 7.0}
     assert sum(found.coverage.kinds.values()) == pytest.approx(1)
     assert sum(found.credit.advantage_share.values()) == pytest.approx(1)
@@ -265,7 +272,9 @@ def test_the_file_of_a_round(run: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert _write(_config(objective={"recipe": "strict_1to1"})).credit.clipped is None
 
     table = checklist.rows([found, found])
-    assert table["Staleness"]["effective sample size in training, first and last step"] == ["100.0 %, 75.0 %"] * 2
+    within = "in training, first and last step: effective sample size, units"
+    assert table["Staleness"][within] == ["100.0 %, 75.0 %"] * 2
+    assert table["Staleness"]["steps taken, budget"] == ["2, 9 (stale)"] * 2
     assert table["Models"]["student fine-tuned on samples of"] == ["c", "c"]
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -15,11 +16,13 @@ import torch
 from pipeline.shards import write_text
 from schemas.config import Config
 from schemas.errors import OpdError, Stopped
+from schemas.outcome import Outcome
 from train.checkpoint import final_state, forget_states, newest_state, save_state, state_path
 from train.optimiser import MasterAdamW, learning_rate
 from train.policy import unit_logps
 from train.recipes import losses
-from train.stream import Step, Triple, batches, count_steps
+from train.staleness import WINDOW, is_stale, ratio_figures, ratio_sums
+from train.stream import Step, Triple, batches
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class Progress:
 
     before: int
     """Steps that earlier rounds took."""
+    budget: int
+    """Steps that this round may take."""
     total: int
     """Steps of the whole run, for the learning-rate schedule."""
 
@@ -46,8 +51,8 @@ def train_round(
     workers: int = 0,
     stop_asked: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda _: None,
-) -> None:
-    """Train `model` in place on one round's shards.
+) -> Outcome:
+    """Train `model` in place on one round's shards, until its budget is spent or, with `train.min_ess`, they are stale.
 
     Args:
         stop: int64, the student's stop ids.
@@ -60,14 +65,17 @@ def train_round(
         workers: threads that read ahead; they change nothing else.
         stop_asked: asked after each step; once true, the state is saved and the round left.
         say: called with a line for the person watching when a damaged state was passed over.
+    Returns:
+        what it ended with; steps that it didn't take are the next round's.
     Raises:
         OpdError: training diverged, or no state that is needed is intact.
         Stopped: `stop_asked` said so.
     """
     optimiser = MasterAdamW(model, config.train)
-    done = 0
+    done, steps = 0, progress.budget
+    recent: list[float] = []
     if found := newest_state(folder, identity, say):
-        done = found[1]["step"]
+        done, steps, recent = (found[1][name] for name in ("step", "steps", "recent_ess"))
     elif start_from is not None:
         found = final_state(start_from)
     if found:
@@ -79,7 +87,6 @@ def train_round(
     write_text(metrics_path, "".join(line + "\n" for line in lines))
 
     # The model stays in evaluation mode: what is trained is the policy that was sampled, and dropout would differ from it.
-    steps = count_steps(shards, config.train.batch_size) * config.train.epochs
     stream = batches(
         shards,
         config.train.batch_size,
@@ -93,7 +100,7 @@ def train_round(
         def save(step: int) -> None:
             """The schedule and the place in the stream follow from the step."""
             os.fsync(metrics.fileno())  # a state must not outlive the lines of its steps
-            about = {"identity": identity, "step": step, "steps": steps}
+            about = {"identity": identity, "step": step, "steps": steps, "recent_ess": recent}
             save_state(state_path(folder, step), optimiser.state() | rng_state(), about)
             forget_states(folder, identity, step, config.train.keep_states)
 
@@ -102,11 +109,14 @@ def train_round(
             waited = time.perf_counter() - began
             rate = learning_rate(config.train, progress.before + step, progress.total)
             figures = train_step(model, stop, batch, optimiser, rate, config)
+            recent = [*recent, figures["drift_ess"]][-WINDOW:]
+            if is_stale(recent, config.train.min_ess):
+                steps = step + 1
             seconds = time.perf_counter() - began
             figures |= {
                 "round": round_index,
                 "step": step,
-                "steps": steps,
+                "steps": progress.budget,
                 "learning_rate": rate,
                 "seconds": seconds,
                 "data_wait": waited / seconds,
@@ -122,9 +132,17 @@ def train_round(
                 raise Stopped(
                     f"asked to stop: step {step + 1} of {steps} is saved, the same command goes on from there"
                 )
+            if step + 1 == steps:
+                break
             began = time.perf_counter()
         if not done or done < steps:
             save(steps)
+    return Outcome(
+        budget=progress.budget,
+        steps=steps,
+        ended="min_ess" if steps < progress.budget else "budget",
+        ess=sum(recent) / len(recent) if recent else None,
+    )
 
 
 def rng_state() -> dict[str, torch.Tensor]:
@@ -150,7 +168,7 @@ def train_step(
     """
     device = model.device
     units = step.units
-    sums = {"loss": 0.0, "sampled_kl": 0.0, "used": 0.0}
+    sums: defaultdict[str, float] = defaultdict(float)
     for part in (part.to(device) for part in step.parts):
         if not len(part.unit_row):
             continue
@@ -159,9 +177,14 @@ def train_step(
         weight = part.weight * scored.used
         loss = (weight * scored.loss).sum() / units
         loss.backward()
-        sums["loss"] += float(loss.detach())
-        sums["sampled_kl"] += float((student.unit.detach() - part.teacher_logp).sum())
-        sums["used"] += float(scored.used.sum())
+        of_part = {
+            "loss": float(loss.detach()),
+            "sampled_kl": float((student.unit.detach() - part.teacher_logp).sum()),
+            "used": float(scored.used.sum()),
+        }
+        ratios = ratio_sums(student.unit, part.behavior_logp, part.policy_logp, part.response_of_unit)
+        for name, value in (of_part | ratios).items():
+            sums[name] += value
     norm = optimiser.step(rate) if units else 0.0
     if not math.isfinite(norm):
         raise OpdError(
@@ -174,5 +197,6 @@ def train_step(
         "grad_norm": norm,
         "units": units,
         "used_share": sums["used"] / max(1, units),
+        **ratio_figures(sums),
         "tokens": float(sum(int(part.mask.sum()) for part in step.parts)),
     }
