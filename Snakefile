@@ -15,7 +15,7 @@ from snakemake.exceptions import WorkflowError
 
 from pipeline.cache import relink
 from pipeline.models import IDENTITY_FILES, TOKENIZER_FILES
-from schemas.config import parse_config
+from schemas.config import TRAIN_OPERATION, parse_config
 from schemas.errors import OpdError
 from schemas.manifest import digest
 from stages import layout, resume
@@ -351,7 +351,7 @@ rule train:
         config=SETTINGS,
         reads=reads(
             "objective",
-            *(f"train.{key}" for key in type(CONFIG.train).model_fields if key != "save_every"),
+            *(f"train.{key}" for key in type(CONFIG.train).model_fields if key not in TRAIN_OPERATION),
             "seed",
             "rollouts.rounds",
         ),

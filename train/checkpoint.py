@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.models import ModelRef, reference
 from pipeline.shards import publish, sync_folder
+from schemas.config import Train
 from schemas.errors import OpdError
+from train.adapters import attach
 
 
 def save_state(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
@@ -34,6 +36,21 @@ def load_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise OpdError(f"{path}: this training state is damaged; delete it to train the round again") from error
     return tensors, about
+
+
+def trained(model: Any, tensors: dict[str, torch.Tensor], settings: Train) -> Any:
+    """The model that a state stands for: its average with `train.ema`, its adapters merged with `train.lora`.
+
+    Args:
+        model: what the training of `tensors` began with; it is changed.
+    """
+    adapters = attach(model, settings.lora) if settings.lora else None
+    kind = "ema" if settings.ema else "master"
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            value = tensors[f"{kind}/{name}"].to(parameter.device)
+            parameter.data = value if adapters else value.to(parameter.dtype)  # adapters merge in float32
+    return adapters.merge_and_unload() if adapters else model
 
 
 def export(model: Any, tokenizer: Any, folder: Path, card: str, source: str) -> ModelRef:

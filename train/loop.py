@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ import torch
 from schemas.config import Config
 from schemas.errors import OpdError
 from train.checkpoint import load_state, save_state
+from train.distributed import gather, idle_pass, is_sharded, rank, ranks, student_logps
 from train.optimiser import MasterAdamW, learning_rate
-from train.policy import unit_logps
 from train.recipes import losses
 from train.stream import Batch, Triple, batches, count_batches
 
@@ -43,7 +44,7 @@ def train_round(
     identity: dict[str, Any],
     report: Callable[[dict[str, float]], None] = lambda _: None,
 ) -> None:
-    """Train `model` in place on one round's shards.
+    """Train `model` in place on one round's shards, together with all ranks; rank 0 writes and reports.
 
     Args:
         stop: int64, the student's stop ids.
@@ -54,6 +55,7 @@ def train_round(
         identity: what determines this round.
         report: called with each step's metrics.
     """
+    metrics_path = metrics_path if rank() == 0 else Path(os.devnull)
     optimiser = MasterAdamW(model, config.train)
     done = 0
     if state_path.exists():
@@ -75,9 +77,21 @@ def train_round(
         parts
         for epoch in range(config.train.epochs)
         for parts in batches(
-            shards, config.train.batch_size, config.train.micro_batch_size, config.seed + round_index, epoch
+            shards,
+            config.train.batch_size,
+            config.train.micro_batch_size,
+            config.seed + round_index,
+            epoch,
+            rank(),
+            ranks(),
         )
     )
+
+    def save(step: int) -> None:
+        tensors = optimiser.state()  # all ranks have a part in it
+        if rank() == 0:
+            save_state(state_path, tensors, {"identity": identity, "step": step})
+
     with metrics_path.open("a") as metrics:
         began = time.perf_counter()
         for step, parts in enumerate(islice(stream, done, None), done):
@@ -98,27 +112,27 @@ def train_round(
             metrics.flush()
             report(figures)
             if (step + 1) % config.train.save_every == 0 and step + 1 < steps:
-                save_state(state_path, optimiser.state(), {"identity": identity, "step": step + 1})
+                save(step + 1)
             began = time.perf_counter()
-    save_state(state_path, optimiser.state(), {"identity": identity, "step": steps})
+    save(steps)
 
 
 def train_step(
     model: Any, stop: torch.Tensor, parts: Sequence[Batch], optimiser: MasterAdamW, rate: float, config: Config
 ) -> dict[str, float]:
-    """One optimiser step over micro-batches.
+    """One optimiser step over the micro-batches of all ranks; `parts` are this rank's, perhaps none.
 
     The loss is the sum of weight times loss over the units that the recipe uses, divided by all comparable units of the
-    batch, so that a recipe that uses fewer units does not take larger steps on them. Raises OpdError when it diverges.
+    batch, so that a recipe that uses fewer units does not take larger steps on them. Figures are of all ranks. Raises
+    OpdError when it diverges.
     """
-    device = model.device
-    moved = [part.to(device) for part in parts]
-    units = sum(len(part.unit_row) for part in moved)
+    tokens = sum(int(part.mask.sum()) for part in parts)
+    compared = [part.to(model.device) for part in parts if len(part.unit_row)]
+    counts = gather([sum(len(part.unit_row) for part in compared), tokens, len(compared)])
+    (units, tokens, _), passes = counts.sum(0).long().tolist(), int(counts[:, 2].max())
     sums = {"loss": 0.0, "sampled_kl": 0.0, "used": 0.0}
-    for part in moved:
-        if not len(part.unit_row):
-            continue
-        student = unit_logps(model, part, stop)
+    for part in compared:
+        student = student_logps(model, part, stop)
         scored = losses(student, part, config.objective)
         weight = part.weight * scored.used
         loss = (weight * scored.loss).sum() / units
@@ -126,6 +140,10 @@ def train_step(
         sums["loss"] += float(loss.detach())
         sums["sampled_kl"] += float((student.unit.detach() - part.teacher_logp).sum())
         sums["used"] += float(scored.used.sum())
+    if is_sharded(model):
+        for _ in range(passes - len(compared)):
+            idle_pass(model, stop)
+    sums = dict(zip(sums, gather(list(sums.values())).sum(0).tolist(), strict=True))
     norm = optimiser.step(rate) if units else 0.0
     if not math.isfinite(norm):
         raise OpdError(
@@ -138,5 +156,5 @@ def train_step(
         "grad_norm": norm,
         "units": units,
         "used_share": sums["used"] / max(1, units),
-        "tokens": float(sum(int(part.mask.sum()) for part in parts)),
+        "tokens": float(tokens),
     }

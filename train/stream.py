@@ -61,11 +61,13 @@ class Batch:
 Triple = tuple[Shard, Shard, Shard]
 
 
-def batches(shards: Sequence[Triple], size: int, micro_size: int, seed: int, epoch: int) -> Iterator[list[Batch]]:
+def batches(
+    shards: Sequence[Triple], size: int, micro_size: int, seed: int, epoch: int, rank: int = 0, ranks: int = 1
+) -> Iterator[list[Batch]]:
     """Batches of `size` responses (the last one may be smaller) in an order that only seed and epoch determine.
 
     Row groups come in shuffled order and their responses are shuffled within; a batch may span two row groups.
-    Each batch comes as micro-batches of at most `micro_size` responses of similar length.
+    Each batch comes as micro-batches of at most `micro_size` responses of similar length; a rank gets its share of each.
     """
     rng = np.random.default_rng((seed, epoch))
     places = [(i, g) for i, (rollouts, _, _) in enumerate(shards) for g in range(rollouts.manifest.row_groups)]
@@ -75,14 +77,14 @@ def batches(shards: Sequence[Triple], size: int, micro_size: int, seed: int, epo
         responses = _row_group(shards[index], group)
         waiting += [responses[i] for i in rng.permutation(len(responses))]
         while len(waiting) >= size:
-            yield _micro_batches(waiting[:size], micro_size)
+            yield _micro_batches(waiting[:size], micro_size, rank, ranks)
             waiting = waiting[size:]
     if waiting:
-        yield _micro_batches(waiting, micro_size)
+        yield _micro_batches(waiting, micro_size, rank, ranks)
 
 
-def _micro_batches(responses: Sequence["_Response"], size: int) -> list[Batch]:
-    ordered = sorted(responses, key=lambda r: len(r.prompt) + len(r.response))
+def _micro_batches(responses: Sequence["_Response"], size: int, rank: int, ranks: int) -> list[Batch]:
+    ordered = sorted(responses, key=lambda r: len(r.prompt) + len(r.response))[rank::ranks]
     return [collate(ordered[i : i + size]) for i in range(0, len(ordered), size)]
 
 
