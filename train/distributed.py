@@ -69,7 +69,7 @@ def gather(values: Sequence[float]) -> torch.Tensor:
     own = own.cuda() if torch.cuda.is_available() else own
     out = own.new_empty(ranks() * len(values))
     dist.all_gather_into_tensor(out, own)
-    return out.view(ranks(), -1).cpu()
+    return out.view(ranks(), len(values)).cpu()
 
 
 def sum_gradients(parameters: Iterable[torch.Tensor]) -> None:
