@@ -3,7 +3,8 @@
 Texts are Python's own standard library, cut into sequences of 120 to 200 tokens that share no prefix. All but a sequence's
 first token is response, so tokens per second are tokens through the body and the head, and every one of them is scored:
 log-prob, entropy, stop mass, tail and the 64 likeliest ids. The alternatives take turns on the same sequences; each
-figure is the median of the rounds, and ratios are taken within a round.
+figure is the median of the rounds, and ratios are taken within a round. Two rooflines: the machine's own rate at a square
+matmul over 2 x parameters, and every matmul of the model by itself at its own shape.
 """
 
 import argparse
@@ -23,11 +24,11 @@ import numpy as np
 import torch
 
 from pipeline.lm import head, pad
-from pipeline.models import load_model, load_tokenizer, prepare
+from pipeline.models import load_model, load_tokenizer, native_dtype, prepare
 from pipeline.score import Scores, hidden_rows, score
 from schemas.config import Scores as Settings
 
-RESPONSES = 64
+RESPONSES = 24
 K = 64
 ROUNDS = 3
 GROUP = 16
@@ -37,13 +38,13 @@ NAIVE_ROWS = 8
 BATCH_TOKENS: int = Settings.model_fields["batch_tokens"].default
 
 
-def sequences(tokenizer: Any, count: int) -> Iterator[np.ndarray]:
-    """Token ids of pieces of the standard library's sources."""
+def sequences(tokenizer: Any, count: int, shortest: int = 120) -> Iterator[np.ndarray]:
+    """Token ids of pieces of the standard library's sources, of `shortest` to 200 tokens."""
     rng = np.random.default_rng(0)
     while True:
         for path in sorted(Path(os.__file__).parent.glob("*.py")):
             ids = np.array(tokenizer.encode(path.read_text(errors="ignore"), add_special_tokens=False), np.int32)
-            cuts = np.cumsum(rng.integers(120, 201, 8))
+            cuts = np.cumsum(rng.integers(shortest, 201, 8))
             for piece in np.split(ids, cuts[cuts < len(ids)])[:-1]:
                 if count == 0:
                     return
@@ -90,6 +91,20 @@ def matmuls(model: Any, tokens: int = 1024) -> Callable[[], None]:
     return run
 
 
+SQUARE = 2048
+
+
+def square(model: Any) -> Callable[[], None]:
+    """One square matmul, into memory that is there already: the machine's rate at its best."""
+    a, b, out = (torch.randn(SQUARE, SQUARE, dtype=model.dtype) for _ in range(3))
+
+    @torch.inference_mode()
+    def run() -> None:
+        torch.mm(a, b, out=out)
+
+    return run
+
+
 def seconds(work: Callable[[], Any]) -> float:
     began = time.perf_counter()
     work()
@@ -97,7 +112,7 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def check(model: Any, rows: list[np.ndarray], stop: np.ndarray) -> None:
-    """Both ways agree, up to what padding and batch size change in bfloat16."""
+    """Both ways agree, up to what padding and batch size change in the last bits."""
     scores = ours(model, rows, stop)
     theirs = naive(model, rows, stop)[0]
     ends = np.cumsum([len(row) for row in rows])
@@ -111,20 +126,27 @@ def check(model: Any, rows: list[np.ndarray], stop: np.ndarray) -> None:
 def speed(source: str, model: Any, rows: list[np.ndarray], stop: np.ndarray) -> None:
     """Print one model's row of the table."""
     check(model, rows[:NAIVE_ROWS], stop)
-    roof = matmuls(model)
+    roof, best = matmuls(model), square(model)
     roof()
+    best()
     tokens = sum(map(len, rows))
-    rates: list[tuple[float, float, float]] = []
+    parameters = sum(p.numel() for p in model.parameters())
+    rates: list[tuple[float, ...]] = []
     for _ in range(ROUNDS):
         # The matmuls before and after: the machine's speed at the time.
-        before = seconds(roof)
+        before = seconds(roof), seconds(best)
         fast = tokens / seconds(lambda: ours(model, rows, stop))
-        after = seconds(roof)
-        rates.append((fast, tokens / seconds(lambda: naive(model, rows, stop)), 2 * 1024 / (before + after)))
-    fast, slow, limit = (statistics.median(column) for column in zip(*rates, strict=True))
-    to_limit = statistics.median(f / r for f, _, r in rates)
-    to_naive = statistics.median(f / s for f, s, _ in rates)
-    print(f"| {source} | {to_limit:.2f} | {to_naive:.1f} | {fast:,.0f} | {slow:,.0f} | {limit:,.0f} |", flush=True)
+        after = seconds(roof), seconds(best)
+        slow = tokens / seconds(lambda: naive(model, rows, stop))
+        machine = 2 * 2 * SQUARE**3 / (before[1] + after[1]) / (2 * parameters)
+        rates.append((fast, slow, machine, 2 * 1024 / (before[0] + after[0])))
+    fast, slow, machine, limit = (statistics.median(column) for column in zip(*rates, strict=True))
+    ratios = [statistics.median(rate[0] / rate[i] for rate in rates) for i in (2, 3, 1)]
+    print(
+        f"| {source}, {str(model.dtype).removeprefix('torch.')} | {ratios[0]:.2f} | {ratios[1]:.2f} | {ratios[2]:.1f} | "
+        f"{fast:,.0f} | {slow:,.0f} | {machine:,.0f} | {limit:,.0f} |",
+        flush=True,
+    )
 
 
 def measure(model: Any, groups: list[list[np.ndarray]], stop: np.ndarray) -> dict[str, float]:
@@ -168,15 +190,18 @@ def main() -> None:
         return
     if not options.groups:
         print(
-            "| model | ours / roofline | ours / naive | ours, tokens/s | naive | roofline |\n|---|---|---|---|---|---|"
+            "| model | ours / machine's rate | ours / own matmuls | ours / naive | ours, tokens/s | naive | machine's rate | "
+            "own matmuls |\n|---|---|---|---|---|---|---|---|"
         )
     for source in options.models:
         ref = prepare(source, Path(os.environ.get("OPD_CACHE", Path.home() / ".cache" / "offline-opd")))
-        model, tokenizer = load_model(ref, "bfloat16"), load_tokenizer(source, ref.path)
+        model, tokenizer = load_model(ref, native_dtype()), load_tokenizer(source, ref.path)
         stop = np.array([tokenizer.eos_token_id])
         if options.groups:
-            rows = list(sequences(tokenizer, GROUP * options.groups))
-            groups = [rows[i : i + GROUP] for i in range(0, len(rows), GROUP)]
+            # The same lengths in every group, so that ten groups are ten times the work of one.
+            lengths = np.random.default_rng(1).integers(120, 201, GROUP)
+            rows = sequences(tokenizer, GROUP * options.groups, 200)
+            groups = [[next(rows)[:length] for length in lengths] for _ in range(options.groups)]
             print(json.dumps(measure(model, groups, stop)))
         else:
             speed(source, model, list(sequences(tokenizer, RESPONSES)), stop)

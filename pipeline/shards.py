@@ -8,7 +8,7 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -186,10 +186,16 @@ class Shard:
         """Number of rows."""
         return self.manifest.rows
 
-    def row_group(self, index: int) -> pa.Table:
-        """One row group."""
-        with pq.ParquetFile(self.path) as file:
-            return file.read_row_group(index)
+    def row_group_sizes(self) -> list[int]:
+        """Rows of each row group, from the footer alone."""
+        about = pq.read_metadata(self.path)
+        return [about.row_group(index).num_rows for index in range(about.num_row_groups)]
+
+    def row_group(self, index: int, columns: Sequence[str]) -> pa.Table:
+        """Some columns of one row group, text as dictionaries; read by this thread alone."""
+        text = [column.name for column in TABLES[self.manifest.kind] if column.type == pa.string()]
+        with pq.ParquetFile(self.path, read_dictionary=text) as file:
+            return file.read_row_group(index, columns=list(columns), use_threads=False)
 
     def row_groups(self) -> Iterator[pa.Table]:
         """The row groups in order, one in memory at a time."""

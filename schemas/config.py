@@ -331,7 +331,7 @@ class Lora(Section):
     )
 
 
-TRAIN_OPERATION = {"save_every", "gradient_checkpointing"}
+TRAIN_OPERATION = {"gradient_checkpointing", "save_every", "keep_states", "trackers"}
 """Keys of `train` that leave the trained weights as they are, so a round need not be trained again for them."""
 
 
@@ -340,11 +340,16 @@ class Train(Section):
 
     learning_rate: float = Field(4e-5, gt=0, description="peak learning rate of AdamW")
     warmup_steps: int = Field(4, ge=0, description="linear warm-up, in steps of the whole run")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="of the learning rate after the warm-up, over the whole run; constant: the peak"
+    )
     min_lr_ratio: float = Field(
-        0.1, ge=0, le=1, description="linear decay over the whole run to this share of the peak"
+        0.1, ge=0, le=1, description="share of the peak that linear and cosine end at, at the run's last step"
     )
     batch_size: int = Field(16, ge=1, description="responses per step")
-    micro_batch_size: int = Field(16, ge=1, description="responses per forward pass")
+    micro_batch_tokens: int = Field(
+        4096, ge=1, description="padded tokens per forward pass, prompt and response; one response at least"
+    )
     epochs: int = Field(1, ge=1, description="passes over a round's rollouts")
     grad_clip: float = Field(1.0, gt=0, description="gradient norm at most")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
@@ -365,6 +370,18 @@ class Train(Section):
         False, description="compute layers again in backward instead of keeping what is in them: less memory, more time"
     )
     save_every: int = Field(50, ge=1, description="steps between resumable states")
+    keep_states: int = Field(2, ge=1, description="newest states of a round that are kept, the final one included")
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        (),
+        description="where each step's figures go beside train/metrics.jsonl: tensorboard (runs/<run>/tensorboard), wandb, "
+        "trackio; pip install 'offline-opd[trackers]'",
+    )
+
+    @model_validator(mode="after")
+    def _constant_does_not_decay(self) -> "Train":
+        if self.schedule == "constant" and self.min_lr_ratio != type(self).model_fields["min_lr_ratio"].default:
+            raise ValueError(f"`min_lr_ratio: {self.min_lr_ratio:g}` means nothing to `schedule: constant`")
+        return self
 
 
 class Evaluate(Section):

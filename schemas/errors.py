@@ -1,8 +1,16 @@
-"""The one exception whose message is written for the person at the terminal."""
+"""The exceptions whose message is written for the person at the terminal."""
 
 
 class OpdError(Exception):
     """What was given, what was expected, which file or key, and what to do, in one line.
 
-    Commands print it without a traceback and exit with status 2.
+    Commands print it without a traceback and exit with its `status`.
     """
+
+    status = 2
+
+
+class Stopped(OpdError):
+    """A SIGTERM was heeded: what was done is saved, and the same command goes on from there."""
+
+    status = 128 + 15  # what a shell reports of a process that SIGTERM ended

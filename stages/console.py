@@ -7,11 +7,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from datetime import timedelta
+from typing import Any, Protocol
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from schemas.errors import OpdError
@@ -21,19 +22,19 @@ console = Console(stderr=True, highlight=False)
 out = Console(highlight=False)
 """For what a command was asked to print."""
 
-REPORT_EVERY = 10.0
-"""Seconds between progress lines where the output is no terminal."""
+REPORT_EVERY, MAX_REPORT_EVERY = 10.0, 1800.0
+"""Seconds between progress lines where the output is no terminal, at first and in the end."""
 
 
 def fail(error: Exception) -> int:
     """Print an error for a person; the exit status to leave with."""
     console.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
-    return 2
+    return error.status if isinstance(error, OpdError) else OpdError.status
 
 
 @contextmanager
 def errors_for_people() -> Iterator[None]:
-    """Turn OpdError, a full disk and out-of-permission writes into one line and exit status 2."""
+    """Turn OpdError, a full disk and out-of-permission writes into one line and an exit status."""
     try:
         yield
     except OpdError as error:
@@ -82,38 +83,55 @@ def threads(count: int | None) -> None:
         torch.set_num_threads(count)
 
 
+class Advance(Protocol):
+    """Called with the amount just done, and with what to show beside it."""
+
+    def __call__(self, amount: int, detail: str = "", already: int = 0) -> None:
+        """`already`: what was done before this process began, which tells nothing of its rate."""
+
+
 @contextmanager
-def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """A function to call with the amount just done; shows a bar on a terminal and a line now and then elsewhere."""
+def progress(label: str, total: int, unit: str) -> Iterator[Advance]:
+    """A function to call with the amount just done; shows a bar on a terminal and a line now and then elsewhere.
+
+    Lines come the more rarely the longer it takes: some hundreds in a week.
+    """
     began = time.perf_counter()
-    done = 0
+    before = done = 0
+
+    def figures(detail: str) -> str:
+        """Rate, details and time left; the mean rate, since single steps may take minutes."""
+        rate = done / max(1e-9, time.perf_counter() - began)
+        left = timedelta(seconds=round((total - before - done) / max(rate, 1e-9)))
+        return ", ".join(filter(None, (f"{rate:,.{1 if rate >= 1 else 3}f} {unit}/s", detail, f"{left} left")))
+
     if console.is_terminal:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[figures]}"),
         )
-        with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bars:
-            task = bars.add_task(label, total=total, rate="")
+        with Progress(*columns, console=console, transient=True) as bars:
+            task = bars.add_task(label, total=total, figures="")
 
-            def advance(amount: int) -> None:
-                nonlocal done
-                done += amount
-                rate = done / max(1e-9, time.perf_counter() - began)
-                bars.update(task, advance=amount, rate=f"{rate:,.1f} {unit}/s")
+            def advance(amount: int, detail: str = "", already: int = 0) -> None:
+                nonlocal before, done
+                before, done = before + already, done + amount
+                bars.update(task, completed=before + done, figures=figures(detail))
 
             yield advance
     else:
         last = began
 
-        def advance(amount: int) -> None:
-            nonlocal done, last
-            done += amount
+        def advance(amount: int, detail: str = "", already: int = 0) -> None:
+            nonlocal before, done, last
+            before, done = before + already, done + amount
             now = time.perf_counter()
-            if now - last >= REPORT_EVERY and done < total:
-                last, rate = now, done / (now - began)
-                say(f"{label}: {done:,}/{total:,} {unit}, {rate:,.1f}/s, {(total - done) / max(rate, 1e-9):.0f} s left")
+            due = min(MAX_REPORT_EVERY, max(REPORT_EVERY, (now - began) / 20))
+            if now - last >= due and before + done < total:
+                last = now
+                say(f"{label}: {before + done:,}/{total:,}, {figures(detail)}")
 
         yield advance
     seconds = time.perf_counter() - began

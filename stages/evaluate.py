@@ -28,7 +28,7 @@ from stages.rollouts import response_text
 from stages.train import open_shards
 from train.policy import unit_logps
 from train.recipes import candidate_kl, one_to_one
-from train.stream import batches
+from train.stream import batches, count_steps
 
 NO_KL: dict[str, Any] = {"reverse_kl": None, "sampled_kl": None, "kl_responses": 0, "kl_tokens": 0}
 """In place of `on_policy_kl` where the teacher isn't at hand."""
@@ -111,11 +111,12 @@ def on_policy_kl(model: Any, student: Speaker, config: Config, phase: str) -> di
     log-ratio everywhere, unbiased and noisier. Intervals: bootstrap over responses.
     """
     stop = torch.from_numpy(student.stop.astype(np.int64)).to(model.device)
-    size = config.train.micro_batch_size
+    shards, size = open_shards(config, phase), config.train.batch_size
+    steps = batches(shards, size, config.train.micro_batch_tokens, config.seed, range(count_steps(shards, size)))
     exact = Objective(recipe="strict_1to1", direction="reverse", support="bucket")
     sums: dict[str, list[float]] = {"kl": [], "sampled": [], "tokens": []}
-    for parts in batches(open_shards(config, phase), size, size, config.seed, 0):
-        for part in (part.to(model.device) for part in parts):
+    for step in steps:
+        for part in (part.to(model.device) for part in step.parts):
             logps = unit_logps(model, part, stop)
             sampled = logps.unit - part.teacher_logp
             one = one_to_one(part)

@@ -1,31 +1,34 @@
 """Train: one round on its shards, from the last checkpoint to the next."""
 
-import json
-from contextlib import ExitStack
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from enum import StrEnum
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated
 
 import torch
 import typer
 from filelock import FileLock
 
 from pipeline.lm import check_head
-from pipeline.models import ModelRef
-from pipeline.shards import open_shard, versions, write_text
+from pipeline.shards import open_shard, write_text
 from schemas.config import TRAIN_OPERATION, Config
-from schemas.manifest import digest
 from stages import console, layout
-from stages.context import DEFAULT_CONFIG, ConfigOption, Speaker, ThreadsOption, policy, read_config, teacher
+from stages.card import model_card
+from stages.context import DEFAULT_CONFIG, ConfigOption, ThreadsOption, policy, read_config
 from train.adapters import attach
-from train.checkpoint import export, load_state, trained
-from train.distributed import gather, processes, rank, ranks_here, shard
+from train.checkpoint import export, final_state, trained
+from train.distributed import processes, rank, ranks_here, shard, wait_for_all
 from train.layers import recompute
 from train.loop import Progress, train_round
-from train.stream import Triple, count_batches
+from train.stream import Triple, count_steps
+from train.trackers import trackers
 
 
 class Parallel(StrEnum):
-    """How several processes train one model; not part of the config, for it leaves the result as it is."""
+    """How several processes train one model; no key of the config, for it leaves the result as it is."""
 
     ddp = "ddp"
     fsdp = "fsdp"
@@ -35,27 +38,28 @@ def main(
     round_index: Annotated[int, typer.Option("--round", min=0, help="number of the round")] = 0,
     config_file: ConfigOption = DEFAULT_CONFIG,
     threads: ThreadsOption = None,
+    workers: Annotated[int, typer.Option(min=0, help="threads that read ahead; they change no result")] = 1,
     parallel: Annotated[
-        Parallel, typer.Option(help="under torchrun, each rank holds the model (ddp), or a part of it (fsdp)")
+        Parallel, typer.Option(help="under torchrun, each process holds the model (ddp), or a part of it (fsdp)")
     ] = Parallel.ddp,
 ) -> None:
     """Train the student for one round and export a checkpoint that `from_pretrained` loads.
 
-    Started with torchrun, its processes share every step's responses; how many there are, and --parallel, change only
-    the last bits of what is trained.
+    SIGTERM saves and leaves after the step under way, with exit status 143; the same command then goes on.
+
+    Processes that torchrun starts share every step's responses. How many there are, and --parallel, change only the last
+    bits of what is trained, and may change whenever a round is resumed.
     """
     config = read_config(config_file)
     torch.manual_seed(config.seed)
     folder = layout.checkpoint_folder(config, round_index)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with processes(), ExitStack() as held:
-        first = rank() == 0
         console.threads(threads and max(1, threads // ranks_here()))
-        if first:
-            held.enter_context(FileLock(folder.parent / ".train.lock"))  # a killed run may have left its trainer behind
-        else:
-            held.enter_context(console.silence())
-        gather([])  # nobody reads the state before the lock is ours
+        first = rank() == 0
+        # A killed run may have left its trainer behind.
+        held.enter_context(FileLock(folder.parent / ".train.lock") if first else console.silence())
+        wait_for_all()  # nobody reads the states before the lock is ours
         shards = open_shards(config, f"round-{round_index}")
         student = policy(config, round_index)
         identity = {
@@ -67,7 +71,7 @@ def main(
             "rounds": config.rollouts.rounds,
             "seed": config.seed,
         }
-        # Adapters are of the run's first weights: merged ones, rounded once a round, are for those who load a checkpoint.
+        # Adapters belong to the weights that the run began with: those of a checkpoint, where they are merged, are rounded.
         base = policy(config, 0) if config.train.lora else student
         model = base.load(device="cpu" if parallel is Parallel.fsdp else None)
         check_head(model, base.ref.source)
@@ -77,15 +81,21 @@ def main(
             recompute(model)
         if parallel is Parallel.fsdp:
             shard(model)
-        steps = count_batches(shards, config.train.batch_size) * config.train.epochs
-        state = folder.parent / "train"
-        previous = layout.checkpoint_folder(config, round_index - 1).parent / "train" / "state.safetensors"
+        steps = count_steps(shards, config.train.batch_size) * config.train.epochs
+        progress = Progress(before=round_index * steps, total=config.rollouts.rounds * steps)
+        about = config.model_dump(mode="json")
         last: dict[str, float] = {}
-        with console.progress(f"round-{round_index} train", steps, "steps") as advance:
+        with (
+            stop_on_sigterm() as stop_asked,
+            trackers(config.train.trackers if first else (), layout.run_folder(config), config.run, about) as track,
+            console.progress(f"round-{round_index} train", steps, "steps") as advance,
+        ):
 
             def report(figures: dict[str, float]) -> None:
+                step = int(figures["step"])
+                track({k: v for k, v in figures.items() if k not in ("step", "steps")}, progress.before + step)
+                advance(1, detail(figures), already=0 if last else step)
                 last.update(figures)
-                advance(1)
 
             train_round(
                 model,
@@ -93,25 +103,56 @@ def main(
                 shards,
                 config,
                 round_index,
-                Progress(before=round_index * steps, total=config.rollouts.rounds * steps),
-                previous if round_index else None,
-                state / "state.safetensors",
-                state / "metrics.jsonl",
+                progress,
+                states_folder(config, round_index - 1) if round_index else None,
+                states_folder(config, round_index),
                 identity,
                 report,
+                workers,
+                stop_asked,
+                console.say,
             )
         if not first:
             return
         del model
-        final = trained(base.load(device="cpu"), load_state(state / "state.safetensors")[0], config.train)
-        ref = export(
-            final, student.tokenizer, folder, model_card(config, student, identity), f"{config.run} round {round_index}"
-        )
+        model = trained(base.load(device="cpu"), final_state(states_folder(config, round_index))[0], config.train)
+        card = model_card(config, round_index, student, shards, states_folder(config, round_index) / "metrics.jsonl")
+        ref = export(model, student.tokenizer, folder, card, f"{config.run} round {round_index}")
         write_text(layout.policy_file(config, round_index + 1), ref.model_dump_json(indent=1) + "\n")
     if last:
         console.say(
             f"round-{round_index} train: loss {last['loss']:.3f}, sampled KL {last['sampled_kl']:.3f}, in {folder}"
         )
+
+
+def states_folder(config: Config, round_index: int) -> Path:
+    """Where a round's training states and metrics lie."""
+    return layout.checkpoint_folder(config, round_index).parent / "train"
+
+
+@contextmanager
+def stop_on_sigterm() -> Iterator[Callable[[], bool]]:
+    """While it is open a SIGTERM, as schedulers send it before they pre-empt, only makes the yielded function say True."""
+    asked = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def detail(figures: dict[str, float]) -> str:
+    """A step's figures for the progress bar."""
+    ess = [f"ESS {figures['ess']:.2f}"] if "ess" in figures else []
+    return ", ".join(
+        [
+            f"loss {figures['loss']:.3f}",
+            f"KL {figures['sampled_kl']:.3f}",
+            *ess,
+            f"{figures['tokens_per_second']:,.0f} tokens/s",
+            f"data wait {100 * figures['data_wait']:.0f} %",
+        ]
+    )
 
 
 def open_shards(config: Config, phase: str) -> list[Triple]:
@@ -128,32 +169,6 @@ def open_shards(config: Config, phase: str) -> list[Triple]:
         )
         triples.append((rollouts, units, weights))
     return triples
-
-
-def model_card(config: Config, student: Speaker, identity: dict[str, Any]) -> str:
-    """The exported folder's README: where the model comes from and what made it."""
-    scorer: ModelRef = teacher(config).ref
-    front = json.dumps({"base_model": config.student.model, "library_name": "transformers", "tags": ["distillation"]})
-    return f"""---
-{front}
----
-
-# {config.run}
-
-{config.student.model} after on-policy distillation from {config.teacher.model}, offline: its own rollouts, scored once
-by the teacher.
-
-| | |
-|---|---|
-| teacher | `{config.teacher.model}`, weights `{scorer.weights[:16]}` |
-| started from | `{student.ref.source}`, weights `{student.ref.weights[:16]}` |
-| objective | `{json.dumps(config.objective.model_dump())}` |
-| weights | `{json.dumps(config.weights.model_dump())}` |
-| rollouts | `{json.dumps(config.rollouts.model_dump())}` |
-| optimiser | `{json.dumps(config.train.model_dump(mode="json"))}` |
-| data | `{digest(identity["weights"])[:16]}` |
-| versions | `{json.dumps(versions())}` |
-"""
 
 
 if __name__ == "__main__":

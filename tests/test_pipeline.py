@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import cached_live
 import polars as pl
 import pytest
 import yaml
@@ -29,8 +30,9 @@ class Run:
         config: dict[str, Any] = yaml.safe_load((ROOT / "config/config.yaml").read_text())
         config["prompts"]["splits"] = {"examples": 4, "train": 12, "dev": 0, "test": 8}
         config["rollouts"] |= {"rounds": 1, "prompts": 12, "shard_size": 6}
-        config["train"] = {"batch_size": 4, "micro_batch_size": 4, "warmup_steps": 1}
+        config["train"] = {"batch_size": 4, "micro_batch_tokens": 300, "warmup_steps": 1}
         config["evaluate"] = {"kl_items": 6}
+        config["audit"] = {"responses": 1}
         (folder / "config.yaml").write_text(yaml.safe_dump(config | changes, allow_unicode=True))
         self.run = folder / "runs" / changes.get("run", "default")
 
@@ -144,7 +146,7 @@ def test_the_checkpoint_is_a_model(run: Run) -> None:
 def test_again_does_nothing_and_a_learning_rate_only_retrains(run: Run) -> None:
     assert "Nothing to be done" in run.snakemake()
     plan = run.snakemake(
-        "-n", "--config", "train={batch_size: 4, micro_batch_size: 4, warmup_steps: 1, learning_rate: 1e-6}"
+        "-n", "--config", "train={batch_size: 4, micro_batch_tokens: 300, warmup_steps: 1, learning_rate: 1e-6}"
     )
     planned = {
         line.split()[0]: int(line.split()[1])
@@ -169,9 +171,10 @@ def test_too_little_coverage_stops_the_run_with_a_table(run: Run) -> None:
     assert "too little of the rollouts can be compared" in output and "coverage.min_one_to_one is 100.0 %" in output
 
 
+@pytest.mark.slow
 def test_a_changed_learning_rate_trains_anew_from_the_same_rollouts(run: Run) -> None:
     """A real rerun: the optimiser state that the first training left must not stand in the way."""
-    changed = ("--config", "train={batch_size: 4, micro_batch_size: 4, warmup_steps: 1, learning_rate: 1e-6}")
+    changed = ("--config", "train={batch_size: 4, micro_batch_tokens: 300, warmup_steps: 1, learning_rate: 1e-6}")
     before = run.shards()
     weights = (run.run / "round-0/checkpoint/model.safetensors").read_bytes()
     output = run.snakemake("runs/default/round-0/checkpoint.json", *changed)
@@ -182,19 +185,11 @@ def test_a_changed_learning_rate_trains_anew_from_the_same_rollouts(run: Run) ->
     }
 
 
-def test_a_deleted_run_scores_nothing_again(run: Run) -> None:
-    before = run.shards()
-    shutil.rmtree(run.run)
-    entries = {p.name: p.stat().st_mtime_ns for p in (run.cache / "scores").glob("*.parquet")}
-    targets = [f"runs/default/round-0/units/{shard}.parquet" for shard in ("000", "001")]
-    output = run.snakemake(*targets)
-    assert output.count("found in the cache, no teacher token scored") == 2
-    assert entries == {p.name: p.stat().st_mtime_ns for p in (run.cache / "scores").glob("*.parquet")}
-    for name in ("rollouts", "scores", "units"):
-        for shard in ("000", "001"):
-            assert (run.run / f"round-0/{name}/{shard}.parquet").read_bytes() == before[
-                f"round-0/{name}/{shard}.parquet"
-            ]
+@pytest.mark.slow
+def test_loss_and_gradient_from_shards_are_those_computed_live(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run.folder)
+    monkeypatch.setenv("OPD_CACHE", str(run.cache))
+    cached_live.compare()
 
 
 @pytest.mark.slow
@@ -285,3 +280,20 @@ def test_another_student_with_another_tokenizer_reuses_the_scores(run: Run, tmp_
     process = other.start()
     output, _ = process.communicate()
     assert process.returncode and "but the scores of" in output
+
+
+@pytest.mark.slow
+def test_a_deleted_run_scores_nothing_again(run: Run) -> None:
+    """Last of all: the run is gone after it."""
+    before = run.shards()
+    shutil.rmtree(run.run)
+    entries = {p.name: p.stat().st_mtime_ns for p in (run.cache / "scores").glob("*.parquet")}
+    targets = [f"runs/default/round-0/units/{shard}.parquet" for shard in ("000", "001")]
+    output = run.snakemake(*targets)
+    assert output.count("found in the cache, no teacher token scored") == 2
+    assert entries == {p.name: p.stat().st_mtime_ns for p in (run.cache / "scores").glob("*.parquet")}
+    for name in ("rollouts", "scores", "units"):
+        for shard in ("000", "001"):
+            assert (run.run / f"round-0/{name}/{shard}.parquet").read_bytes() == before[
+                f"round-0/{name}/{shard}.parquet"
+            ]

@@ -91,7 +91,9 @@ def batch_of(told: Sequence[Told]) -> Batch:
             "t_len": s_len,
             "teacher_logp": np.array([math.nan if unit.masked else -1.0 - i for unit in one.units], np.float32),
             "weight": np.array([1 + i + j / 8 for j in range(len(one.units))], np.float32),
-            "credit_shift": np.zeros(len(one.units), np.float32),
+            **{name: np.zeros(len(one.units), np.float32) for name in ("advantage", "credit", "student_logp")},
+            **{name: np.full(len(one.units), math.nan, np.float32) for name in ("tail_logp", "dropped_logp")},
+            "is_ratio": np.ones(len(one.units), np.float32),
             "comparable": np.array([not unit.masked for unit in one.units]),
         }
         ids = np.array([c for unit in one.units for c in unit.candidates], np.int32)

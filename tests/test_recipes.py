@@ -436,7 +436,7 @@ def test_routing_moves_mass_to_candidates_only_where_the_advantage_is_negative()
 def test_a_models_gradient_is_finite(recipe: str, options: dict[str, Any], tmp_path: Path) -> None:
     """Float32 from a forward pass to the weights."""
     model, stop = tiny.model(), torch.from_numpy(tiny.STOP.astype("int64"))
-    batch = next(batches(tiny.shards(tmp_path), 6, 6, 1, 0))[0]
+    batch = next(batches(tiny.shards(tmp_path), 6, 1000, 1, range(1))).parts[0]
     scored = losses(unit_logps(model, batch, stop), batch, Objective(recipe=recipe, **options))
     assert scored.loss.shape == scored.used.shape == batch.unit_row.shape
     assert not scored.loss[~scored.used].any()

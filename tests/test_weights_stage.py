@@ -51,10 +51,12 @@ def test_the_whole_shard_is_weighed_and_trained_on(
 
     # The trainer reads credit and weight of the units that are compared.
     units = open_shard(units.path, "units", inputs=made_from)
-    seen = [part for parts in batches([(rollouts, units, made)], 8, 4, seed=0, epoch=0) for part in parts]
+    steps = batches([(rollouts, units, made)], 8, 40, 0, range(3))
+    seen = [part for step in steps for part in step.parts]
     compared = table.filter(frames[0]["kind"] != "masked")
     shift = compared["credit"] - compared["advantage"]
-    for name, expected in (("credit_shift", shift), ("weight", compared["weight"])):
+    behavior = compared["student_logp"] - compared["is_ratio"].log()
+    for name, expected in (("credit_shift", shift), ("weight", compared["weight"]), ("behavior_logp", behavior)):
         got = np.concatenate([getattr(part, name).numpy() for part in seen])
         np.testing.assert_array_equal(np.sort(got), np.sort(expected.to_numpy()))
     assert bool((shift == 0).all()) == (options.get("credit", "immediate") == "immediate")

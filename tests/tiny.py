@@ -33,7 +33,6 @@ def model(seed: int = 0, dtype: torch.dtype = torch.float32, tied: bool = True) 
 def shards(folder: Path, responses: int = 20, group: int = 8, count: int = 2, seed: int = 0) -> list[Triple]:
     """`count` shards of random rollouts with units (some n:m, some masked, stops) and weights, in row groups of `group`."""
     rng = np.random.default_rng(seed)
-    triples = []
     for shard in range(count):
         tables: dict[str, list[dict[str, Any]]] = {"rollouts": [], "units": [], "weights": []}
         writers = {}
@@ -49,8 +48,14 @@ def shards(folder: Path, responses: int = 20, group: int = 8, count: int = 2, se
                     _response(rng, f"s{shard}-r{index}", rows)
                 for name, writer in writers.items():
                     writer.write(pa.Table.from_pylist(rows[name], schema=arrow_schema(name)))
-        triples.append(tuple(open_shard(paths[name], name) for name in tables))
-    return triples  # type: ignore[return-value]
+    return open_shards(folder)
+
+
+def open_shards(folder: Path) -> list[Triple]:
+    """What `shards` wrote."""
+    numbers = [path.name for path in sorted((folder / "rollouts").glob("*.parquet"))]
+    tables = ("rollouts", "units", "weights")
+    return [tuple(open_shard(folder / kind / name, kind) for kind in tables) for name in numbers]  # type: ignore[misc]
 
 
 def _response(rng: np.random.Generator, name: str, rows: dict[str, list[dict[str, Any]]]) -> None:
@@ -106,11 +111,11 @@ def _response(rng: np.random.Generator, name: str, rows: dict[str, list[dict[str
             {
                 "rollout_id": name,
                 "unit": unit,
-                "student_logp": None if masked else -1.0,
-                "advantage": 0.0,
-                "credit": 0.0,
+                "student_logp": None if masked else -1 - unit / 8,
+                "advantage": -unit / 4,
+                "credit": -unit / 4,
                 "weight": float(1 + rng.random() / 2),
-                "is_ratio": 1.0,
+                "is_ratio": 1 + at / 16,
             }
         )
         at, unit = at + size, unit + 1

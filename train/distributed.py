@@ -62,7 +62,7 @@ def ranks_here() -> int:
 
 
 def gather(values: Sequence[float]) -> torch.Tensor:
-    """The same figures of every rank: n numbers -> float64 (ranks, n) on the CPU. A barrier, too."""
+    """The same figures of every rank: n numbers -> float64 (ranks, n) on the CPU; n at least 1."""
     own = torch.tensor(values, dtype=torch.float64)
     if not dist.is_initialized():
         return own[None]
@@ -70,6 +70,11 @@ def gather(values: Sequence[float]) -> torch.Tensor:
     out = own.new_empty(ranks() * len(values))
     dist.all_gather_into_tensor(out, own)
     return out.view(ranks(), len(values)).cpu()
+
+
+def wait_for_all() -> None:
+    """Go on once every rank is here."""
+    gather([0.0])
 
 
 def sum_gradients(parameters: Iterable[torch.Tensor]) -> None:

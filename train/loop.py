@@ -5,20 +5,21 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pipeline.shards import write_text
 from schemas.config import Config
-from schemas.errors import OpdError
-from train.checkpoint import load_state, save_state
-from train.distributed import gather, idle_pass, is_sharded, rank, ranks, student_logps
+from schemas.errors import OpdError, Stopped
+from train.checkpoint import final_state, forget_states, newest_state, save_state, state_path
+from train.distributed import gather, idle_pass, is_sharded, rank, ranks, student_logps, wait_for_all
 from train.optimiser import MasterAdamW, learning_rate
 from train.recipes import losses
-from train.stream import Batch, Triple, batches, count_batches
+from train.stream import Step, Triple, batches, count_steps
 
 
 @dataclass(frozen=True)
@@ -39,65 +40,74 @@ def train_round(
     round_index: int,
     progress: Progress,
     start_from: Path | None,
-    state_path: Path,
-    metrics_path: Path,
+    folder: Path,
     identity: dict[str, Any],
     report: Callable[[dict[str, float]], None] = lambda _: None,
+    workers: int = 0,
+    stop_asked: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Train `model` in place on one round's shards, together with all ranks; rank 0 writes and reports.
+    """Train `model` in place on one round's shards, together with all ranks; rank 0 writes.
 
     Args:
         stop: int64, the student's stop ids.
-        start_from: optimiser state that the last round left; None in the first.
-        state_path: this round's own state, written every `save_every` steps and at the end; found there, it is resumed,
-            unless what determines the round has changed since: then the round starts anew.
-        metrics_path: JSON lines, one a step; steps that a resumed run repeats replace the earlier lines.
+        start_from: the last round's `folder`; None in the first.
+        folder: states and `metrics.jsonl` (a line a step) of this round. A state is saved every `save_every` steps and at
+            the end; the newest intact one is resumed, unless what determines the round has changed since: then the round
+            starts anew. Lines of steps that are taken again are replaced.
         identity: what determines this round.
         report: called with each step's metrics.
+        workers: threads that read ahead; they change nothing else.
+        stop_asked: asked after each step; once true on any rank, the state is saved and the round left.
+        say: called with a line for the person watching when a damaged state was passed over.
+    Raises:
+        OpdError: training diverged, or no state that is needed is intact.
+        Stopped: `stop_asked` said so.
     """
-    metrics_path = metrics_path if rank() == 0 else Path(os.devnull)
     optimiser = MasterAdamW(model, config.train)
     done = 0
-    if state_path.exists():
-        tensors, about = load_state(state_path)
-        if about["identity"] == identity:
-            optimiser.load(tensors)
-            done = about["step"]
-    if done == 0 and start_from is not None:
-        tensors, _ = load_state(start_from)
-        optimiser.load(tensors)
-    lines = metrics_path.read_text().splitlines()[:done] if metrics_path.exists() else []
-    metrics_path.parent.mkdir(parents=True, exist_ok=True)
-    metrics_path.write_text("".join(line + "\n" for line in lines))
+    if found := newest_state(folder, identity, say):
+        done = found[1]["step"]
+    elif start_from is not None:
+        found = final_state(start_from)
+    if found:
+        optimiser.load(found[0])
+        restore_rng(found[0])
+        del found  # as large as the optimiser
+    metrics_path = folder / "metrics.jsonl" if rank() == 0 else Path(os.devnull)
+    if rank() == 0:
+        lines = metrics_path.read_text().splitlines()[:done] if metrics_path.exists() else []
+        write_text(metrics_path, "".join(line + "\n" for line in lines))
 
     # The model stays in evaluation mode: what is trained is the policy that was sampled, and dropout would differ from it.
-    per_epoch = count_batches(shards, config.train.batch_size)
-    steps = per_epoch * config.train.epochs
-    stream = (
-        parts
-        for epoch in range(config.train.epochs)
-        for parts in batches(
-            shards,
-            config.train.batch_size,
-            config.train.micro_batch_size,
-            config.seed + round_index,
-            epoch,
-            rank(),
-            ranks(),
-        )
+    steps = count_steps(shards, config.train.batch_size) * config.train.epochs
+    stream = batches(
+        shards,
+        config.train.batch_size,
+        config.train.micro_batch_tokens,
+        config.seed + round_index,
+        range(done, steps),
+        rank(),
+        ranks(),
+        workers,
     )
+    with metrics_path.open("a") as metrics, closing(stream):
 
-    def save(step: int) -> None:
-        tensors = optimiser.state()  # all ranks have a part in it
-        if rank() == 0:
-            save_state(state_path, tensors, {"identity": identity, "step": step})
+        def save(step: int) -> None:
+            """The schedule and the place in the stream follow from the step."""
+            tensors = optimiser.state()  # all ranks have a part in it
+            if rank() == 0:
+                os.fsync(metrics.fileno())  # a state must not outlive the lines of its steps
+                about = {"identity": identity, "step": step, "steps": steps}
+                save_state(state_path(folder, step), tensors | rng_state(), about)
+                forget_states(folder, identity, step, config.train.keep_states)
+            wait_for_all()  # a rank that left now could take the one that writes with it
 
-    with metrics_path.open("a") as metrics:
         began = time.perf_counter()
-        for step, parts in enumerate(islice(stream, done, None), done):
+        for step, batch in enumerate(stream, done):
             waited = time.perf_counter() - began
             rate = learning_rate(config.train, progress.before + step, progress.total)
-            figures = train_step(model, stop, parts, optimiser, rate, config)
+            figures = train_step(model, stop, batch, optimiser, rate, config)
             seconds = time.perf_counter() - began
             figures |= {
                 "round": round_index,
@@ -110,28 +120,45 @@ def train_round(
             }
             metrics.write(json.dumps(figures) + "\n")
             metrics.flush()
+            stopping = bool(gather([stop_asked()]).any())
+            if stopping or ((step + 1) % config.train.save_every == 0 and step + 1 < steps):
+                save(step + 1)  # before the report, whose reader may be gone already
             report(figures)
-            if (step + 1) % config.train.save_every == 0 and step + 1 < steps:
-                save(step + 1)
+            if stopping:
+                raise Stopped(
+                    f"asked to stop: step {step + 1} of {steps} is saved, the same command goes on from there"
+                )
             began = time.perf_counter()
-    save(steps)
+        if not done or done < steps:
+            save(steps)
+
+
+def rng_state() -> dict[str, torch.Tensor]:
+    """State of torch's random number generators, as tensors."""
+    cuda = {"rng/cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return {"rng/cpu": torch.get_rng_state(), **cuda}
+
+
+def restore_rng(tensors: dict[str, torch.Tensor]) -> None:
+    """Put the generators where `rng_state` found them; a device that was not there then keeps its own."""
+    torch.set_rng_state(tensors["rng/cpu"])
+    if torch.cuda.is_available() and "rng/cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng/cuda"])
 
 
 def train_step(
-    model: Any, stop: torch.Tensor, parts: Sequence[Batch], optimiser: MasterAdamW, rate: float, config: Config
+    model: Any, stop: torch.Tensor, step: Step, optimiser: MasterAdamW, rate: float, config: Config
 ) -> dict[str, float]:
-    """One optimiser step over the micro-batches of all ranks; `parts` are this rank's, perhaps none.
+    """One optimiser step over the micro-batches of all ranks; `step` has this one's, perhaps none.
 
     The loss is the sum of weight times loss over the units that the recipe uses, divided by all comparable units of the
-    batch, so that a recipe that uses fewer units does not take larger steps on them. Figures are of all ranks. Raises
+    step, so that a recipe that uses fewer units does not take larger steps on them. Figures are of all ranks. Raises
     OpdError when it diverges.
     """
-    tokens = sum(int(part.mask.sum()) for part in parts)
-    compared = [part.to(model.device) for part in parts if len(part.unit_row)]
-    counts = gather([sum(len(part.unit_row) for part in compared), tokens, len(compared)])
-    (units, tokens, _), passes = counts.sum(0).long().tolist(), int(counts[:, 2].max())
+    units = step.units
+    parts = [part for part in step.parts if len(part.unit_row)]
     sums = {"loss": 0.0, "sampled_kl": 0.0, "used": 0.0}
-    for part in compared:
+    for part in (part.to(model.device) for part in parts):
         student = student_logps(model, part, stop)
         scored = losses(student, part, config.objective)
         weight = part.weight * scored.used
@@ -141,8 +168,9 @@ def train_step(
         sums["sampled_kl"] += float((student.unit.detach() - part.teacher_logp).sum())
         sums["used"] += float(scored.used.sum())
     if is_sharded(model):
-        for _ in range(passes - len(compared)):
+        for _ in range(int(gather([len(parts)]).max()) - len(parts)):
             idle_pass(model, stop)
+    sums["tokens"] = sum(int(part.mask.sum()) for part in step.parts)
     sums = dict(zip(sums, gather(list(sums.values())).sum(0).tolist(), strict=True))
     norm = optimiser.step(rate) if units else 0.0
     if not math.isfinite(norm):
@@ -156,5 +184,5 @@ def train_step(
         "grad_norm": norm,
         "units": units,
         "used_share": sums["used"] / max(1, units),
-        "tokens": float(tokens),
+        "tokens": sums["tokens"],
     }

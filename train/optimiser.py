@@ -1,5 +1,6 @@
 """AdamW on float32 master weights under a low-precision model, and the learning-rate schedule."""
 
+import math
 from typing import Any
 
 import torch
@@ -88,8 +89,13 @@ class MasterAdamW:
 
 
 def learning_rate(config: Train, step: int, total: int) -> float:
-    """Linear warm-up, then linear decay to `min_lr_ratio` of the peak at the run's last step (steps count from 0)."""
+    """The rate at a step of the run (counted from 0): linear warm-up to the peak, then `schedule`.
+
+    linear and cosine end at `min_lr_ratio` of the peak at the run's last step; cosine is half a period, without restarts
+    (SGDR eq. 5, arXiv 1608.03983); constant stays at the peak.
+    """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    share = (step - config.warmup_steps) / max(1, total - 1 - config.warmup_steps)
-    return config.learning_rate * (1 - (1 - config.min_lr_ratio) * min(1.0, share))
+    share = min(1.0, (step - config.warmup_steps) / max(1, total - 1 - config.warmup_steps))
+    decayed = {"linear": share, "cosine": (1 - math.cos(math.pi * share)) / 2, "constant": 0.0}[config.schedule]
+    return config.learning_rate * (1 - (1 - config.min_lr_ratio) * decayed)
