@@ -15,10 +15,10 @@ from snakemake.exceptions import WorkflowError
 
 from pipeline.cache import relink
 from pipeline.models import IDENTITY_FILES, TOKENIZER_FILES
-from schemas.config import TRAIN_OPERATION, parse_config
+from schemas.config import TRAIN_OPERATION, consistency, parse_config
 from schemas.errors import OpdError
 from schemas.manifest import digest
-from stages import layout, resume
+from stages import console, layout, resume
 from stages.report import print_summary, write_config
 
 if not workflow.config_settings.configfiles:
@@ -51,7 +51,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning idle threads slo
 
 def reads(*sections):
     """Digest of what a rule reads of the config: `section` or `section.key`."""
-    values = CONFIG.model_dump(mode="json", exclude={role: {"engine_options"} for role in ("student", "teacher")})
+    beside = {role: {"engine_options", "tuned_on"} for role in ("student", "teacher")} | {"weights": {"scheduler"}}
+    values = CONFIG.model_dump(mode="json", exclude=beside)
     for section in sections:
         assert section.split(".")[0] in values, section
     picked = {}
@@ -92,7 +93,7 @@ FRESH_PHASES = rf"(?!({REUSED_PHASES})\b)(round|eval)-\d+"
 
 
 wildcard_constraints:
-    phase=r"(round|eval)-\d+",
+    phase=r"(round|eval)-\d+(@\d+)?",
     shard=r"\d{3}",
     role="student|teacher",
 
@@ -267,7 +268,7 @@ rule units:
 
 rule policy:
     input:
-        shard_of("rollouts"),
+        lambda wildcards: shards("rollouts", wildcards.phase)[int(wildcards.shard)],
         policy,
     output:
         shard_of("policy"),
@@ -288,25 +289,32 @@ rule policy:
         " --threads {threads} 2>&1 | tee {log}"
 
 
-rule weights:
-    input:
-        shard_of("rollouts"),
-        shard_of("units"),
-        # Rollouts of another policy need the log-probs of the one that is trained.
-        lambda wildcards: shard_of("policy") if layout.is_reused(CONFIG, wildcards.phase) else [],
-    output:
-        shard_of("weights"),
-    log:
-        RUN / "logs/{phase}-weights-{shard}.log",
-    benchmark:
-        RUN / "timings/{phase}-weights-{shard}.tsv"
-    conda:
-        "config/environment.yaml"
-    params:
-        config=SETTINGS,
-        reads=reads("weights"),
-    shell:
-        "python -m stages.weights --config {params.config} --phase {wildcards.phase} --shard {wildcards.shard} 2>&1 | tee {log}"
+# A rule for each phase, since phases differ in how many shards they have: estimators may compare all responses of a phase.
+for PHASE in layout.phases(CONFIG):
+
+    rule:
+        name:
+            f"weights_{PHASE.replace('-', '_').replace('@', '_of_')}"
+        input:
+            shards("rollouts", PHASE),
+            shards("units", PHASE),
+            # Rollouts of another policy need the log-probs of the one that is trained.
+            shards("policy", PHASE) if layout.is_foreign(CONFIG, PHASE) else [],
+        output:
+            shards("weights", PHASE),
+            [path.with_suffix(".json") for path in shards("weights", PHASE)],
+        log:
+            RUN / f"logs/{PHASE}-weights.log",
+        benchmark:
+            RUN / f"timings/{PHASE}-weights.tsv"
+        conda:
+            "config/environment.yaml"
+        params:
+            config=SETTINGS,
+            phase=PHASE,
+            reads=reads("weights"),
+        shell:
+            "python -m stages.weights --config {params.config} --phase {params.phase} 2>&1 | tee {log}"
 
 
 rule coverage:
@@ -332,11 +340,17 @@ rule train:
     input:
         ancient(RUN / "round-{round}/coverage.json"),  # a gate: that it was passed matters, not when
         lambda wildcards: [
-            path for table in ("rollouts", "units", "weights") for path in shards(table, f"round-{wildcards.round}")
+            path
+            for phase in layout.trained_on(CONFIG, int(wildcards.round))
+            for table in ("rollouts", "units", "weights")
+            for path in shards(table, phase)
         ],
         lambda wildcards: layout.policy_file(CONFIG, int(wildcards.round)),
+        # What earlier rounds left of their steps is this one's.
+        lambda wildcards: [layout.outcome_path(CONFIG, r) for r in range(int(wildcards.round))],
     output:
         RUN / "round-{round}/checkpoint.json",
+        RUN / "round-{round}/train/result.json",
         RUN / "round-{round}/checkpoint/config.json",
     log:
         RUN / "logs/round-{round}-train.log",
@@ -356,11 +370,43 @@ rule train:
             *(f"train.{key}" for key in type(CONFIG.train).model_fields if key not in TRAIN_OPERATION),
             "seed",
             "rollouts.rounds",
+            "rollouts.replay",
         ),
     shell:
         "launcher='{resources.torchrun}'; python -m ${{launcher:+torch.distributed.run $launcher -m}} stages.train"
         " --config {params.config} --round {wildcards.round} --threads {threads} --parallel {resources.parallel}"
         " 2>&1 | tee {log}"
+
+
+rule diagnostics:
+    input:
+        lambda wildcards: [
+            path for table in ("rollouts", "scores", "units", "weights") for path in shards(table, wildcards.phase)
+        ],
+        policy,
+        # A round's figures tell of its gate and its training too.
+        lambda wildcards: (
+            [
+                RUN / wildcards.phase / "coverage.json",
+                layout.policy_file(CONFIG, layout.parse_phase(wildcards.phase)[1] + 1),
+            ]
+            if wildcards.phase.startswith("round") and "@" not in wildcards.phase
+            else []
+        ),
+    output:
+        RUN / "{phase}/diagnostics.json",
+    log:
+        RUN / "logs/{phase}-diagnostics.log",
+    benchmark:
+        RUN / "timings/{phase}-diagnostics.tsv"
+    conda:
+        "config/environment.yaml"
+    params:
+        config=SETTINGS,
+        reads=reads("objective", "weights", "teacher.model"),
+        tuned_on=CONFIG.student.tuned_on,
+    shell:
+        "python -m stages.diagnostics --config {params.config} --phase {wildcards.phase} 2>&1 | tee {log}"
 
 
 rule evaluate:
@@ -396,6 +442,7 @@ rule report:
     input:
         [RUN / f"eval-{c}/result.json" for c in CHECKPOINTS],
         [layout.policy_file(CONFIG, r + 1) for r in ROUNDS],
+        [layout.diagnostics_path(CONFIG, phase) for phase in layout.phases(CONFIG)],
     output:
         RUN / "report.html",
         RUN / "summary.json",
@@ -406,12 +453,15 @@ rule report:
     params:
         config=SETTINGS,
         reads=reads(*(name for name in type(CONFIG).model_fields if name != "cache")),
+        tuned_on=CONFIG.student.tuned_on,
     shell:
         "python -m stages.report --config {params.config} 2>&1 | tee {log}"
 
 
 onstart:
     write_config(CONFIG)
+    if warning := consistency(CONFIG):
+        console.warn(warning)
 
 
 onsuccess:

@@ -1,7 +1,8 @@
 """Advantages and credit of units as polars expressions, and the weights table. No loop over tokens.
 
-A masked unit has advantage 0 and takes part as one: it is a step of a discount and a position of its response. Its own credit
-is what the definition gives there, and no loss ever reads it.
+What the weights of a shard need of others is in sums: `partial_sums` of every shard, added, are what `weigh` takes. A masked
+unit has advantage 0 and takes part as one: it is a step of a discount and a position of its response. Its own credit is what
+the definition gives there, and no loss ever reads it.
 """
 
 from dataclasses import dataclass
@@ -9,7 +10,18 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from pipeline.estimates import fold_of, position_sums, tokens_of_units, value_features, value_sums, values
+from pipeline.estimates import (
+    Sums,
+    folds_of,
+    position_sums,
+    residual,
+    residual_keys,
+    residual_sums,
+    tokens_of_units,
+    value_features,
+    value_sums,
+    values,
+)
 from pipeline.importance import ideal, iw_opd, prefix, prefix_ratio, signed, truncated, uniform
 from schemas.config import Weights
 from schemas.errors import OpdError
@@ -41,7 +53,7 @@ def advantages(units: pl.DataFrame, rollouts: pl.DataFrame) -> pl.DataFrame:
     student = behavior if policy == "behavior_logp" else _unit_sums(units, rollouts, policy)
     teacher = units["teacher_logp"].cast(pl.Float64)
     for name, column in (("teacher_logp", teacher), ("behavior_logp", behavior), (policy, student)):
-        _refuse_infinite(units, name, column)
+        _refuse(units, name, ~column.is_finite().fill_null(False), "missing, NaN or infinite", "finite nats")
     log_ratio = (pl.lit(student) - pl.lit(behavior)).clip(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return units.with_columns(
         student_logp=pl.when(~MASKED).then(pl.lit(student)),
@@ -60,21 +72,33 @@ def _unit_sums(units: pl.DataFrame, rollouts: pl.DataFrame, column: str) -> pl.S
     return pl.Series(column, np.where(known, np.where(end > start, sums, 0.0), np.nan), dtype=pl.Float64)
 
 
-def _refuse_infinite(units: pl.DataFrame, name: str, values: pl.Series) -> None:
-    wrong = units.filter(~MASKED & ~pl.lit(values.is_finite().fill_null(False)))
+def _refuse(units: pl.DataFrame, name: str, is_wrong: pl.Series, found: str, expected: str) -> None:
+    wrong = units.filter(~MASKED & pl.lit(is_wrong))
     if len(wrong):
         raise OpdError(
-            f"`{name}` is missing, NaN or infinite in {len(wrong)} units of {wrong['rollout_id'].n_unique()} rollouts, "
-            f"first in rollout {wrong['rollout_id'][0]}, unit {wrong['unit'][0]}; expected finite nats in every unit that is "
-            f"not masked: make the shard of {_HOME[name]} again"
+            f"`{name}` is {found} in {len(wrong)} units of {wrong['rollout_id'].n_unique()} rollouts, "
+            f"first in rollout {wrong['rollout_id'][0]}, unit {wrong['unit'][0]}; expected {expected} in every unit that is "
+            f"not masked: make the shard of {_HOME.get(name, 'units (and the scores it was made from)')} again"
         )
 
 
-_HOME = {
-    "teacher_logp": "units (and the scores it was made from)",
-    "behavior_logp": "rollouts",
-    "policy_logp": "policy",
-}
+_HOME = {"behavior_logp": "rollouts", "policy_logp": "policy"}
+"""The table that a column is of, if not units."""
+
+
+def check_candidates(units: pl.DataFrame) -> None:
+    """Raise OpdError when a candidate, the tail or the dropped mass of a unit that is not masked is missing, NaN or +inf.
+
+    `units` is of schema `units`. -inf, the log of no mass, is fine.
+    """
+
+    def wrong(logp: pl.Expr) -> pl.Expr:
+        return (logp.is_nan() | (logp == np.inf)).fill_null(True)
+
+    is_wrong = {name: wrong(pl.col(name)) for name in ("tail_logp", "dropped_logp")}
+    is_wrong["cand_logp"] = pl.col("cand_logp").list.eval(wrong(pl.element())).list.any()
+    for name, column in is_wrong.items():
+        _refuse(units, name, units.select(column).to_series(), "missing, NaN or +inf", "nats or -inf")
 
 
 def immediate() -> pl.Expr:
@@ -130,85 +154,135 @@ def gae(gamma: float, lam: float) -> pl.Expr:
     return _discounted(delta, gamma * lam).over("rollout_id")
 
 
-def weigh(units: pl.DataFrame, rollouts: pl.DataFrame, options: Weights) -> pl.DataFrame:
-    """The weights table of one shard (schema `weights`).
+def compares_responses(options: Weights) -> bool:
+    """Whether a response's weights depend on other responses, so that `weigh` needs sums."""
+    return options.credit in ("baseline", "gae", "residual") or options.scheme == "ideal"
+
+
+def partial_sums(units: pl.DataFrame, rollouts: pl.DataFrame, options: Weights) -> Sums:
+    """First pass over a shard: what it adds to the sums that `weigh` needs, none where no responses are compared.
+
+    Arguments and errors are those of `weigh`.
+    """
+    return _sums(_estimands(units, rollouts, options), options)
+
+
+def weigh(units: pl.DataFrame, rollouts: pl.DataFrame, options: Weights, sums: Sums | None = None) -> pl.DataFrame:
+    """Second pass: the weights table of a shard (schema `weights`).
 
     Args:
         units: schema `units`, whole responses; `cand_logp` and `tail_logp` only for gae.
-        rollouts: as `advantages` takes it.
-        options: section `weights` of the config. `baseline`, `gae` and `ideal` compare the responses of `units`.
+        rollouts: as `advantages` takes it; `response_ids` only for residual.
+        options: section `weights` of the config.
+        sums: `partial_sums` of all shards that are compared, added; None: `units` are all there are.
     Raises:
         OpdError: a log-prob of a unit that is not masked is missing, NaN or infinite; names column, rollout and count.
     """
-    table = _weight(_credit(advantages(units, rollouts), options), options)
+    table = _estimands(units, rollouts, options)
+    sums = _sums(table, options) if sums is None else sums
+    if "position" in sums:
+        table = table.join(sums["position"], on="unit", how="left", maintain_order="left")
+    table = _weight(_credit(table, sums, options), options)
     floats = [c.name for c in WEIGHTS if c.name not in ("rollout_id", "unit")]
     return table.select("rollout_id", "unit", pl.col(floats).cast(pl.Float32))
 
 
-def _credit(table: pl.DataFrame, options: Weights) -> pl.DataFrame:
-    if options.credit == "gae":
-        target = table.with_columns(fold=fold_of(), target=discounted(options.discount))
-        features = value_features(target)
-        value = values(features, value_sums(features))
-        return table.with_columns(value).with_columns(credit=gae(options.discount, options.gae_lambda))
+def _estimands(units: pl.DataFrame, rollouts: pl.DataFrame, options: Weights) -> pl.DataFrame:
+    """Units with advantages and the columns that are summed over responses."""
+    table = advantages(units, rollouts)
     if options.credit == "baseline":
-        return _with_position_sums(
-            table.with_columns(return_to_go=return_to_go()), "return_to_go", baseline(), "credit"
-        )
-    simple = {"immediate": immediate, "return_to_go": return_to_go, "discounted": lambda: discounted(options.discount)}
-    return table.with_columns(credit=simple[options.credit]())
+        table = table.with_columns(return_to_go=return_to_go())
+    elif options.credit == "gae":
+        table = value_features(table.with_columns(folds_of(table["rollout_id"]), target=discounted(options.discount)))
+    elif options.credit == "residual":
+        table = residual_keys(table, rollouts)
+    if options.scheme == "ideal":
+        table = table.with_columns(prefix_ratio=prefix_ratio(options.alpha))
+    return table
+
+
+def _sums(table: pl.DataFrame, options: Weights) -> Sums:
+    sums: Sums = {}
+    if by_position := [name for name in ("return_to_go", "prefix_ratio") if name in table.columns]:
+        sums["position"] = position_sums(table, by_position)
+    if options.credit == "gae":
+        sums["value"] = value_sums(table)
+    elif options.credit == "residual":
+        sums |= residual_sums(table)
+    return sums
+
+
+def _credit(table: pl.DataFrame, sums: Sums, options: Weights) -> pl.DataFrame:
+    if options.credit == "gae":
+        table = table.with_columns(values(table, sums["value"]))
+    elif options.credit == "residual":
+        return table.with_columns(residual(table, sums).alias("credit"))
+    estimates = {
+        "immediate": immediate,
+        "return_to_go": return_to_go,
+        "discounted": lambda: discounted(options.discount),
+        "baseline": baseline,
+        "gae": lambda: gae(options.discount, options.gae_lambda),
+    }
+    return table.with_columns(credit=estimates[options.credit]())
 
 
 def _weight(table: pl.DataFrame, options: Weights) -> pl.DataFrame:
-    if options.scheme == "ideal":
-        table = table.with_columns(prefix_ratio=prefix_ratio(options.alpha))
-        table = _with_position_sums(table, "prefix_ratio", ideal(), "weight")
-    else:
-        schemes = {
-            "uniform": uniform,
-            "iw_opd": lambda: iw_opd(options.gamma),
-            "signed": lambda: signed(options.gamma),
-            "prefix": lambda: prefix(options.prefix_share),
-        }
-        table = table.with_columns(weight=schemes[options.scheme]())
+    schemes = {
+        "uniform": uniform,
+        "iw_opd": lambda: iw_opd(options.gamma),
+        "signed": lambda: signed(options.gamma),
+        "prefix": lambda: prefix(options.prefix_share),
+        "ideal": ideal,
+    }
+    table = table.with_columns(weight=schemes[options.scheme]())
     if options.truncate is None:
         return table
     return table.with_columns(weight=pl.col("weight") * truncated(options.truncate))
 
 
-def _with_position_sums(table: pl.DataFrame, column: str, estimate: pl.Expr, name: str) -> pl.DataFrame:
-    """`table` with `estimate` as `name`, which may read the sums of `column` by position."""
-    sums = position_sums(table, [column])
-    joined = table.join(sums, on="unit", how="left", maintain_order="left")
-    return joined.with_columns(estimate.alias(name)).drop("count", f"{column}_sum")
-
-
 @dataclass(frozen=True)
 class Summary:
-    """Figures of a weights table.
+    """Sums of weights tables, which add up over shards, and their figures; `pipeline.diagnostics` has many more.
 
     Attributes:
+        responses: number of responses, those without any unit included.
+        incomparable: responses of them that have no unit, or masked ones only: they carry no loss.
         units: number of rows, masked ones included.
-        advantage_mean: nats per unit.
-        advantage_share: |A| share of each tenth of the response, by tenth (0 to 9; tenths that no unit starts in are absent).
-        ess: effective sample size of the weights as a share of the units, (sum w)^2 / (n sum w^2).
+        advantage: nats, sum of A.
+        weight, weight_squared: sums of w and of w^2.
     """
 
-    units: int
-    advantage_mean: float
-    advantage_share: dict[int, float]
-    ess: float
+    responses: int = 0
+    incomparable: int = 0
+    units: int = 0
+    advantage: float = 0.0
+    weight: float = 0.0
+    weight_squared: float = 0.0
+
+    def __add__(self, other: "Summary") -> "Summary":
+        return Summary(**{name: getattr(self, name) + getattr(other, name) for name in vars(self)})
+
+    @property
+    def advantage_mean(self) -> float:
+        """nats per unit."""
+        return self.advantage / max(1, self.units)
+
+    @property
+    def ess(self) -> float:
+        """Effective sample size of the weights as a share of the units, (sum w)^2 / (n sum w^2); 0 without weights."""
+        return self.weight**2 / (self.units * self.weight_squared) if self.weight_squared else 0.0
 
 
-def summary(weights: pl.DataFrame) -> Summary:
-    """Summarise a weights table (schema `weights`)."""
-    tenth = (pl.col("unit") * 10 / pl.len().over("rollout_id")).floor().cast(pl.Int32)
-    share = weights.group_by(tenth=tenth).agg(pl.col("advantage").abs().sum()).sort("tenth")
-    total = share["advantage"].sum() or 1.0
+def summary(weights: pl.DataFrame, responses: int) -> Summary:
+    """Summarise a weights table (schema `weights`) of so many responses."""
     w = weights["weight"].cast(pl.Float64).to_numpy()
+    compared = weights.filter(pl.col("student_logp").is_not_null())["rollout_id"].n_unique()
     return Summary(
-        len(weights),
-        float(weights["advantage"].sum()) / max(1, len(weights)),
-        dict(zip(share["tenth"].to_list(), (share["advantage"] / total).to_list(), strict=True)),
-        float(w.sum() ** 2 / (len(w) * (w @ w))) if len(w) else 0.0,
+        responses=responses,
+        incomparable=responses - compared,
+        units=len(weights),
+        advantage=weights.select(pl.col("advantage").cast(pl.Float64).sum()).item(),
+        weight=float(w.sum()),
+        weight_squared=float(w @ w),
     )

@@ -1,10 +1,10 @@
-"""Estimates that need more than one response, as sums by key: each shard's partial sums are small, and sums of sums are exact
-enough to be combined in any process. `combine` adds them in the order of the shards' names, so one process and many agree
-to the bit. Folds are of whole responses, so that no estimate at a response depends on that response.
+"""Estimates that need more than one response, as sums by key: a shard's are small, and `add` those of two shards. Whoever
+computes them, they are the same bits as long as shards are added in one order. Folds are of whole responses, so that no
+estimate at a response depends on that response.
 """
 
+import zlib
 from collections.abc import Mapping, Sequence
-from functools import reduce
 
 import numpy as np
 import polars as pl
@@ -19,6 +19,17 @@ SURPRISAL_EDGES = (0.01, 0.1, 0.5, 1.0, 2.0, 4.0, 8.0)
 RIDGE = 1.0
 """Pseudo-units of the value model's penalty."""
 FEATURES = ("one", "log_position", "entropy", "tail", "previous_advantage", "previous_surprisal", "mean_advantage")
+SUM_KEYS: dict[str, tuple[str, ...]] = {
+    "position": ("unit",),
+    "value": ("fold",),
+    "token": ("fold", "token_id"),
+    "bin": ("fold", "position_bin", "surprisal_bin"),
+    "all": ("fold",),
+}
+"""The kinds of sums and what each is keyed by."""
+
+Sums = dict[str, pl.DataFrame]
+"""Counts and sums of a shard or of several, by kind: what `sums_by` gives for its keys."""
 
 
 def tokens_of_units(
@@ -46,9 +57,11 @@ def tokens_of_units(
     return flat.to_numpy(), start.to_numpy().astype(np.int64), end.to_numpy().astype(np.int64)
 
 
-def fold_of(folds: int = FOLDS) -> pl.Expr:
-    """Fold of each unit's response, 0 to folds - 1: the rank of `rollout_id` in the table, modulo `folds`."""
-    return (pl.col("rollout_id").rank("dense").cast(pl.Int64) - 1) % folds
+def folds_of(rollout_ids: pl.Series) -> pl.Series:
+    """Fold of each response, 0 to FOLDS - 1: CRC-32 of its name modulo FOLDS, wherever the response is cut into shards."""
+    names = rollout_ids.unique()
+    folds = [zlib.crc32(name.encode()) % FOLDS for name in names]
+    return rollout_ids.replace_strict(names, folds).cast(pl.Int64).alias("fold")  # none stay strings
 
 
 def sums_by(table: pl.DataFrame, keys: Sequence[str], values: Sequence[str]) -> pl.DataFrame:
@@ -65,19 +78,20 @@ def sums_by(table: pl.DataFrame, keys: Sequence[str], values: Sequence[str]) -> 
     ).with_columns(pl.Series(name, column, dtype=pl.Float64) for name, column in sums.items())
 
 
-def combine(partials: Mapping[str, pl.DataFrame], keys: Sequence[str]) -> pl.DataFrame:
-    """Partial sums of shards, by shard name, as those of all of them: same columns, sorted by keys.
+def add(left: Sums, right: Sums) -> Sums:
+    """Sums over the units of both sides, in float64 and sorted by their keys.
 
-    Added in the order of the names in float64: the bits don't depend on who computed what, when, or in which order it came.
+    Floating-point sums depend on their order: add shards from the first to the last, and it is always the same bits.
     """
-    return reduce(lambda a, b: _add(a, b, keys), (partials[name] for name in sorted(partials)))
+    return {kind: _add(left[kind], right[kind], SUM_KEYS[kind]) for kind in left}
 
 
 def _add(left: pl.DataFrame, right: pl.DataFrame, keys: Sequence[str]) -> pl.DataFrame:
     values = [name for name in left.columns if name not in keys]
     both = left.join(right, on=keys, how="full", coalesce=True)
     added = [(pl.col(name).fill_null(0.0) + pl.col(f"{name}_right").fill_null(0.0)).alias(name) for name in values]
-    return both.select(*keys, *added).sort(keys)
+    # One chunk, for a sum over several is of chunks.
+    return both.select(*keys, *added).sort(keys).rechunk()
 
 
 def position_sums(table: pl.DataFrame, values: Sequence[str]) -> pl.DataFrame:
@@ -130,7 +144,7 @@ def values(table: pl.DataFrame, sums: pl.DataFrame) -> pl.Series:
     beta = np.zeros((FOLDS, len(FEATURES)))
     for fold in range(FOLDS):  # a handful of small systems
         others = sums.filter(pl.col("fold") != fold).sum()
-        if not others["count"].fill_null(0.0).item():
+        if not others["count"].item():
             continue
         xx = np.array([[others[f"xx_{min(i, j)}_{max(i, j)}_sum"].item() for j in n] for i in n])
         xy = np.array([others[f"xy_{i}_sum"].item() for i in n])
@@ -152,7 +166,7 @@ def residual_keys(units: pl.DataFrame, rollouts: pl.DataFrame) -> pl.DataFrame:
     ids, start, end = tokens_of_units(units, rollouts, "response_ids")
     token = np.where(end > start, np.append(ids, -1)[start], -1)
     return units.with_columns(
-        fold=fold_of(),
+        folds_of(units["rollout_id"]),
         token_id=pl.Series(token, dtype=pl.Int32),
         position_bin=_bin(pl.col("unit"), POSITION_EDGES),
         surprisal_bin=_bin(-pl.col("student_logp"), SURPRISAL_EDGES),
@@ -163,20 +177,16 @@ def _bin(value: pl.Expr, edges: Sequence[float]) -> pl.Expr:
     return pl.sum_horizontal([(value >= edge).cast(pl.Int32) for edge in edges])
 
 
-TOKEN_KEYS, BIN_KEYS, ALL_KEYS = ("fold", "token_id"), ("fold", "position_bin", "surprisal_bin"), ("fold",)
+def residual_sums(table: pl.DataFrame) -> Sums:
+    """First pass of the residual over a shard: counts and sums of d by `token`, `bin` and `all` of SUM_KEYS.
 
-
-def residual_sums(table: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
-    """First pass of the residual over a shard: counts and sums of d by TOKEN_KEYS, BIN_KEYS and ALL_KEYS.
-
-    `table` is what `residual_keys` gives; d = advantage; masked units are left out. Combine each over shards with its keys.
+    `table` is what `residual_keys` gives; d = advantage; masked units are left out.
     """
     compared = table.filter(pl.col("kind") != "masked")
-    by_token, by_bin, by_fold = (sums_by(compared, keys, ["advantage"]) for keys in (TOKEN_KEYS, BIN_KEYS, ALL_KEYS))
-    return by_token, by_bin, by_fold
+    return {kind: sums_by(compared, SUM_KEYS[kind], ["advantage"]) for kind in ("token", "bin", "all")}
 
 
-def residual(table: pl.DataFrame, sums: tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]) -> pl.Series:
+def residual(table: pl.DataFrame, sums: Mapping[str, pl.DataFrame]) -> pl.Series:
     """Second pass: d - (mean d by token id + mean d by (position bin, surprisal bin)) / 2, nats; 0 when masked.
 
     d = log pi_T - log pi_ref. The cross-fitted residual of Lightning OPD 2.0 (arXiv 2607.28449), whose bins we chose: it
@@ -185,10 +195,11 @@ def residual(table: pl.DataFrame, sums: tuple[pl.DataFrame, pl.DataFrame, pl.Dat
 
     Args:
         table: what `residual_keys` gives.
-        sums: what `residual_sums` gives, of this shard or combined over many.
+        sums: what `residual_sums` gives, of this shard or added over many.
     """
     means = []
-    for keys, part in zip((TOKEN_KEYS, BIN_KEYS, ALL_KEYS), sums, strict=True):
+    for kind in ("token", "bin", "all"):
+        keys, part = SUM_KEYS[kind], sums[kind]
         rest = [key for key in keys if key != "fold"]
         over = [pl.col(name).sum().over(rest) if rest else pl.col(name).sum() for name in ("advantage_sum", "count")]
         # Sums without the fold itself; a key that one fold alone has seen has none.

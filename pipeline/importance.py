@@ -79,3 +79,9 @@ def truncated(ceiling: float) -> pl.Expr:
     Reads `is_ratio`: 1 when masked, and everywhere when the policy that is trained sampled the response.
     """
     return pl.col("is_ratio").clip(upper_bound=ceiling)
+
+
+def ess(count: float, total: float, squared: float) -> float | None:
+    """Effective sample size of weights w as a share, (sum w)^2 / (n sum w^2); None when there is no weight."""
+    whole = count * squared
+    return total * total / whole if whole else None

@@ -197,11 +197,11 @@ class Shard:
         with pq.ParquetFile(self.path, read_dictionary=text) as file:
             return file.read_row_group(index, columns=list(columns), use_threads=False)
 
-    def row_groups(self) -> Iterator[pa.Table]:
-        """The row groups in order, one in memory at a time."""
+    def row_groups(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """The row groups in order, one in memory at a time; of all columns, or of some."""
         with pq.ParquetFile(self.path) as file:
             for index in range(file.num_row_groups):
-                yield file.read_row_group(index)
+                yield file.read_row_group(index, columns=columns)
 
     def read(self) -> pa.Table:
         """The whole table."""

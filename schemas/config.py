@@ -1,10 +1,11 @@
 """The run's configuration: every key, its type, default and meaning. Errors name the key and say what it takes."""
 
+import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from schemas.errors import OpdError
 
@@ -98,6 +99,12 @@ class Model(Section):
         description="strings that end a response beside the model's own end tokens: every token that starts with one stops",
     )
 
+    tuned_on: str | None = Field(
+        None,
+        description="student only: `model` of the teacher whose samples it was fine-tuned on; the run warns where "
+        "`teacher.model` is another one. null: not declared",
+    )
+
     @model_validator(mode="after")
     def _system_needs_chat(self) -> "Model":
         if self.system is not None and self.chat is False:
@@ -117,6 +124,12 @@ class Rollouts(Section):
     """Sampling from the student."""
 
     rounds: int = Field(2, ge=1, description="rounds of sample, score, train; each starts from the last checkpoint")
+    replay: int = Field(
+        0,
+        ge=0,
+        description="rounds before it whose rollouts a round trains on too; their weights are made anew with the policy that "
+        "the round starts from. `weights.truncate` corrects for their age",
+    )
     prompts: int = Field(128, ge=1, description="train prompts per round")
     samples: int = Field(1, ge=1, description="responses per prompt")
     max_new_tokens: int = Field(16, ge=1, description="tokens per response at most")
@@ -296,7 +309,7 @@ class Weights(Section):
         "iw_opd",
         description="uniform: all 1 | iw_opd: arXiv 2606.22600, less weight the more |advantage| lies before | signed: "
         "likewise, but advantages before cancel | ideal: (teacher's over student's prob. of all before)^alpha, over its mean "
-        "at the same unit index in the shard | prefix: 1 on the first `prefix_share` of the units, 0 after",
+        "at the same unit index in all shards of the phase | prefix: 1 on the first `prefix_share` of the units, 0 after",
     )
     gamma: float = Field(0.5, ge=0, description="strength of iw_opd and signed; 0 is uniform")
     alpha: float = Field(0.05, ge=0, description="exponent of ideal; 0 is uniform, 0.1 collapses within tens of tokens")
@@ -309,15 +322,33 @@ class Weights(Section):
         description="truncated importance sampling, a factor min(pi_theta / pi_behavior, truncate) of any scheme's weight; "
         "matters to `reuse`d rollouts; null: no factor",
     )
-    credit: Literal["immediate", "return_to_go", "discounted", "baseline", "gae"] = Field(
+    credit: Literal["immediate", "return_to_go", "discounted", "baseline", "gae", "residual"] = Field(
         "immediate",
         description="what the sampled path of hybrid, sampled, lightning and iw_opd multiplies log-probs by. immediate: a "
         "unit's own advantage | return_to_go: the sum from it on | discounted: likewise, by `discount` a unit | baseline: "
-        "return_to_go less the mean of the shard's other responses at the same unit index | gae: generalised advantages "
-        "with a value cross-fitted over the shard's responses (a hypothesis of arXiv 2606.22793)",
+        "return_to_go less the mean of the phase's other responses at the same unit index | gae: generalised advantages "
+        "with a value cross-fitted over the phase's responses (a hypothesis of arXiv 2606.22793) | residual: a unit's own "
+        "advantage less what is usual for its token id and for its position and surprisal, cross-fitted likewise (Lightning "
+        "OPD 2.0, arXiv 2607.28449; for a student that was fine-tuned on another teacher's samples)",
     )
     discount: float = Field(0.99, ge=0, le=1, description="of discounted and gae, per unit; 1: none")
     gae_lambda: float = Field(0.95, ge=0, le=1, description="of gae; 0: one step and the value, 1: all and the value")
+    scheduler: str = Field(
+        "local",
+        description="what computes weights: local, shard after shard in one process, or the address of a dask scheduler, "
+        "tcp://<host>:<port>; the result is the same, and not identified by it",
+    )
+
+    @field_validator("scheduler")
+    @classmethod
+    def _local_or_an_address(cls, value: str) -> str:
+        if value != "local" and not re.fullmatch(r"tcp://([^\s/:\[\]]+|\[[0-9a-fA-F:]+\]):\d{1,5}", value):
+            raise ValueError("takes `local` or the address of a dask scheduler, tcp://<host>:<port>")
+        return value
+
+    def identity(self) -> dict[str, Any]:
+        """What of it determines the weights."""
+        return self.model_dump(exclude={"scheduler"})
 
 
 class Lora(Section):
@@ -350,7 +381,15 @@ class Train(Section):
     micro_batch_tokens: int = Field(
         4096, ge=1, description="padded tokens per forward pass, prompt and response; one response at least"
     )
-    epochs: int = Field(1, ge=1, description="passes over a round's rollouts")
+    epochs: int = Field(1, ge=1, description="passes over a round's rollouts, which are its budget of steps")
+    min_ess: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="end a round before its budget is spent once the effective sample size over the last steps' units of the "
+        "policy in training over the one that the round started from falls below this share; the next round samples from there "
+        "and may spend what was left. null: never",
+    )
     grad_clip: float = Field(1.0, gt=0, description="gradient norm at most")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's moments")
@@ -436,6 +475,14 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _only_students_are_tuned(self) -> "Config":
+        if self.teacher.tuned_on is not None:
+            raise ValueError(
+                f"`teacher.tuned_on: {self.teacher.tuned_on}` is a key of the student: whose samples it was fine-tuned on"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _iw_opd_weighs(self) -> "Config":
         if self.objective.recipe == "iw_opd" and self.weights.scheme == "uniform":
             raise ValueError(
@@ -451,6 +498,27 @@ class Config(Section):
                 f"`scores.support: {self.scores.support}` needs the student's own candidates: set `rollouts.top_k`"
             )
         return self
+
+
+def consistency(config: Config) -> str | None:
+    """Why the student and the teacher may not fit, and the remedy: a sentence for people; None where nothing is declared
+    against them.
+
+    Teacher consistency (Lightning OPD, arXiv 2604.13010): distilling a student from another teacher than the one it was
+    fine-tuned on leaves a persistent bias. Lightning OPD 2.0 (arXiv 2607.28449) takes that off by `weights.credit: residual`.
+    """
+    tuned_on, teacher = config.student.tuned_on, config.teacher.model
+    if tuned_on is None or tuned_on == teacher:
+        return None
+    remedy = (
+        "`weights.credit: residual` (Lightning OPD 2.0, arXiv 2607.28449), which is in use here, is the remedy"
+        if config.weights.credit == "residual"
+        else "the remedy is `weights.credit: residual` (Lightning OPD 2.0, arXiv 2607.28449), or that teacher"
+    )
+    return (
+        f"the student was fine-tuned on samples of {tuned_on} (`student.tuned_on`), and the teacher is {teacher}: another one "
+        f"than in fine-tuning leaves a persistent bias (teacher consistency, Lightning OPD, arXiv 2604.13010); {remedy}"
+    )
 
 
 def parse_config(values: Any, where: str) -> Config:

@@ -11,12 +11,18 @@ import polars as pl
 
 from pipeline.models import ModelRef
 from pipeline.shards import versions
-from schemas.config import READS, Config, Model
+from schemas.config import READS, Config, Model, consistency
 from stages import layout
 from stages.context import Speaker, teacher
 from train.stream import Triple
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
+FRONT = {
+    "library_name": "transformers",
+    "pipeline_tag": "text-generation",
+    "tags": ["distillation", "on-policy-distillation"],
+}
+"""What the hub reads of every card of ours."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -37,9 +43,12 @@ def model_card(config: Config, round_index: int, student: Speaker, shards: list[
         config=config,
         round=round_index + 1,
         # The hub refuses a base model that is not one of its own.
-        front={"base_model": source} if HUB_ID.fullmatch(source) and not Path(source).exists() else {},
+        front=({"base_model": source} if HUB_ID.fullmatch(source) and not Path(source).exists() else {}) | FRONT,
+        sampling=config.rollouts.model_dump(include={"temperature", "top_p", "max_new_tokens"}),
+        candidates=config.scores.model_dump(exclude={"batch_tokens"}),
         teacher=described(config.teacher, teacher(config).ref),
         student=described(config.student, student.ref),
+        consistency=consistency(config) or ("consistent" if config.student.tuned_on else "not declared"),
         responses=sum(shard.rows for shard in rollouts),
         units=sum(shard.rows for shard in units),
         tokens=tokens.row(0, named=True),

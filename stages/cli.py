@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from schemas.config import Config, Section, section
+from schemas.diagnostics import fields
 from schemas.tables import TABLES
 from stages import (
     align,
@@ -15,6 +16,7 @@ from stages import (
     cache,
     console,
     coverage,
+    diagnostics,
     evaluate,
     models,
     plan,
@@ -43,6 +45,7 @@ STAGES = {
     "weights": weights,
     "coverage": coverage,
     "train": train,
+    "diagnostics": diagnostics,
     "evaluate": evaluate,
     "report": report,
 }
@@ -59,14 +62,18 @@ app.add_typer(cache.app, name="cache", rich_help_panel="Ask")
 
 @app.command(rich_help_panel="Ask")
 def schema(table: Annotated[str | None, typer.Argument(help="one table; all when left out")] = None) -> None:
-    """Print every column on disk: its type, unit, shape and meaning."""
-    if table is not None and table not in TABLES:
-        raise typer.Exit(console.fail(ValueError(f"no table {table!r}; there are {', '.join(TABLES)}")))
-    for kind in [table] if table else TABLES:
+    """Print every column on disk, and every field of `diagnostics.json`: its type, unit, shape and meaning."""
+    known = [*TABLES, "diagnostics"]
+    if table is not None and table not in known:
+        raise typer.Exit(console.fail(ValueError(f"no table {table!r}; there are {', '.join(known)}")))
+    for kind in [table] if table else known:
         grid = Table(title=kind, title_justify="left", show_lines=False)
         for heading in ("column", "type", "meaning"):
             grid.add_column(heading, no_wrap=heading == "column")
-        for column in TABLES[kind]:
+        if kind == "diagnostics":
+            for row in fields():
+                grid.add_row(*map(escape, row))
+        for column in TABLES.get(kind, ()):
             of = str(column.type).replace("element: ", "").replace(" not null", "")
             grid.add_row(column.name, escape(of) + (" or null" if column.nullable else ""), escape(column.doc))
         console.out.print(grid)

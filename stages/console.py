@@ -32,6 +32,11 @@ def fail(error: Exception) -> int:
     return error.status if isinstance(error, OpdError) else OpdError.status
 
 
+def warn(text: str) -> None:
+    """Print what a person should know before going on."""
+    console.print(Text.assemble(("warning: ", "bold yellow"), text), soft_wrap=True)
+
+
 @contextmanager
 def errors_for_people() -> Iterator[None]:
     """Turn OpdError, a full disk and out-of-permission writes into one line and an exit status."""

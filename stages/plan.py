@@ -99,7 +99,7 @@ def _measure(config: Config, where: Path) -> dict[str, Any]:
         "scores": _seconds(lambda: scores.main(phase, 0, where, None)) - load["scores"],
     }
     units.main(phase, 0, where)
-    weights.main(phase, 0, where)
+    weights.main(phase, where)
     train.main(0, where, None)
     sampled = open_shard(layout.shard_path(config, phase, "rollouts", 0), "rollouts").read()
     table = open_shard(layout.shard_path(config, phase, "scores", 0), "scores").read()

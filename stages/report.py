@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,14 @@ import polars as pl
 import yaml
 from rich.table import Table
 
-from pipeline import credit
-from pipeline.shards import open_shard, write_text
-from schemas.config import Config
+from pipeline.shards import write_text
+from pipeline.units import KINDS
+from schemas.config import Config, consistency
 from schemas.errors import OpdError
-from stages import console, layout
+from stages import checklist, console, diagnostics, layout
 from stages.context import DEFAULT_CONFIG, ConfigOption, read_config
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-KIND_ORDER = ["1:1", "n:m", "stop", "masked"]
 
 
 def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
@@ -28,13 +28,19 @@ def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
     run = layout.run_folder(config)
     summary = summarise(config)
     before, after = (pl.read_parquet(run / f"eval-{c}" / "answers.parquet") for c in (0, config.rollouts.rounds))
+    trained = [phase for r in range(config.rollouts.rounds) for phase in layout.trained_on(config, r)]
+    rounds = [diagnostics.read(config, phase) for phase in trained]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters |= {"percent": checklist.percent, "number": checklist.number}
     page = environment.from_string(TEMPLATE.read_text()).render(
         config=config,
         config_text=config_text(config),
         summary=summary,
         examples=examples(before, after),
         charts=charts(config, summary),
+        warning=consistency(config),
+        rounds=rounds,
+        checklist=checklist.rows(rounds),
     )
     write_text(run / "report.html", page)
     write_text(run / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -42,11 +48,10 @@ def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
 
 
 def summarise(config: Config) -> dict[str, Any]:
-    """The run's figures: results of each evaluated checkpoint, coverage and credit of each phase, seconds of each stage."""
+    """The run's figures: results of each evaluated checkpoint, diagnostics of each phase, seconds of each job."""
     run = layout.run_folder(config)
     results = [json.loads((run / f"eval-{c}" / "result.json").read_text()) for c in (0, config.rollouts.rounds)]
-    phases = ["eval-0", *(f"round-{r}" for r in range(config.rollouts.rounds)), f"eval-{config.rollouts.rounds}"]
-    measured = [phase for phase in phases if layout.shard_count(config, phase)]
+    phases = [diagnostics.read(config, phase) for phase in layout.phases(config)]
     both = pl.concat(
         [pl.read_parquet(run / f"eval-{r['checkpoint']}" / "answers.parquet") for r in results], how="vertical"
     )
@@ -58,59 +63,13 @@ def summarise(config: Config) -> dict[str, Any]:
         "fixed": int((~before["right"] & after["right"]).sum()),
         "broken": int((before["right"] & ~after["right"]).sum()),
         "reverse_kl_ratio": results[1]["reverse_kl"] / results[0]["reverse_kl"] if results[0]["reverse_kl"] else None,
-        "phases": [phase_figures(config, phase) for phase in measured],
-        "teacher_tokens": teacher_tokens(config, measured),
-        "seconds": timings(run, phases),
+        "phases": [phase.model_dump(mode="json") for phase in phases],
+        "teacher_tokens": dict(sum((Counter(phase.teacher.tokens) for phase in phases), Counter())),
+        # Files that a longer run left behind don't count.
+        "seconds": diagnostics.timings(config, "prompts", "models-", *(f"{phase.phase}-" for phase in phases)),
         "checkpoint": str(layout.checkpoint_folder(config, config.rollouts.rounds - 1)),
         "report": str(run / "report.html"),
     }
-
-
-def phase_figures(config: Config, phase: str) -> dict[str, Any]:
-    """Coverage, lengths, entropy and |A| share by position of one phase."""
-
-    def table(name: str) -> pl.DataFrame:
-        shards = [
-            open_shard(layout.shard_path(config, phase, name, i), name)
-            for i in range(layout.shard_count(config, phase))
-        ]
-        return pl.concat([pl.DataFrame(pl.from_arrow(shard.read())) for shard in shards])
-
-    rollouts, units, weights = table("rollouts"), table("units"), table("weights")
-    tokens = units["s_len"].sum()
-    kinds = dict(units.group_by("kind").agg(pl.col("s_len").sum()).iter_rows())
-    shared = units.filter(pl.col("kind") != "masked").select(pl.col("dropped_logp").exp().mean()).item()
-    return {
-        "phase": phase,
-        "responses": len(rollouts),
-        "student_tokens": int(tokens),
-        "coverage": {kind: kinds.get(kind, 0) / max(1, tokens) for kind in KIND_ORDER},
-        "teacher_mass_without_student_id": shared,
-        "truncated": float((rollouts["finish_reason"] == "length").mean()),  # type: ignore[arg-type]
-        "mean_behavior_logp": rollouts["behavior_logp"].explode().mean(),
-        "advantage_share": credit.summary(weights).advantage_share,
-    }
-
-
-def teacher_tokens(config: Config, phases: list[str]) -> dict[str, int]:
-    """Teacher tokens by how the run came by their scores: `scored` by it, found in the `cache`, or `reused from <run>`."""
-    found: dict[str, int] = {}
-    for phase in phases:
-        for index in range(layout.shard_count(config, phase)):
-            path = layout.provenance_path(layout.shard_path(config, phase, "scores", index))
-            about: dict[str, Any] = {"origin": "unknown", "teacher_tokens": 0}
-            if path.exists():
-                about = json.loads(path.read_text())
-            found[about["origin"]] = found.get(about["origin"], 0) + about["teacher_tokens"]
-    return found
-
-
-def timings(run: Path, phases: list[str]) -> dict[str, float]:
-    """Wall seconds of each job, from Snakemake's benchmark files; empty when the stages were run by hand. Files that a
-    longer run left behind don't count."""
-    of_run = ("prompts", "models-", *(f"{phase}-" for phase in phases))
-    files = (path for path in sorted((run / "timings").glob("*.tsv")) if path.stem.startswith(of_run))
-    return {path.stem: float(pl.read_csv(path, separator="\t")["s"][0]) for path in files}
 
 
 def examples(before: pl.DataFrame, after: pl.DataFrame, count: int = 8) -> list[dict[str, Any]]:
@@ -128,15 +87,34 @@ def charts(config: Config, summary: dict[str, Any]) -> dict[str, str]:
             for r in range(config.rollouts.rounds)
         ]
     ).with_row_index("at")
+    step = alt.X("at:Q", title="optimiser step", axis=alt.Axis(tickMinStep=1, format="d"))
     curve = (
         alt.Chart(steps)
         .mark_line(point=True)
         .encode(
-            x=alt.X("at:Q", title="optimiser step", axis=alt.Axis(tickMinStep=1, format="d")),
+            x=step,
             y=alt.Y("sampled_kl:Q", title="sampled reverse KL, nats per unit"),
             color=alt.Color("round:N", title="round"),
         )
     )
+    over = {"units": "ess", "responses": "response_ess"}
+    if config.rollouts.replay or config.reuse:  # else the same as units
+        over["units, since the round's start"] = "drift_ess"
+    drift = (
+        alt.Chart(
+            steps.select("at", "round", **over).unpivot(index=["at", "round"], variable_name="of", value_name="ess")
+        )
+        .mark_line(point=True)
+        .encode(
+            x=step,
+            y=alt.Y("ess:Q", title="effective sample size", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])),
+            color=alt.Color("round:N", title="round"),
+            strokeDash=alt.StrokeDash("of:N", title="over", sort=list(over), legend=alt.Legend(symbolType="stroke")),
+        )
+    )
+    if config.train.min_ess is not None:
+        bound = alt.Chart(pl.DataFrame({"ess": [config.train.min_ess]}))
+        drift = drift + bound.mark_rule(color="#b42318").encode(y="ess:Q")
     ends = pl.DataFrame(
         [
             {"when": when, "accuracy": r["accuracy"], "low": r["accuracy_95"][0], "high": r["accuracy_95"][1]}
@@ -153,11 +131,12 @@ def charts(config: Config, summary: dict[str, Any]) -> dict[str, str]:
     kl = alt.Chart(ends).mark_bar(size=40, color="#e45756").encode(
         x=order, y=alt.Y("kl:Q", title="on-policy reverse KL, nats per token")
     ) + alt.Chart(ends).mark_rule().encode(x=order, y="kl_low:Q", y2="kl_high:Q")
+    own = [figures for figures in summary["phases"] if "@" not in figures["phase"]]
     coverage = pl.DataFrame(
         [
-            {"phase": figures["phase"], "kind": kind, "share": share, "order": KIND_ORDER.index(kind)}
-            for figures in summary["phases"]
-            for kind, share in figures["coverage"].items()
+            {"phase": figures["phase"], "kind": kind, "share": share, "order": KINDS.index(kind)}
+            for figures in own
+            for kind, share in figures["coverage"]["kinds"].items()
         ]
     )
     covered = (
@@ -168,16 +147,16 @@ def charts(config: Config, summary: dict[str, Any]) -> dict[str, str]:
             x=alt.X(
                 "share:Q", title="share of student tokens", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])
             ),
-            color=alt.Color("kind:N", sort=KIND_ORDER, title="unit"),
+            color=alt.Color("kind:N", sort=list(KINDS), title="unit"),
             order="order:Q",
         )
     )
     deciles = pl.DataFrame(
         [
             {"phase": figures["phase"], "decile": int(decile), "share": share}
-            for figures in summary["phases"]
+            for figures in own
             if figures["phase"].startswith("round")
-            for decile, share in figures["advantage_share"].items()
+            for decile, share in figures["credit"]["advantage_share"].items()
         ]
     )
     by_tenth = (
@@ -193,7 +172,8 @@ def charts(config: Config, summary: dict[str, Any]) -> dict[str, str]:
     measured = summary["before"]["reverse_kl"] is not None
     drawn = {
         "accuracy": accuracy | kl.properties(width=170, height=200) if measured else accuracy,
-        "curve": curve.properties(width=430, height=200),
+        "curve": curve.properties(width=330, height=200),
+        "drift": drift.properties(width=330, height=200),
         "coverage": covered.properties(width=330),
         "credit": by_tenth.properties(width=330, height=180),
     }

@@ -5,7 +5,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -15,6 +14,8 @@ from filelock import FileLock
 from pipeline.lm import check_head
 from pipeline.shards import open_shard, write_text
 from schemas.config import TRAIN_OPERATION, Config
+from schemas.errors import OpdError
+from schemas.outcome import Outcome
 from stages import console, layout
 from stages.card import model_card
 from stages.context import DEFAULT_CONFIG, ConfigOption, ThreadsOption, policy, read_config
@@ -23,7 +24,7 @@ from train.checkpoint import export, final_state, trained
 from train.distributed import processes, rank, ranks_here, shard, wait_for_all
 from train.layers import recompute
 from train.loop import Progress, train_round
-from train.stream import Triple, count_steps
+from train.stream import Triple
 from train.trackers import trackers
 
 
@@ -60,8 +61,9 @@ def main(
         # A killed run may have left its trainer behind.
         held.enter_context(FileLock(folder.parent / ".train.lock") if first else console.silence())
         wait_for_all()  # nobody reads the states before the lock is ours
-        shards = open_shards(config, f"round-{round_index}")
+        shards = [triple for phase in layout.trained_on(config, round_index) for triple in open_shards(config, phase)]
         student = policy(config, round_index)
+        progress = progress_of(config, round_index)
         identity = {
             "student": student.ref.identity(),
             "dtype": student.dtype,
@@ -69,6 +71,7 @@ def main(
             "objective": config.objective.model_dump(),
             "train": config.train.model_dump(mode="json", exclude=TRAIN_OPERATION),
             "rounds": config.rollouts.rounds,
+            "budget": progress.budget,
             "seed": config.seed,
         }
         # Adapters belong to the weights that the run began with: those of a checkpoint, where they are merged, are rounded.
@@ -81,14 +84,12 @@ def main(
             recompute(model)
         if parallel is Parallel.fsdp:
             shard(model)
-        steps = count_steps(shards, config.train.batch_size) * config.train.epochs
-        progress = Progress(before=round_index * steps, total=config.rollouts.rounds * steps)
         about = config.model_dump(mode="json")
         last: dict[str, float] = {}
         with (
             stop_on_sigterm() as stop_asked,
             trackers(config.train.trackers if first else (), layout.run_folder(config), config.run, about) as track,
-            console.progress(f"round-{round_index} train", steps, "steps") as advance,
+            console.progress(f"round-{round_index} train", progress.budget, "steps") as advance,
         ):
 
             def report(figures: dict[str, float]) -> None:
@@ -97,15 +98,15 @@ def main(
                 advance(1, detail(figures), already=0 if last else step)
                 last.update(figures)
 
-            train_round(
+            outcome = train_round(
                 model,
                 torch.from_numpy(student.stop.astype("int64")).to(model.device),
                 shards,
                 config,
                 round_index,
                 progress,
-                states_folder(config, round_index - 1) if round_index else None,
-                states_folder(config, round_index),
+                layout.states_folder(config, round_index - 1) if round_index else None,
+                folder.parent / "train",
                 identity,
                 report,
                 workers,
@@ -114,20 +115,63 @@ def main(
             )
         if not first:
             return
+        write_text(layout.outcome_path(config, round_index), outcome.model_dump_json(indent=1) + "\n")
         del model
-        model = trained(base.load(device="cpu"), final_state(states_folder(config, round_index))[0], config.train)
-        card = model_card(config, round_index, student, shards, states_folder(config, round_index) / "metrics.jsonl")
+        states = layout.states_folder(config, round_index)
+        model = trained(base.load(device="cpu"), final_state(states)[0], config.train)
+        card = model_card(config, round_index, student, shards, states / "metrics.jsonl")
         ref = export(model, student.tokenizer, folder, card, f"{config.run} round {round_index}")
         write_text(layout.policy_file(config, round_index + 1), ref.model_dump_json(indent=1) + "\n")
     if last:
         console.say(
             f"round-{round_index} train: loss {last['loss']:.3f}, sampled KL {last['sampled_kl']:.3f}, in {folder}"
         )
+    if reason := ended(config, round_index, outcome):
+        console.say(reason)
 
 
-def states_folder(config: Config, round_index: int) -> Path:
-    """Where a round's training states and metrics lie."""
-    return layout.checkpoint_folder(config, round_index).parent / "train"
+def progress_of(config: Config, round_index: int) -> Progress:
+    """The budget of a round, its own steps and what the rounds before it left, and its place in the run."""
+    own = [planned_steps(config, r) for r in range(config.rollouts.rounds)]
+    before = [read_outcome(config, r) for r in range(round_index)]
+    return Progress(
+        before=sum(outcome.steps for outcome in before),
+        budget=own[round_index] + (before[-1].unspent if before else 0),
+        total=sum(own),
+    )
+
+
+def planned_steps(config: Config, round_index: int) -> int:
+    """The steps that a round's own rollouts, and those it replays, stand for."""
+    responses = sum(layout.response_count(config, phase) for phase in layout.trained_on(config, round_index))
+    return -(-responses // config.train.batch_size) * config.train.epochs
+
+
+def ended(config: Config, round_index: int, outcome: Outcome) -> str | None:
+    """Why a round ended early, for people; None when it did not."""
+    if outcome.ended == "budget":
+        return None
+    bound, left = config.train.min_ess, outcome.unspent
+    last = round_index + 1 == config.rollouts.rounds
+    return (
+        f"round-{round_index} train: ended after {outcome.steps} of {outcome.budget} steps: the effective sample size of the "
+        f"policy over the one that the round started from fell to {outcome.ess:.3f}, below train.min_ess = {bound:g}; "
+        + (
+            f"{left} steps are left over"
+            if last
+            else f"round-{round_index + 1} samples afresh and has {left} steps more"
+        )
+    )
+
+
+def read_outcome(config: Config, round_index: int) -> Outcome:
+    """What a round ended with. Raises OpdError when that is missing or damaged."""
+    path = layout.outcome_path(config, round_index)
+    try:
+        return Outcome.model_validate_json(path.read_text())
+    except (FileNotFoundError, ValueError) as error:
+        what = "missing" if isinstance(error, FileNotFoundError) else "damaged"
+        raise OpdError(f"{path}: {what}; run `python -m stages.train --round {round_index}` again") from error
 
 
 @contextmanager
@@ -143,12 +187,11 @@ def stop_on_sigterm() -> Iterator[Callable[[], bool]]:
 
 def detail(figures: dict[str, float]) -> str:
     """A step's figures for the progress bar."""
-    ess = [f"ESS {figures['ess']:.2f}"] if "ess" in figures else []
     return ", ".join(
         [
             f"loss {figures['loss']:.3f}",
             f"KL {figures['sampled_kl']:.3f}",
-            *ess,
+            f"ESS {figures['ess']:.2f}",
             f"{figures['tokens_per_second']:,.0f} tokens/s",
             f"data wait {100 * figures['data_wait']:.0f} %",
         ]

@@ -1,53 +1,37 @@
-"""Weights: advantages, credit and importance weights of a shard, as a table."""
+"""Weights: advantages, credit and importance weights of a phase, as tables."""
 
-import polars as pl
-import pyarrow as pa
+from pathlib import Path
 
-from pipeline.credit import summary, weigh
-from pipeline.shards import open_shard, open_writer
+from pipeline.weighing import Part, compute
+from schemas.config import Config
 from stages import console, layout
-from stages.context import DEFAULT_CONFIG, ConfigOption, PhaseOption, ShardOption, read_config
-
-UNIT_COLUMNS = ["rollout_id", "unit", "kind", "s_start", "s_len", "teacher_logp"]
-VALUE_COLUMNS = ["cand_logp", "tail_logp"]
+from stages.context import DEFAULT_CONFIG, ConfigOption, PhaseOption, read_config
 
 
-def main(phase: PhaseOption, shard: ShardOption = 0, config_file: ConfigOption = DEFAULT_CONFIG) -> None:
-    """Recompute the weights of a shard; needs no model."""
+def main(phase: PhaseOption, config_file: ConfigOption = DEFAULT_CONFIG) -> None:
+    """Recompute the weights of a phase's shards, all of which estimators may compare; needs no model."""
     config = read_config(config_file)
-    rollouts = open_shard(layout.shard_path(config, phase, "rollouts", shard), "rollouts")
-    units = open_shard(
-        layout.shard_path(config, phase, "units", shard), "units", inputs={"rollouts": rollouts.manifest.sha256}
-    )
-    inputs = {"rollouts": rollouts.manifest.sha256, "units": units.manifest.sha256}
-    policy = None
-    if layout.is_reused(config, phase):  # sampled by another policy than the one that is trained
-        policy = open_shard(
-            layout.shard_path(config, phase, "policy", shard), "policy", inputs={"rollouts": rollouts.manifest.sha256}
-        )
-        inputs["policy"] = policy.manifest.sha256
-    path = layout.shard_path(config, phase, "weights", shard)
-    needed = UNIT_COLUMNS + (VALUE_COLUMNS if config.weights.credit == "gae" else [])
-    groups = [table.select(needed) for table in units.row_groups()]
-    sampled = [table.select(["rollout_id", "behavior_logp"]) for table in rollouts.row_groups()]
-    if policy is not None:
-        tokens = [table["policy_logp"] for table in policy.row_groups()]
-        sampled = [table.append_column("policy_logp", own) for table, own in zip(sampled, tokens, strict=True)]
-    # Some estimators compare responses of the whole shard, so row groups are cut again only when they are written.
-    units_frame, rollouts_frame = (
-        pl.DataFrame(pl.from_arrow(pa.concat_tables(tables))) for tables in (groups, sampled)
-    )
-    table = weigh(units_frame, rollouts_frame, config.weights)
-    with open_writer(path, "weights", config.weights.model_dump(), inputs) as writer:
-        at = 0
-        for group in groups:
-            writer.write(pa.Table.from_batches(table.slice(at, len(group)).to_arrow().to_batches()))
-            at += len(group)
-    figures = summary(table)
+    figures = compute([part(config, phase, i) for i in range(layout.shard_count(config, phase))], config.weights)
     console.say(
         f"{phase} weights: {figures.units:,} units, mean advantage {figures.advantage_mean:.3f} nats, "
         f"effective sample size {100 * figures.ess:.1f} %"
     )
+    if figures.incomparable:
+        console.say(
+            f"{phase} weights: {figures.incomparable:,} of {figures.responses:,} responses have no unit that is compared "
+            "and carry no loss"
+        )
+
+
+def part(config: Config, phase: str, shard: int) -> Part:
+    """The tables of a shard."""
+
+    def path(table: str) -> Path:
+        return layout.shard_path(config, phase, table, shard).absolute()
+
+    # Rollouts of another policy need the log-probs of the one that is trained.
+    policy = path("policy") if layout.is_foreign(config, phase) else None
+    return Part(path("rollouts"), path("units"), policy, path("weights"))
 
 
 if __name__ == "__main__":

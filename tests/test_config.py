@@ -52,6 +52,7 @@ def test_the_conda_environment_lists_the_projects_dependencies() -> None:
             "`engine_options` takes tensor_parallel_size, ",
         ),
         ({"student": {"model": "x", "dtype": "float16"}}, "`student.dtype`: float16 overflows in training"),
+        ({"teacher": {"model": "x", "tuned_on": "y"}}, "`teacher.tuned_on: y` is a key of the student"),
         ({"run": "../up"}, "`run`: string should match pattern"),
         ({"prompts": 3}, "`prompts`:"),
     ],

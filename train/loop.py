@@ -15,11 +15,13 @@ import torch
 from pipeline.shards import write_text
 from schemas.config import Config
 from schemas.errors import OpdError, Stopped
+from schemas.outcome import Outcome
 from train.checkpoint import final_state, forget_states, newest_state, save_state, state_path
 from train.distributed import gather, idle_pass, is_sharded, rank, ranks, student_logps, wait_for_all
 from train.optimiser import MasterAdamW, learning_rate
 from train.recipes import losses
-from train.stream import Step, Triple, batches, count_steps
+from train.staleness import RATIO_SUMS, WINDOW, is_stale, ratio_figures, ratio_sums
+from train.stream import Step, Triple, batches
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Progress:
 
     before: int
     """Steps that earlier rounds took."""
+    budget: int
+    """Steps that this round may take."""
     total: int
     """Steps of the whole run, for the learning-rate schedule."""
 
@@ -46,8 +50,10 @@ def train_round(
     workers: int = 0,
     stop_asked: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda _: None,
-) -> None:
-    """Train `model` in place on one round's shards, together with all ranks; rank 0 writes.
+) -> Outcome:
+    """Train `model` in place on one round's shards, until its budget is spent or, with `train.min_ess`, they are stale.
+
+    All ranks do so together; rank 0 writes.
 
     Args:
         stop: int64, the student's stop ids.
@@ -60,14 +66,17 @@ def train_round(
         workers: threads that read ahead; they change nothing else.
         stop_asked: asked after each step; once true on any rank, the state is saved and the round left.
         say: called with a line for the person watching when a damaged state was passed over.
+    Returns:
+        what it ended with; steps that it didn't take are the next round's.
     Raises:
         OpdError: training diverged, or no state that is needed is intact.
         Stopped: `stop_asked` said so.
     """
     optimiser = MasterAdamW(model, config.train)
-    done = 0
+    done, steps = 0, progress.budget
+    recent: list[float] = []
     if found := newest_state(folder, identity, say):
-        done = found[1]["step"]
+        done, steps, recent = (found[1][name] for name in ("step", "steps", "recent_ess"))
     elif start_from is not None:
         found = final_state(start_from)
     if found:
@@ -80,7 +89,6 @@ def train_round(
         write_text(metrics_path, "".join(line + "\n" for line in lines))
 
     # The model stays in evaluation mode: what is trained is the policy that was sampled, and dropout would differ from it.
-    steps = count_steps(shards, config.train.batch_size) * config.train.epochs
     stream = batches(
         shards,
         config.train.batch_size,
@@ -98,7 +106,7 @@ def train_round(
             tensors = optimiser.state()  # all ranks have a part in it
             if rank() == 0:
                 os.fsync(metrics.fileno())  # a state must not outlive the lines of its steps
-                about = {"identity": identity, "step": step, "steps": steps}
+                about = {"identity": identity, "step": step, "steps": steps, "recent_ess": recent}
                 save_state(state_path(folder, step), tensors | rng_state(), about)
                 forget_states(folder, identity, step, config.train.keep_states)
             wait_for_all()  # a rank that left now could take the one that writes with it
@@ -108,11 +116,14 @@ def train_round(
             waited = time.perf_counter() - began
             rate = learning_rate(config.train, progress.before + step, progress.total)
             figures = train_step(model, stop, batch, optimiser, rate, config)
+            recent = [*recent, figures["drift_ess"]][-WINDOW:]
+            if is_stale(recent, config.train.min_ess):
+                steps = step + 1
             seconds = time.perf_counter() - began
             figures |= {
                 "round": round_index,
                 "step": step,
-                "steps": steps,
+                "steps": progress.budget,
                 "learning_rate": rate,
                 "seconds": seconds,
                 "data_wait": waited / seconds,
@@ -128,9 +139,17 @@ def train_round(
                 raise Stopped(
                     f"asked to stop: step {step + 1} of {steps} is saved, the same command goes on from there"
                 )
+            if step + 1 == steps:
+                break
             began = time.perf_counter()
         if not done or done < steps:
             save(steps)
+    return Outcome(
+        budget=progress.budget,
+        steps=steps,
+        ended="min_ess" if steps < progress.budget else "budget",
+        ess=sum(recent) / len(recent) if recent else None,
+    )
 
 
 def rng_state() -> dict[str, torch.Tensor]:
@@ -157,20 +176,25 @@ def train_step(
     """
     units = step.units
     parts = [part for part in step.parts if len(part.unit_row)]
-    sums = {"loss": 0.0, "sampled_kl": 0.0, "used": 0.0}
+    sums = dict.fromkeys(("loss", "sampled_kl", "used", "tokens", *RATIO_SUMS), 0.0)
+    sums["tokens"] = sum(int(part.mask.sum()) for part in step.parts)
     for part in (part.to(model.device) for part in parts):
         student = student_logps(model, part, stop)
         scored = losses(student, part, config.objective)
         weight = part.weight * scored.used
         loss = (weight * scored.loss).sum() / units
         loss.backward()
-        sums["loss"] += float(loss.detach())
-        sums["sampled_kl"] += float((student.unit.detach() - part.teacher_logp).sum())
-        sums["used"] += float(scored.used.sum())
+        of_part = {
+            "loss": float(loss.detach()),
+            "sampled_kl": float((student.unit.detach() - part.teacher_logp).sum()),
+            "used": float(scored.used.sum()),
+        }
+        ratios = ratio_sums(student.unit, part.behavior_logp, part.policy_logp, part.response_of_unit)
+        for name, value in (of_part | ratios).items():
+            sums[name] += value
     if is_sharded(model):
         for _ in range(int(gather([len(parts)]).max()) - len(parts)):
             idle_pass(model, stop)
-    sums["tokens"] = sum(int(part.mask.sum()) for part in step.parts)
     sums = dict(zip(sums, gather(list(sums.values())).sum(0).tolist(), strict=True))
     norm = optimiser.step(rate) if units else 0.0
     if not math.isfinite(norm):
@@ -184,5 +208,6 @@ def train_step(
         "grad_norm": norm,
         "units": units,
         "used_share": sums["used"] / max(1, units),
+        **ratio_figures(sums),
         "tokens": sums["tokens"],
     }

@@ -42,6 +42,7 @@ class Batch:
         teacher_logp, weight: float32 (U,).
         behavior_logp: float32 (U,), nats, log-prob under the policy that sampled the response (the weights' student_logp less
             log is_ratio, so up to that ratio's clip).
+        policy_logp: float32 (U,), nats, under the policy that the weights were made with, which the round starts from.
         credit_shift: float32 (U,), credit less advantage as the weights stage saw them; 0 where credit is immediate.
         cand_id: int64 (U, K), student ids, STOP_ID for the stop candidate; 0 in unused slots.
         cand_logp: float32 (U, K), -inf in unused slots.
@@ -59,6 +60,7 @@ class Batch:
     t_len: torch.Tensor
     teacher_logp: torch.Tensor
     behavior_logp: torch.Tensor
+    policy_logp: torch.Tensor
     weight: torch.Tensor
     credit_shift: torch.Tensor
     cand_id: torch.Tensor
@@ -347,6 +349,7 @@ def collate(responses: Sequence[_Response]) -> Batch:
         "t_len": np.maximum(units["t_len"], 1)[keep].astype(np.int64),
         "teacher_logp": units["teacher_logp"][keep].astype(np.float32),
         "behavior_logp": behavior[keep].astype(np.float32),
+        "policy_logp": units["student_logp"][keep].astype(np.float32),
         "weight": units["weight"][keep].astype(np.float32),
         "credit_shift": shift[keep].astype(np.float32),
         "cand_id": cand_id[keep],

@@ -1,0 +1,64 @@
+"""How far the policy in training has moved from the one that sampled: r = pi_theta / pi_behavior of units and of responses."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from pipeline.importance import ess
+
+WINDOW = 4
+"""Steps whose effective sample sizes are averaged before a round is ended by them: one batch alone may hold an outlier."""
+MAX_LOG_RATIO = 20.0
+"""nats; a ratio beyond it is no estimate of anything, but its square must stay a number."""
+
+
+RATIO_SUMS = tuple(
+    f"{of}_{name}" for of in ("unit", "response", "drift") for name in ("count", "ratio", "ratio_squared")
+)
+"""Names of what `ratio_sums` gives."""
+
+
+def ratio_sums(
+    unit_logp: torch.Tensor, behavior_logp: torch.Tensor, policy_logp: torch.Tensor, response: torch.Tensor
+) -> dict[str, float]:
+    """What `ratio_figures` needs, as sums that add up over micro-batches and ranks.
+
+    Args:
+        unit_logp: (U,), nats, log-probs of the compared units under the policy in training.
+        behavior_logp, policy_logp: (U,), nats, under the one that sampled and the one that the round started from.
+        response: int64 (U,), the response of each unit.
+    """
+    log_ratio = (unit_logp.detach() - behavior_logp).double()
+    since_start = (unit_logp.detach() - policy_logp).double()
+    _, index = response.unique(return_inverse=True)
+    whole = torch.zeros(int(index.max()) + 1 if len(index) else 0, dtype=torch.float64, device=log_ratio.device)
+    whole = whole.index_add(0, index, log_ratio)
+    sums = {}
+    for name, value in (("unit", log_ratio), ("response", whole), ("drift", since_start)):
+        ratio = value.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+        sums[f"{name}_count"] = float(len(ratio))
+        sums[f"{name}_ratio"] = float(ratio.sum())
+        sums[f"{name}_ratio_squared"] = float((ratio * ratio).sum())
+    return sums
+
+
+def ratio_figures(sums: Mapping[str, float]) -> dict[str, float]:
+    """`ess` and `chi2` over units, `response_ess` and `response_chi2` over responses, whose r is the product over their units.
+
+    `drift_ess` and `drift_chi2` are over units, of the policy in training over the one that the round started from: the same as
+    `ess` where that one sampled, and 1 at the round's first step also where another one did (`reuse`, `rollouts.replay`).
+
+    ESS is a share, (sum r)^2 / (n sum r^2); chi^2(pi_theta || pi_behavior) is estimated by n sum r^2 / (sum r)^2 - 1 =
+    1 / ESS - 1. Without units ESS is 1: nothing says that the policy has moved.
+    """
+    found = {}
+    for name, prefix in (("unit", ""), ("response", "response_"), ("drift", "drift_")):
+        share = ess(*(sums[f"{name}_{of}"] for of in ("count", "ratio", "ratio_squared")))
+        found[f"{prefix}ess"] = 1.0 if share is None else share
+        found[f"{prefix}chi2"] = 1 / found[f"{prefix}ess"] - 1
+    return found
+
+
+def is_stale(recent: Sequence[float], min_ess: float | None) -> bool:
+    """Whether the mean of the last WINDOW steps' `drift_ess` lies below `min_ess`; fewer steps never are stale."""
+    return min_ess is not None and len(recent) >= WINDOW and sum(recent[-WINDOW:]) / WINDOW < min_ess
