@@ -5,6 +5,7 @@ import io
 import json
 import tempfile
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ from pipeline.shards import open_shard
 from schemas.config import Config
 from schemas.errors import OpdError
 from schemas.tables import arrow_schema, writer_options
-from stages import console, layout, models, prompts, rollouts, scores, train, units, weights
+from stages import console, engines, layout, models, prompts, rollouts, scores, train, units, weights
 from stages.context import DEFAULT_CONFIG, ConfigOption, ThreadsOption, open_prompts, policy, read_config, teacher
 
 WIDTH = 512
@@ -28,6 +29,8 @@ WIDTH = 512
 FIXED = (8, 16, 20, 32, 64, 128, 256)
 FLOORS = (0.01, 0.005, 0.002, 0.001, 0.0005, 0.0002)
 MASSES = (0.9, 0.99)
+OPENED_FOR = 1024
+"""Longest prompt and response that an engine is opened for when its opening is timed, which hardly depends on it."""
 VARIANTS = (1, 2, 5)
 """Runs (other students, objectives, learning rates) that the offline and online costs are compared for."""
 
@@ -87,13 +90,16 @@ def _small(config: Config, responses: int) -> Config:
 
 
 def _measure(config: Config, where: Path) -> dict[str, Any]:
-    """Run the stages once; rates are of the work itself, without loading of models."""
+    """Run the stages once; rates are of the work itself, without what it takes to open an engine and its model."""
     phase = "round-0"
     prompts.main(where)
     for role in ("student", "teacher"):
         models.main(role, where)
     student, speaker = policy(config, 0), teacher(config)
-    load = {"rollouts": _seconds(student.load), "scores": _seconds(speaker.load)}
+    load = {
+        "rollouts": _opening(engines.sampler(student, config, OPENED_FOR)),
+        "scores": _opening(engines.scorer(speaker, config, OPENED_FOR)),
+    }
     spent = {
         "rollouts": _seconds(lambda: rollouts.main(phase, 0, where, None)) - load["rollouts"],
         "scores": _seconds(lambda: scores.main(phase, 0, where, None)) - load["scores"],
@@ -133,6 +139,13 @@ def _measure(config: Config, where: Path) -> dict[str, Any]:
         "teacher_bytes": _weights_bytes(speaker.ref.path),
         "student_bytes": _weights_bytes(student.ref.path),
     }
+
+
+def _opening(engine: AbstractContextManager[Any]) -> float:
+    """Seconds until an engine is ready."""
+    began = time.perf_counter()
+    with engine:
+        return time.perf_counter() - began
 
 
 def _seconds(work: Any) -> float:

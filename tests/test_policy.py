@@ -1,18 +1,22 @@
-"""The student's log-probs at units against one plain forward per response and a loop over tokens."""
+"""The student's log-probs at units against one plain forward per response and a loop over tokens, and against all logits."""
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from schemas.config import Objective
 from schemas.tables import STOP_ID
+from train import policy
 from train.policy import UnitLogps, unit_logps
 from train.recipes import losses
 from train.stream import Batch, _Response, collate
@@ -34,10 +38,14 @@ SHAPE = {
 
 @cache
 def model_of(name: str) -> Any:
-    """Random float32 weights."""
+    """Random float32 weights; `bias`: a head of its own, which has one too."""
     torch.manual_seed(0)
     if name == "llama":
         return LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+    if name == "bias":
+        model = LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=False)).eval()
+        model.lm_head = torch.nn.Linear(SHAPE["hidden_size"], VOCAB)
+        return model
     return Gemma2ForCausalLM(Gemma2Config(**SHAPE, sliding_window=4, final_logit_softcapping=3.0)).eval()
 
 
@@ -135,9 +143,11 @@ def gradients(model: Any, value: torch.Tensor) -> list[torch.Tensor]:
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_unit_logps_are_a_loop_over_plain_logits(name: str) -> None:
     model = model_of(name)
-    found = unit_logps(model, batch_of(TOLD), STOP)
+    batch = batch_of(TOLD)
+    found = unit_logps(model, batch, STOP)
     tokens, units, candidates = loop(model, TOLD)
-    np.testing.assert_allclose(found.token.detach(), numbers(tokens), atol=2e-5)
+    compared = batch.token_unit < len(units)
+    np.testing.assert_allclose(found.token.detach(), np.where(compared, numbers(tokens), 0), atol=2e-5)
     np.testing.assert_allclose(found.unit.detach(), numbers(units), atol=5e-5)
     assert len(found.cand) == len(candidates)
     for row, expected in zip(found.cand, candidates, strict=True):
@@ -181,7 +191,7 @@ def test_each_response_is_the_same_alone_and_in_any_company() -> None:
 
 @pytest.mark.parametrize("recipe", ["hybrid", "simct", "sampled"])
 def test_masked_tokens_leak_nowhere(recipe: str) -> None:
-    """Other tokens in a masked tail: the tokens' own log-probs move, no unit, candidate, loss or gradient does."""
+    """Other tokens in a masked tail: no unit, candidate, loss or gradient moves."""
     model, config = model_of("llama"), Objective(recipe=recipe)
 
     def with_tail(tail: tuple[int, ...]) -> tuple[UnitLogps, torch.Tensor, list[torch.Tensor]]:
@@ -193,9 +203,109 @@ def test_masked_tokens_leak_nowhere(recipe: str) -> None:
 
     (one, one_loss, one_slope), (two, two_loss, two_slope) = with_tail((60, 61, 62)), with_tail((80, 81, 82))
     assert len(one.unit) == 4
-    assert (one.token[3:6] != two.token[3:6]).all()
+    assert not one.token[3:6].any() and not two.token[3:6].any()
     for a, b in ((one.unit, two.unit), (one.cand, two.cand), (one_loss, two_loss)):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
     for a, b in zip(one_slope, two_slope, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5 * max(1.0, float(a.abs().max())), rtol=0)
     assert any(slope.abs().max() > 1e-2 for slope in one_slope)
+
+
+def whole(model: Any, batch: Batch) -> UnitLogps:
+    """The same from the logits of every position at once."""
+    logp = model(input_ids=batch.ids, attention_mask=batch.mask).logits.flatten(0, 1)[batch.rows].log_softmax(-1)
+    stopping = logp[:, STOP].exp().sum(-1, keepdim=True).log()
+    logp = torch.cat([logp, stopping], 1)  # the last column is what STOP_ID, -1, picks
+    assert STOP_ID == -1
+    token = logp[torch.arange(len(logp)), batch.targets]
+    units = len(batch.unit_row)
+    inside = torch.nn.functional.one_hot(batch.token_unit, units + 1)[:, :units].T
+    return UnitLogps(token, inside.float() @ token, logp[batch.unit_row[:, None], batch.cand_id])
+
+
+def set_rows(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """So many rows of logits at a time."""
+    monkeypatch.setattr(policy, "CHUNK_BYTES", rows * VOCAB * 4)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+@pytest.mark.parametrize("recipe", ["hybrid", "simct", "dpca"])
+@pytest.mark.parametrize("name", ["llama", "bias", "gemma2"])
+def test_loss_and_gradients_are_those_of_all_logits_at_once(
+    name: str, recipe: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_rows(monkeypatch, rows)
+    model, batch, config = model_of(name), batch_of(TOLD), Objective(recipe=recipe)
+    ours, theirs = (
+        (batch.weight * losses(found, batch, config).loss).sum()
+        for found in (unit_logps(model, batch, STOP), whole(model, batch))
+    )
+    torch.testing.assert_close(ours, theirs, atol=0, rtol=1e-6)
+    slopes = gradients(model, theirs)
+    scale = max(float(slope.abs().max()) for slope in slopes)
+    for a, b in zip(gradients(model, ours), slopes, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6 * scale, rtol=0)
+
+
+def test_a_body_that_recomputes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_rows(monkeypatch, 3)
+    model, batch = copy.deepcopy(model_of("gemma2")), batch_of(TOLD)
+    plain = gradients(model, unit_logps(model, batch, STOP).unit.sum())
+    model.train()  # without which `transformers` checkpoints nothing; there is no dropout
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    passes: list[int] = []
+    model.base_model.layers[0].self_attn.register_forward_hook(lambda *_: passes.append(1))
+    again = gradients(model, unit_logps(model, batch, STOP).unit.sum())
+    assert len(passes) == 2
+    for a, b in zip(again, plain, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6 * float(b.abs().max()), rtol=0)
+
+
+def test_the_head_is_called_for_compared_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a module, so that hooks fire, in chunks of nearly one size; once more in backward."""
+    set_rows(monkeypatch, 4)
+    model, seen = model_of("llama"), []
+    hook = model.lm_head.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    try:
+        found = unit_logps(model, batch_of(TOLD), STOP)
+        assert seen == [4, 4, 2]
+        gradients(model, found.unit.sum())
+        assert sorted(seen) == [2, 2, 4, 4, 4, 4]
+        with torch.inference_mode():
+            unit_logps(model, batch_of(TOLD), STOP)
+        assert seen[6:] == [4, 4, 2]
+    finally:
+        hook.remove()
+
+
+def test_nothing_to_compare() -> None:
+    model = model_of("llama")
+    told = [Told((5, 6), (Unit((7, 8), (), masked=True),), stopped=False)]
+    found = unit_logps(model, batch_of(told), STOP)
+    assert found.token.tolist() == [0, 0]
+    assert (found.unit.shape, found.cand.shape) == ((0,), (0, 1))
+    assert not any(slope.any() for slope in gradients(model, found.unit.sum() + found.cand.sum()))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_memory_does_not_grow_with_tokens_times_vocabulary(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peak of all tensors alive during a step, beyond those before it; logits of all tokens would take 41 MB a copy."""
+    vocab, tokens, rows = 20_000, 512, 16
+    monkeypatch.setattr(policy, "CHUNK_BYTES", rows * vocab * 4)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE | {"vocab_size": vocab, "max_position_embeddings": tokens})).eval()
+    units = tuple(Unit((token,), (token, 5, STOP_ID)) for token in range(10, 10 + tokens))
+    batch = batch_of([Told((4,), units, stopped=False)])
+
+    def peak(way: Callable[[], UnitLogps]) -> int:
+        with torch.set_grad_enabled(grad), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            found = way()
+            if grad:
+                (found.unit.sum() + found.cand.sum()).backward()
+        model.zero_grad()
+        events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+        return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+    logits, chunk, weights = (4 * vocab * count for count in (tokens, rows, SHAPE["hidden_size"]))
+    print(peak(lambda: whole(model, batch)), peak(lambda: unit_logps(model, batch, STOP)), logits, chunk, weights)
+    assert peak(lambda: whole(model, batch)) > 2 * logits
+    assert peak(lambda: unit_logps(model, batch, STOP)) < 3 * chunk + (3 * weights if grad else 0) + 0.1 * logits

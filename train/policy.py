@@ -1,18 +1,24 @@
-"""The student's log-probs at aligned units: body on the whole batch, head on response rows only."""
+"""The student's log-probs at aligned units: body on the whole batch, head on compared rows only, a chunk of them at a time."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.lm import head
 from schemas.tables import STOP_ID
 from train.stream import Batch
 
+CHUNK_BYTES = 256 << 20
+"""Logits held at once, bytes of float32; backward holds three times as much, and twice the head's weight gradient. Each chunk
+adds a whole gradient of the head's weights to that of the others, so that much smaller chunks would cost time."""
+
 
 @dataclass(frozen=True)
 class UnitLogps:
-    """Student log-probs in nats. `token` (R,) per response token; `unit` (U,) their sum; `cand` (U, K) at its start."""
+    """Student log-probs in nats. `token` (R,) per response token, 0 at tokens of masked units; `unit` (U,) their sum over
+    the unit; `cand` (U, K) at its start."""
 
     token: torch.Tensor
     unit: torch.Tensor
@@ -22,21 +28,39 @@ class UnitLogps:
 def unit_logps(model: Any, batch: Batch, stop: torch.Tensor) -> UnitLogps:
     """Run the student over a batch.
 
+    Tokens of masked units get no logits. Those of the others are made, reduced to the log-probs that are asked for, and made
+    again in backward, chunk by chunk: memory doesn't grow with tokens times vocabulary.
+
     Args:
         stop: int64, the student's stop ids; stopping is one event with the log-sum-exp of their log-probs.
     """
     hidden = model.base_model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).last_hidden_state
-    logits = head(model, hidden.flatten(0, 1)[batch.rows]).float()
-    log_z = logits.logsumexp(-1)
-    stop_logp = logits[:, stop].logsumexp(-1) - log_z
+    units, slots = batch.cand_id.shape
+    compared = (batch.token_unit < units).nonzero()[:, 0]
+    # What is asked of each response token: itself, and at a unit's start the candidates too (elsewhere id 0, unread).
+    asked = batch.cand_id.new_zeros(len(batch.targets), 1 + slots)
+    asked[:, 0] = batch.targets
+    asked[batch.unit_row, 1:] = batch.cand_id
+    logps = _chunked(model, hidden.flatten(0, 1)[batch.rows[compared]], asked[compared], stop)
+    found = logps.new_zeros(asked.shape).index_copy(0, compared, logps)
+    unit = logps.new_zeros(units).index_add(0, batch.token_unit[compared], logps[:, 0])
+    return UnitLogps(found[:, 0], unit, found[batch.unit_row, 1:])
 
-    def pick(rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        own = logits[rows, ids.clamp(min=0)] - log_z[rows]
-        return torch.where(ids == STOP_ID, stop_logp[rows], own)
 
-    token = pick(torch.arange(len(logits), device=logits.device), batch.targets)
-    units = len(batch.unit_row)
-    summed = torch.zeros(units + 1, device=token.device).index_add(0, batch.token_unit, token)[:units]
-    slots = batch.cand_id.shape[1]
-    cand = pick(batch.unit_row[:, None].expand(-1, slots), batch.cand_id)
-    return UnitLogps(token, summed, cand)
+def _chunked(model: Any, hidden: torch.Tensor, ids: torch.Tensor, stop: torch.Tensor) -> torch.Tensor:
+    """Log-probs of some ids, STOP_ID among them, in each row: (rows, d) x (rows, n) -> float32 (rows, n)."""
+
+    def logps(hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        # One log-softmax and one gather: their backward passes take two arrays of the chunk's size, and no more.
+        wanted = torch.cat([ids.clamp(min=0), stop.expand(len(ids), -1)], 1)
+        found = head(model, hidden).float().log_softmax(-1).gather(1, wanted)
+        own, stops = found.split([ids.shape[1], len(stop)], 1)
+        return torch.where(ids == STOP_ID, stops.logsumexp(-1, keepdim=True), own)
+
+    row_bytes = 4 * model.config.get_text_config().vocab_size
+    chunks = max(1, -(-len(hidden) * row_bytes // CHUNK_BYTES))
+    parts = [
+        checkpoint(logps, *part, use_reentrant=False, preserve_rng_state=False)
+        for part in zip(hidden.chunk(chunks), ids.chunk(chunks), strict=True)
+    ]
+    return torch.cat(parts)
