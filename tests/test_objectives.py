@@ -116,6 +116,7 @@ def tensors(units: Sequence[Unit], spare: int = 0) -> tuple[UnitLogps, Batch]:
         t_len=torch.tensor([u.t_len for u in units]),
         teacher_logp=torch.tensor([u.teacher for u in units], dtype=torch.float64),
         behavior_logp=torch.tensor([u.student for u in units], dtype=torch.float64),
+        policy_logp=torch.tensor([u.student for u in units], dtype=torch.float64),
         weight=torch.ones(len(units), dtype=torch.float64),
         credit_shift=torch.tensor([u.credit_shift for u in units], dtype=torch.float64),
         cand_id=cand_id,

@@ -176,6 +176,8 @@ def train_step(
     """
     units = step.units
     parts = [part for part in step.parts if len(part.unit_row)]
+    # Asked before the first pass: those of a sharded model are collective themselves, and the order is the same everywhere.
+    passes = int(gather([len(parts)]).max())
     sums = dict.fromkeys(("loss", "sampled_kl", "used", "tokens", *RATIO_SUMS), 0.0)
     sums["tokens"] = sum(int(part.mask.sum()) for part in step.parts)
     for part in (part.to(model.device) for part in parts):
@@ -193,7 +195,7 @@ def train_step(
         for name, value in (of_part | ratios).items():
             sums[name] += value
     if is_sharded(model):
-        for _ in range(int(gather([len(parts)]).max()) - len(parts)):
+        for _ in range(passes - len(parts)):
             idle_pass(model, stop)
     sums = dict(zip(sums, gather(list(sums.values())).sum(0).tolist(), strict=True))
     norm = optimiser.step(rate) if units else 0.0
