@@ -361,6 +361,8 @@ rule train:
     threads: CORES
     resources:
         model=1,
+        torchrun="",  # options of torchrun, for several processes; a profile sets both
+        parallel="ddp",
     params:
         config=SETTINGS,
         reads=reads(
@@ -371,7 +373,9 @@ rule train:
             "rollouts.replay",
         ),
     shell:
-        "python -m stages.train --config {params.config} --round {wildcards.round} --threads {threads} 2>&1 | tee {log}"
+        "launcher='{resources.torchrun}'; python -m ${{launcher:+torch.distributed.run $launcher -m}} stages.train"
+        " --config {params.config} --round {wildcards.round} --threads {threads} --parallel {resources.parallel}"
+        " 2>&1 | tee {log}"
 
 
 rule diagnostics:

@@ -122,8 +122,8 @@ def native_dtype() -> str:
     return "bfloat16" if fast else "float32"
 
 
-def load_model(ref: ModelRef, dtype: str, layers: bool = True) -> Any:
-    """The causal language model in evaluation mode, on the GPU when there is one.
+def load_model(ref: ModelRef, dtype: str, layers: bool = True, device: str | None = None) -> Any:
+    """The causal language model in evaluation mode, on `device`, by default the GPU when there is one.
 
     Without `layers` it is embeddings, final norm and head only: enough to turn another engine's hidden states into
     logits, and to see how the architecture does so.
@@ -148,7 +148,7 @@ def load_model(ref: ModelRef, dtype: str, layers: bool = True) -> Any:
         settings.do_sample = (
             True  # sampling parameters without sampling, as older chat models ship, can't be saved again
         )
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 
 def model_config(folder: str | Path) -> dict[str, Any]:

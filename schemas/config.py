@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -14,6 +14,12 @@ class Section(BaseModel):
     """A mapping in the YAML file; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def section(annotation: Any) -> type[Section] | None:
+    """The section that a field holds, always or where it isn't null."""
+    kinds = (annotation, *get_args(annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
 
 
 class Splits(Section):
@@ -345,7 +351,18 @@ class Weights(Section):
         return self.model_dump(exclude={"scheduler"})
 
 
-TRAIN_OPERATION = {"save_every", "keep_states", "trackers"}
+class Lora(Section):
+    """Low-rank adapters."""
+
+    rank: int = Field(16, ge=1, description="rank of each update")
+    alpha: float = Field(32.0, gt=0, description="updates are scaled by alpha / rank")
+    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear",
+        description="names of the modules that get one, such as [q_proj, v_proj]; all-linear: every linear layer but the head",
+    )
+
+
+TRAIN_OPERATION = {"gradient_checkpointing", "save_every", "keep_states", "trackers"}
 """Keys of `train` that leave the trained weights as they are, so a round need not be trained again for them."""
 
 
@@ -376,6 +393,21 @@ class Train(Section):
     grad_clip: float = Field(1.0, gt=0, description="gradient norm at most")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's moments")
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="decay per step of an exponential moving average of the weights, which then is what a round ends with and "
+        "what is sampled next; the optimiser goes on from the weights themselves; null: none",
+    )
+    lora: Lora | None = Field(
+        None,
+        description="train adapters instead of all weights (pip install 'offline-opd[lora]'; `{}`: with the defaults below); "
+        "a round's checkpoint has them merged, the next round goes on with the same adapters; null: all weights",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="compute layers again in backward instead of keeping what is in them: less memory, more time"
+    )
     save_every: int = Field(50, ge=1, description="steps between resumable states")
     keep_states: int = Field(2, ge=1, description="newest states of a round that are kept, the final one included")
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
@@ -516,7 +548,7 @@ def _explain(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         known = Config
         for part in error["loc"][:-1]:
-            known = known.model_fields[part].annotation  # type: ignore[assignment]
+            known = section(known.model_fields[part].annotation)  # type: ignore[assignment]
         return f"unknown key `{key}`; known keys here: {', '.join(known.model_fields)}"
     if error["type"] == "missing":
         return f"`{key}` is missing"

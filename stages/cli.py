@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from schemas.config import Config, Section
+from schemas.config import Config, Section, section
 from schemas.diagnostics import fields
 from schemas.tables import TABLES
 from stages import (
@@ -103,15 +103,15 @@ def config_markdown() -> str:
     """A Markdown table of every config key."""
     lines = ["| key | default | meaning |", "|---|---|---|"]
 
-    def walk(section: type[Section], prefix: str) -> None:
-        for name, field in section.model_fields.items():
-            kind = field.annotation
-            if isinstance(kind, type) and issubclass(kind, Section):
-                walk(kind, f"{prefix}{name}.")
-                continue
-            default = "required" if field.is_required() else f"`{field.get_default(call_default_factory=True)!r}`"
-            meaning = (field.description or "").replace("|", "\\|")
-            lines.append(f"| `{prefix}{name}` | {default} | {meaning} |")
+    def walk(kind: type[Section], prefix: str) -> None:
+        for name, field in kind.model_fields.items():
+            below = section(field.annotation)
+            if below is not field.annotation:
+                default = "required" if field.is_required() else f"`{field.get_default(call_default_factory=True)!r}`"
+                meaning = (field.description or "").replace("|", "\\|")
+                lines.append(f"| `{prefix}{name}` | {default} | {meaning} |")
+            if below:
+                walk(below, f"{prefix}{name}.")
 
     walk(Config, "")
     return "\n".join(lines)

@@ -143,6 +143,16 @@ def progress(label: str, total: int, unit: str) -> Iterator[Advance]:
     say(f"{label}: {done:,} {unit} in {seconds:.1f} s ({done / max(seconds, 1e-9):,.1f}/s)")
 
 
+@contextmanager
+def silence() -> Iterator[None]:
+    """Show nothing of what comes: another process says it. Errors that leave this are shown again."""
+    console.quiet = True
+    try:
+        yield
+    finally:
+        console.quiet = False
+
+
 def say(text: str) -> None:
     """A line for the person watching."""
     console.print(text, markup=False, soft_wrap=True)

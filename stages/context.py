@@ -72,10 +72,10 @@ class Speaker:
                 "stage again"
             )
 
-    def load(self, layers: bool = True) -> Any:
-        """The model itself, checked, or what it is without its layers (see `load_model`)."""
+    def load(self, layers: bool = True, device: str | None = None) -> Any:
+        """The model itself, checked, or what it is without its layers, on the GPU if there is one (see `load_model`)."""
         self.check()
-        return load_model(self.ref, self.dtype, layers)
+        return load_model(self.ref, self.dtype, layers, device)
 
     def renderer(self, prompts: "PromptTable") -> Renderer:
         """Renders prompts for this model, with as many worked examples as the run has."""

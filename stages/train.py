@@ -3,7 +3,8 @@
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from enum import StrEnum
 from typing import Annotated
 
 import torch
@@ -18,10 +19,20 @@ from schemas.outcome import Outcome
 from stages import console, layout
 from stages.card import model_card
 from stages.context import DEFAULT_CONFIG, ConfigOption, ThreadsOption, policy, read_config
-from train.checkpoint import export
+from train.adapters import attach
+from train.checkpoint import export, final_state, trained
+from train.distributed import processes, rank, ranks_here, shard, wait_for_all
+from train.layers import recompute
 from train.loop import Progress, train_round
 from train.stream import Triple
 from train.trackers import trackers
+
+
+class Parallel(StrEnum):
+    """How several processes train one model; no key of the config, for it leaves the result as it is."""
+
+    ddp = "ddp"
+    fsdp = "fsdp"
 
 
 def main(
@@ -29,17 +40,27 @@ def main(
     config_file: ConfigOption = DEFAULT_CONFIG,
     threads: ThreadsOption = None,
     workers: Annotated[int, typer.Option(min=0, help="threads that read ahead; they change no result")] = 1,
+    parallel: Annotated[
+        Parallel, typer.Option(help="under torchrun, each process holds the model (ddp), or a part of it (fsdp)")
+    ] = Parallel.ddp,
 ) -> None:
     """Train the student for one round and export a checkpoint that `from_pretrained` loads.
 
     SIGTERM saves and leaves after the step under way, with exit status 143; the same command then goes on.
+
+    Processes that torchrun starts share every step's responses. How many there are, and --parallel, change only the last
+    bits of what is trained, and may change whenever a round is resumed.
     """
     config = read_config(config_file)
-    console.threads(threads)
     torch.manual_seed(config.seed)
     folder = layout.checkpoint_folder(config, round_index)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / ".train.lock"):  # a killed run may have left its trainer behind
+    with processes(), ExitStack() as held:
+        console.threads(threads and max(1, threads // ranks_here()))
+        first = rank() == 0
+        # A killed run may have left its trainer behind.
+        held.enter_context(FileLock(folder.parent / ".train.lock") if first else console.silence())
+        wait_for_all()  # nobody reads the states before the lock is ours
         shards = [triple for phase in layout.trained_on(config, round_index) for triple in open_shards(config, phase)]
         student = policy(config, round_index)
         progress = progress_of(config, round_index)
@@ -53,13 +74,21 @@ def main(
             "budget": progress.budget,
             "seed": config.seed,
         }
-        model = student.load()
-        check_head(model, student.ref.source)
+        # Adapters belong to the weights that the run began with: those of a checkpoint, where they are merged, are rounded.
+        base = policy(config, 0) if config.train.lora else student
+        model = base.load(device="cpu" if parallel is Parallel.fsdp else None)
+        check_head(model, base.ref.source)
+        if config.train.lora:
+            attach(model, config.train.lora)
+        if config.train.gradient_checkpointing:
+            recompute(model)
+        if parallel is Parallel.fsdp:
+            shard(model)
         about = config.model_dump(mode="json")
         last: dict[str, float] = {}
         with (
             stop_on_sigterm() as stop_asked,
-            trackers(config.train.trackers, layout.run_folder(config), config.run, about) as track,
+            trackers(config.train.trackers if first else (), layout.run_folder(config), config.run, about) as track,
             console.progress(f"round-{round_index} train", progress.budget, "steps") as advance,
         ):
 
@@ -84,8 +113,13 @@ def main(
                 stop_asked,
                 console.say,
             )
+        if not first:
+            return
         write_text(layout.outcome_path(config, round_index), outcome.model_dump_json(indent=1) + "\n")
-        card = model_card(config, round_index, student, shards, folder.parent / "train" / "metrics.jsonl")
+        del model
+        states = layout.states_folder(config, round_index)
+        model = trained(base.load(device="cpu"), final_state(states)[0], config.train)
+        card = model_card(config, round_index, student, shards, states / "metrics.jsonl")
         ref = export(model, student.tokenizer, folder, card, f"{config.run} round {round_index}")
         write_text(layout.policy_file(config, round_index + 1), ref.model_dump_json(indent=1) + "\n")
     if last:

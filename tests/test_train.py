@@ -35,8 +35,8 @@ def config(**train: Any) -> Config:
     )
 
 
-def run(folder: Path, shards: Any, settings: Config, **changes: Any) -> dict[str, torch.Tensor]:
-    """Train a tiny model for one round; returns the final state."""
+def start(folder: Path, shards: Any, settings: Config, **changes: Any) -> None:
+    """Train a tiny model for one round."""
     steps = count_steps(shards, settings.train.batch_size) * settings.train.epochs
     arguments: dict[str, Any] = {
         "model": None if "model" in changes else tiny.model(),
@@ -50,6 +50,11 @@ def run(folder: Path, shards: Any, settings: Config, **changes: Any) -> dict[str
         "identity": {"run": 1},
     }
     train_round(**{**arguments, **changes})
+
+
+def run(folder: Path, shards: Any, settings: Config, **changes: Any) -> dict[str, torch.Tensor]:
+    """Train a tiny model for one round; returns the final state."""
+    start(folder, shards, settings, **changes)
     return final_state(folder)[0]
 
 

@@ -15,7 +15,7 @@ from train.stream import Triple
 VOCAB, STOP = 97, np.array([2, 3], np.int32)
 
 
-def model(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+def model(seed: int = 0, dtype: torch.dtype = torch.float32, tied: bool = True) -> Any:
     """A two-layer Llama over 97 tokens."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -25,7 +25,7 @@ def model(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
     )
     return LlamaForCausalLM(config).to(dtype).eval()
 

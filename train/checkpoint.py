@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.models import ModelRef, reference
 from pipeline.shards import publish, sync_folder
+from schemas.config import Train
 from schemas.errors import OpdError
+from train.adapters import attach
 
 State = tuple[dict[str, torch.Tensor], dict[str, Any]]
 """Tensors and the JSON-able description that was saved with them."""
@@ -120,6 +122,21 @@ def forget_states(folder: Path, identity: dict[str, Any], step: int, keep: int) 
             path.unlink(missing_ok=True)
     for leftover in folder.glob(".state-*.tmp"):
         leftover.unlink(missing_ok=True)
+
+
+def trained(model: Any, tensors: dict[str, torch.Tensor], settings: Train) -> Any:
+    """The model that a state stands for: its average with `train.ema`, its adapters merged with `train.lora`.
+
+    Args:
+        model: what the training of `tensors` began with; it is changed.
+    """
+    adapters = attach(model, settings.lora) if settings.lora else None
+    kind = "ema" if settings.ema else "master"
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            value = tensors[f"{kind}/{name}"].to(parameter.device)
+            parameter.data = value if adapters else value.to(parameter.dtype)  # adapters merge in float32
+    return adapters.merge_and_unload() if adapters else model
 
 
 def export(model: Any, tokenizer: Any, folder: Path, card: str, source: str) -> ModelRef:

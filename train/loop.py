@@ -4,7 +4,6 @@ import json
 import math
 import os
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -18,10 +17,10 @@ from schemas.config import Config
 from schemas.errors import OpdError, Stopped
 from schemas.outcome import Outcome
 from train.checkpoint import final_state, forget_states, newest_state, save_state, state_path
+from train.distributed import gather, idle_pass, is_sharded, rank, ranks, student_logps, wait_for_all
 from train.optimiser import MasterAdamW, learning_rate
-from train.policy import unit_logps
 from train.recipes import losses
-from train.staleness import WINDOW, is_stale, ratio_figures, ratio_sums
+from train.staleness import RATIO_SUMS, WINDOW, is_stale, ratio_figures, ratio_sums
 from train.stream import Step, Triple, batches
 
 
@@ -54,6 +53,8 @@ def train_round(
 ) -> Outcome:
     """Train `model` in place on one round's shards, until its budget is spent or, with `train.min_ess`, they are stale.
 
+    All ranks do so together; rank 0 writes.
+
     Args:
         stop: int64, the student's stop ids.
         start_from: the last round's `folder`; None in the first.
@@ -63,7 +64,7 @@ def train_round(
         identity: what determines this round.
         report: called with each step's metrics.
         workers: threads that read ahead; they change nothing else.
-        stop_asked: asked after each step; once true, the state is saved and the round left.
+        stop_asked: asked after each step; once true on any rank, the state is saved and the round left.
         say: called with a line for the person watching when a damaged state was passed over.
     Returns:
         what it ended with; steps that it didn't take are the next round's.
@@ -82,9 +83,10 @@ def train_round(
         optimiser.load(found[0])
         restore_rng(found[0])
         del found  # as large as the optimiser
-    metrics_path = folder / "metrics.jsonl"
-    lines = metrics_path.read_text().splitlines()[:done] if metrics_path.exists() else []
-    write_text(metrics_path, "".join(line + "\n" for line in lines))
+    metrics_path = folder / "metrics.jsonl" if rank() == 0 else Path(os.devnull)
+    if rank() == 0:
+        lines = metrics_path.read_text().splitlines()[:done] if metrics_path.exists() else []
+        write_text(metrics_path, "".join(line + "\n" for line in lines))
 
     # The model stays in evaluation mode: what is trained is the policy that was sampled, and dropout would differ from it.
     stream = batches(
@@ -93,16 +95,21 @@ def train_round(
         config.train.micro_batch_tokens,
         config.seed + round_index,
         range(done, steps),
-        workers=workers,
+        rank(),
+        ranks(),
+        workers,
     )
     with metrics_path.open("a") as metrics, closing(stream):
 
         def save(step: int) -> None:
             """The schedule and the place in the stream follow from the step."""
-            os.fsync(metrics.fileno())  # a state must not outlive the lines of its steps
-            about = {"identity": identity, "step": step, "steps": steps, "recent_ess": recent}
-            save_state(state_path(folder, step), optimiser.state() | rng_state(), about)
-            forget_states(folder, identity, step, config.train.keep_states)
+            tensors = optimiser.state()  # all ranks have a part in it
+            if rank() == 0:
+                os.fsync(metrics.fileno())  # a state must not outlive the lines of its steps
+                about = {"identity": identity, "step": step, "steps": steps, "recent_ess": recent}
+                save_state(state_path(folder, step), tensors | rng_state(), about)
+                forget_states(folder, identity, step, config.train.keep_states)
+            wait_for_all()  # a rank that left now could take the one that writes with it
 
         began = time.perf_counter()
         for step, batch in enumerate(stream, done):
@@ -124,7 +131,7 @@ def train_round(
             }
             metrics.write(json.dumps(figures) + "\n")
             metrics.flush()
-            stopping = stop_asked()
+            stopping = bool(gather([stop_asked()]).any())
             if stopping or ((step + 1) % config.train.save_every == 0 and step + 1 < steps):
                 save(step + 1)  # before the report, whose reader may be gone already
             report(figures)
@@ -161,18 +168,20 @@ def restore_rng(tensors: dict[str, torch.Tensor]) -> None:
 def train_step(
     model: Any, stop: torch.Tensor, step: Step, optimiser: MasterAdamW, rate: float, config: Config
 ) -> dict[str, float]:
-    """One optimiser step over micro-batches.
+    """One optimiser step over the micro-batches of all ranks; `step` has this one's, perhaps none.
 
     The loss is the sum of weight times loss over the units that the recipe uses, divided by all comparable units of the
-    step, so that a recipe that uses fewer units does not take larger steps on them. Raises OpdError when it diverges.
+    step, so that a recipe that uses fewer units does not take larger steps on them. Figures are of all ranks. Raises
+    OpdError when it diverges.
     """
-    device = model.device
     units = step.units
-    sums: defaultdict[str, float] = defaultdict(float)
-    for part in (part.to(device) for part in step.parts):
-        if not len(part.unit_row):
-            continue
-        student = unit_logps(model, part, stop)
+    parts = [part for part in step.parts if len(part.unit_row)]
+    # Asked before the first pass: those of a sharded model are collective themselves, and the order is the same everywhere.
+    passes = int(gather([len(parts)]).max())
+    sums = dict.fromkeys(("loss", "sampled_kl", "used", "tokens", *RATIO_SUMS), 0.0)
+    sums["tokens"] = sum(int(part.mask.sum()) for part in step.parts)
+    for part in (part.to(model.device) for part in parts):
+        student = student_logps(model, part, stop)
         scored = losses(student, part, config.objective)
         weight = part.weight * scored.used
         loss = (weight * scored.loss).sum() / units
@@ -185,6 +194,10 @@ def train_step(
         ratios = ratio_sums(student.unit, part.behavior_logp, part.policy_logp, part.response_of_unit)
         for name, value in (of_part | ratios).items():
             sums[name] += value
+    if is_sharded(model):
+        for _ in range(passes - len(parts)):
+            idle_pass(model, stop)
+    sums = dict(zip(sums, gather(list(sums.values())).sum(0).tolist(), strict=True))
     norm = optimiser.step(rate) if units else 0.0
     if not math.isfinite(norm):
         raise OpdError(
@@ -198,5 +211,5 @@ def train_step(
         "units": units,
         "used_share": sums["used"] / max(1, units),
         **ratio_figures(sums),
-        "tokens": float(sum(int(part.mask.sum()) for part in step.parts)),
+        "tokens": sums["tokens"],
     }

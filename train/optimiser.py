@@ -6,53 +6,79 @@ from typing import Any
 import torch
 
 from schemas.config import Train
+from schemas.errors import OpdError
+from train.distributed import full, like, rank, sum_gradients
 
 
 class MasterAdamW:
     """AdamW whose parameters are float32 copies of the model's; the model gets them back rounded after each step.
 
-    In bf16 an update below 1/256 of a weight would vanish; the masters keep it.
+    In bf16 an update below 1/256 of a weight would vanish; the masters keep it. With `train.ema` an exponential moving
+    average of the masters runs along, starting at them. Of a sharded model (FSDP2), each rank has its part of all of it.
     """
 
     def __init__(self, model: Any, config: Train) -> None:
         self._params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._masters = {name: p.detach().clone().float() for name, p in self._params.items()}
+        self._average = {name: master.clone() for name, master in self._masters.items()} if config.ema else {}
         self._config = config
         self._adam = torch.optim.AdamW(
             self._masters.values(), lr=0.0, betas=config.betas, weight_decay=config.weight_decay
         )
 
     def step(self, learning_rate: float) -> float:
-        """Clip the gradients that lie on the model, update, clear them. Returns the norm before clipping."""
+        """Sum the gradients that lie on the ranks' models, clip, update, clear them. Returns the norm before clipping."""
         for name, param in self._params.items():
             self._masters[name].grad = None if param.grad is None else param.grad.float()
             param.grad = None
-        norm = torch.nn.utils.clip_grad_norm_(self._masters.values(), self._config.grad_clip)
+        masters = list(self._masters.values())
+        sum_gradients(masters)
+        norm = full(torch.nn.utils.get_total_norm([m.grad for m in masters if m.grad is not None]))
+        torch.nn.utils.clip_grads_with_norm_(masters, self._config.grad_clip, norm)
         for group in self._adam.param_groups:
             group["lr"] = learning_rate
         self._adam.step()
+        for name, average in self._average.items():
+            average.lerp_(self._masters[name], 1 - self._config.ema)  # type: ignore[operator]
         self._publish()
         return float(norm)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Masters, moments and step count by name; `load` takes it back bit for bit."""
-        out = {f"master/{name}": master for name, master in self._masters.items()}
+        """Masters, moments, step count and average by name, whole; `load` takes them back bit for bit.
+
+        Every rank must ask when the model is sharded; rank 0 is told, the others get nothing.
+        """
+        out = {}
         for name, master in self._masters.items():
-            for key, value in self._adam.state.get(master, {}).items():
-                out[f"{key}/{name}"] = value
+            kept = {"master": master, **self._adam.state.get(master, {})}
+            if self._average:
+                kept["ema"] = self._average[name]
+            for key, value in kept.items():
+                whole = full(value)
+                if rank() == 0:
+                    out[f"{key}/{name}"] = whole if whole is value else whole.cpu()
         return out
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Continue from `state`."""
+        """Continue from `state`, of any number of ranks. Raises OpdError when it is of other parameters."""
+        theirs = {name.removeprefix("master/") for name in tensors if name.startswith("master/")}
+        if theirs != self._masters.keys():
+            raise OpdError(
+                f"the training state before this one holds {len(theirs)} weights, and {len(self._masters)} are trained now, "
+                "not all the same; train the rounds before this one again with this `train.lora`"
+            )
         for name, master in self._masters.items():
-            master.copy_(tensors[f"master/{name}"])
+            master.copy_(like(tensors[f"master/{name}"], master))
+            if self._average:
+                before = tensors.get(f"ema/{name}", tensors[f"master/{name}"])  # an average may start at any round
+                self._average[name].copy_(like(before, master))
             moments = {
                 key: tensors[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors
             }
             if moments:
                 # Copies: what is loaded must not change with what goes on. AdamW keeps `step` on the CPU.
                 self._adam.state[master] = {
-                    k: v.clone() if k == "step" else v.to(master.device, copy=True) for k, v in moments.items()
+                    k: v.clone() if k == "step" else like(v, master) for k, v in moments.items()
                 }
         self._publish()
 

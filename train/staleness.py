@@ -12,6 +12,12 @@ MAX_LOG_RATIO = 20.0
 """nats; a ratio beyond it is no estimate of anything, but its square must stay a number."""
 
 
+RATIO_SUMS = tuple(
+    f"{of}_{name}" for of in ("unit", "response", "drift") for name in ("count", "ratio", "ratio_squared")
+)
+"""Names of what `ratio_sums` gives."""
+
+
 def ratio_sums(
     unit_logp: torch.Tensor, behavior_logp: torch.Tensor, policy_logp: torch.Tensor, response: torch.Tensor
 ) -> dict[str, float]:

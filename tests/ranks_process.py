@@ -1,0 +1,56 @@
+"""One of torchrun's processes: trains the tiny model as a JSON list of jobs says. Run by test_distributed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import test_train
+import tiny
+import torch
+
+from pipeline.shards import open_shard
+from schemas.errors import OpdError
+from stages import console
+from train.adapters import attach
+from train.distributed import processes, rank, shard
+from train.layers import recompute
+
+
+class Interrupted(Exception):
+    """A job's last step was taken."""
+
+
+def train(folder: Path, job: dict[str, Any]) -> None:
+    """Train to the end, or to the step before `until`, from whatever state lies in the job's folder."""
+    settings = test_train.config(**job["train"])
+    model = tiny.model(tied=job.get("tied", True), dtype=getattr(torch, job.get("dtype", "float32")))
+    if settings.train.lora:
+        attach(model, settings.train.lora)
+    if settings.train.gradient_checkpointing:
+        recompute(model)
+    if job.get("parallel") == "fsdp":
+        shard(model)
+
+    def report(figures: dict[str, float]) -> None:
+        if figures["step"] == job.get("until"):
+            raise Interrupted
+        if rank() in job.get("fail", ()):
+            raise OpdError("this is wrong")
+
+    tables = ("rollouts", "units", "weights")
+    shards = [tuple(open_shard(folder / name / f"{i:03}.parquet", name) for name in tables) for i in range(2)]
+    try:
+        test_train.start(folder / job["name"], shards, settings, model=model, report=report)
+    except Interrupted:
+        assert "until" in job
+
+
+def main(folder: Path, jobs: str) -> None:
+    """Do the jobs in order, all ranks together."""
+    with processes():
+        for job in json.loads(jobs):
+            train(folder, job)
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,127 @@
+"""Training over torchrun's processes (gloo) against one process: the same steps, states and figures."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks_process
+import tiny
+import torch
+
+from train.checkpoint import final_state
+
+TRAIN = {"batch_size": 13, "micro_batch_tokens": 64, "epochs": 5}
+"""20 steps of 40 responses an epoch; every fourth has one response, and so none on the second rank."""
+JOBS: dict[str, dict[str, Any]] = {
+    "tied": {},
+    "untied": {"tied": False, "train": {"ema": 0.9}},
+    "lora": {"train": {"lora": {"rank": 4, "alpha": 8}, "learning_rate": 1e-2}},
+    "bfloat16": {"dtype": "bfloat16", "train": {"epochs": 1}},
+}
+"""What is trained by one process, by two, and by two that share one model."""
+BEGUN, RESUMED = 7, 13
+"""Steps before which the number of ranks changes: one, two, one."""
+
+
+def torchrun(folder: Path, jobs: list[dict[str, Any]], count: int = 2) -> subprocess.CompletedProcess[str]:
+    """Do jobs in `count` processes of one thread each."""
+    script = Path(__file__).with_name("ranks_process.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    jobs = [{**job, "train": {**TRAIN, **job.get("train", {})}} for job in jobs]
+    return subprocess.run(
+        [*command, str(script), str(folder), json.dumps(jobs)],
+        env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+def alone(folder: Path, **job: Any) -> None:
+    """Do a job here."""
+    ranks_process.train(folder, {**job, "train": {**TRAIN, **job.get("train", {})}})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All that is trained here: `<name>-alone` by one rank, `<name>-ddp` and `<name>-fsdp` by two."""
+    folder = tmp_path_factory.mktemp("ranks")
+    tiny.shards(folder)
+    many = []
+    for name, job in JOBS.items():
+        alone(folder, **job, name=f"{name}-alone")
+        many += [{**job, "name": f"{name}-{kind}", "parallel": kind} for kind in ("ddp", "fsdp")]
+    recomputed = {"gradient_checkpointing": True, "epochs": 1}
+    many.append({"name": "recomputed-fsdp", "parallel": "fsdp", "train": recomputed})
+    alone(folder, name="recomputed-alone", train={"epochs": 1})
+    alone(folder, name="begun", until=BEGUN, train={"save_every": BEGUN})
+    for kind in ("ddp", "fsdp"):
+        shutil.copytree(folder / "begun", folder / f"resumed-{kind}")
+        train = {"save_every": RESUMED}
+        many.append({"name": f"resumed-{kind}", "parallel": kind, "until": RESUMED, "train": train})
+    done = torchrun(folder, many)
+    assert done.returncode == 0, done.stderr
+    for kind in ("ddp", "fsdp"):
+        alone(folder, name=f"resumed-{kind}")
+    return folder
+
+
+def figures(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_training(one: Path, many: Path, tolerance: float) -> None:
+    """Weights, moments and each step's figures."""
+    a, b = (final_state(path)[0] for path in (one, many))
+    assert a.keys() == b.keys()
+    for name in a.keys() - {"rng/cpu"}:
+        assert float((b[name] - a[name]).abs().max()) <= tolerance, name
+    lines = list(zip(figures(one), figures(many), strict=True))
+    assert [x["step"] for x, _ in lines] == list(range(lines[0][0]["steps"]))
+    for x, y in lines:
+        assert all(x[key] == y[key] for key in ("step", "units", "tokens", "used_share", "learning_rate"))
+        assert all(y[key] == pytest.approx(x[key], rel=tolerance, abs=tolerance) for key in ("loss", "sampled_kl", "grad_norm"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["tied", "untied", "lora"])
+def test_two_ranks_are_one_with_twice_the_accumulation(folder: Path, name: str, kind: str) -> None:
+    assert_same_training(folder / f"{name}-alone", folder / f"{name}-{kind}", 1e-5)
+    assert len(figures(folder / f"{name}-{kind}")) == 20
+
+
+@pytest.mark.slow
+def test_layers_that_are_sharded_and_recomputed(folder: Path) -> None:
+    assert_same_training(folder / "recomputed-alone", folder / "recomputed-fsdp", 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_checkpoint_of_one_rank_resumes_on_two_and_back(folder: Path, kind: str) -> None:
+    assert_same_training(folder / "tied-alone", folder / f"resumed-{kind}", 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_bfloat16_ranks_agree_as_far_as_their_gradients_are_rounded(folder: Path, kind: str) -> None:
+    """Masters move by up to a learning rate of 1e-3 a step, and gradients have 8 bits."""
+    one, many = (final_state(folder / f"bfloat16-{name}")[0] for name in ("alone", kind))
+    names = [name for name in one if name.startswith("master/")]
+    moved = {name.removeprefix("master/"): p for name, p in tiny.model(dtype=torch.bfloat16).named_parameters()}
+    start = torch.cat([moved[name.removeprefix("master/")].detach().float().ravel() for name in names])
+    a, b = (torch.cat([state[name].ravel() for name in names]) - start for state in (one, many))
+    assert torch.cosine_similarity(a, b, dim=0) > 0.99
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [[1], [0, 1]])
+def test_an_error_ends_all_ranks_and_is_told_once(tmp_path: Path, failing: list[int]) -> None:
+    tiny.shards(tmp_path)
+    done = torchrun(tmp_path, [{"name": "failed", "fail": failing, "parallel": "ddp"}])
+    assert done.returncode != 0
+    assert done.stderr.count("error: this is wrong\n") == 1
+    assert "RuntimeError" not in done.stderr
