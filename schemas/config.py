@@ -355,7 +355,7 @@ class Lora(Section):
     """Low-rank adapters."""
 
     rank: int = Field(16, ge=1, description="rank of each update")
-    alpha: float = Field(32.0, gt=0, description="updates are scaled by alpha / rank")
+    alpha: int = Field(32, ge=1, description="updates are scaled by alpha / rank")
     targets: Literal["all-linear"] | tuple[str, ...] = Field(
         "all-linear",
         description="names of the modules that get one, such as [q_proj, v_proj]; all-linear: every linear layer but the head",
