@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -128,7 +128,7 @@ class Rollouts(Section):
         0,
         ge=0,
         description="rounds before it whose rollouts a round trains on too; their weights are made anew with the policy that "
-        "the round starts from. `weights.truncate` corrects for their age",
+        "the round starts from. `weights.truncate` or `objective.ratio_clip` corrects for their age",
     )
     prompts: int = Field(128, ge=1, description="train prompts per round")
     samples: int = Field(1, ge=1, description="responses per prompt")
@@ -187,16 +187,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 """What a recipe sets where the config says nothing; else the keys' own defaults hold."""
 
 _DIVERGENCE, _PATH = {"direction", "support", "tau", "beta"}, {"clip", "max_unit"}
+_RATIO = {"ratio_clip", "trust_region"}
 READS: dict[str, set[str]] = {
-    "hybrid": _DIVERGENCE | _PATH,
+    "hybrid": _DIVERGENCE | _PATH | _RATIO,
     "simct": {"direction", "unit_score", "tau", "beta", "max_unit"},
     "strict_1to1": _DIVERGENCE,
     "forward_kl": {"support", "tau"},
     "jsd": {"support", "tau", "beta"},
     "kbucket": {"direction", "beta"},
-    "sampled": _PATH,
-    "lightning": _PATH,
-    "iw_opd": _PATH,
+    "sampled": _PATH | _RATIO,
+    "lightning": _PATH | _RATIO,
+    "iw_opd": _PATH | _RATIO,
     "vopd": _PATH,
     "dpca": _PATH,
     "dpca_additive": _PATH,
@@ -249,6 +250,18 @@ class Objective(Section):
     )
     clip: float = Field(
         5.0, gt=0, description="advantages of the sampled path (dpca: of each token) are clipped to +-clip nats"
+    )
+    ratio_clip: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0)]] | None = Field(
+        None,
+        description="[low, high], such as [0.2, 0.28]: the sampled path's loss is PPO's, with r = pi_theta / pi_behavior of a "
+        "unit clipped to 1 - low and 1 + high. It stands in for `weights.truncate`, and the two are refused together, which "
+        "would count r twice. null: no ratio in the loss",
+    )
+    trust_region: float | None = Field(
+        None,
+        gt=0,
+        description="nats; a unit of the sampled path whose |log r| is above it carries no loss, with or without "
+        "`ratio_clip`; null: no limit",
     )
     tau: float = Field(1.0, gt=0, description="temperature of both sides of a renormalised divergence")
     beta: float = Field(
@@ -319,8 +332,9 @@ class Weights(Section):
     truncate: float | None = Field(
         None,
         gt=0,
-        description="truncated importance sampling, a factor min(pi_theta / pi_behavior, truncate) of any scheme's weight; "
-        "matters to `reuse`d rollouts; null: no factor",
+        description="truncated importance sampling, a factor min(pi_theta / pi_behavior, truncate) of any scheme's weight, "
+        "with the pi_theta that the round starts from; matters to `reuse`d and replayed rollouts; not with "
+        "`objective.ratio_clip`, whose loss has the ratio already; null: no factor",
     )
     credit: Literal["immediate", "return_to_go", "discounted", "baseline", "gae", "residual"] = Field(
         "immediate",
@@ -488,6 +502,15 @@ class Config(Section):
             raise ValueError(
                 "`weights.scheme: uniform` makes `objective.recipe: iw_opd` the plain sampled path; weigh by iw_opd, or use "
                 "`recipe: sampled`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_ratio(self) -> "Config":
+        if self.objective.ratio_clip is not None and self.weights.truncate is not None:
+            raise ValueError(
+                f"`objective.ratio_clip` and `weights.truncate: {self.weights.truncate:g}` would both multiply the loss by "
+                "pi_theta / pi_behavior; set one of them to null"
             )
         return self
 

@@ -68,7 +68,7 @@ def main(
             "student": student.ref.identity(),
             "dtype": student.dtype,
             "weights": [weights.manifest.sha256 for _, _, weights in shards],
-            "objective": config.objective.model_dump(),
+            "objective": config.objective.model_dump(mode="json"),
             "train": config.train.model_dump(mode="json", exclude=TRAIN_OPERATION),
             "rounds": config.rollouts.rounds,
             "budget": progress.budget,

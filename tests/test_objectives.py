@@ -44,6 +44,11 @@ class Unit:
     student: float
     teacher: float
     credit_shift: float = 0.0
+    log_ratio: float = 0.0
+
+    @property
+    def behavior(self) -> float:
+        return self.student - self.log_ratio
 
     @property
     def one_to_one(self) -> bool:
@@ -115,7 +120,7 @@ def tensors(units: Sequence[Unit], spare: int = 0) -> tuple[UnitLogps, Batch]:
         s_len=s_len,
         t_len=torch.tensor([u.t_len for u in units]),
         teacher_logp=torch.tensor([u.teacher for u in units], dtype=torch.float64),
-        behavior_logp=torch.tensor([u.student for u in units], dtype=torch.float64),
+        behavior_logp=torch.tensor([u.behavior for u in units], dtype=torch.float64),
         policy_logp=torch.tensor([u.student for u in units], dtype=torch.float64),
         weight=torch.ones(len(units), dtype=torch.float64),
         credit_shift=torch.tensor([u.credit_shift for u in units], dtype=torch.float64),

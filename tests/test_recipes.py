@@ -42,6 +42,11 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("lightning", {}),
     ("lightning", {"clip": 0.3}),
     ("iw_opd", {"clip": 0.7}),
+    ("sampled", {"ratio_clip": (0.2, 0.28)}),
+    ("sampled", {"ratio_clip": (1.0, 1e9), "clip": 0.7}),
+    ("lightning", {"trust_region": 0.5}),
+    ("iw_opd", {"ratio_clip": (0.5, 0.1), "trust_region": 0.8, "max_unit": 2}),
+    ("hybrid", {"ratio_clip": (0.2, 0.28), "trust_region": 0.6}),
     ("vopd", {}),
     ("vopd", {"clip": 0.5, "max_unit": 2}),
     ("dpca", {}),
@@ -104,7 +109,24 @@ def divergence(u: Unit, x: Numbers, config: Objective) -> float:
 
 
 def path(u: Unit, x: Numbers, at: Numbers, config: Objective) -> float:
-    return -clamp(u.teacher - at.unit, config.clip) * x.unit
+    advantage = clamp(u.teacher - at.unit, config.clip)
+    if config.ratio_clip is None:
+        return -advantage * x.unit
+    low, high = config.ratio_clip
+    r = exp(x.unit) / exp(u.behavior)
+    return -min(r * advantage, min(1 + high, max(1 - low, r)) * advantage)
+
+
+def on_path(u: Unit, recipe: str) -> bool:
+    return recipe in ("sampled", "lightning", "iw_opd") or (recipe == "hybrid" and not u.one_to_one)
+
+
+def left_out(u: Unit, config: Objective) -> bool:
+    """Carries no loss for its length, or for how far the policy has moved there."""
+    if config.max_unit is not None and max(u.s_len, u.t_len) > config.max_unit:
+        return True
+    radius = config.trust_region
+    return radius is not None and on_path(u, config.recipe) and abs(u.student - u.behavior) > radius
 
 
 def vopd(u: Unit, x: Numbers, at: Numbers, config: Objective) -> float:
@@ -135,14 +157,21 @@ def cr_opd(u: Unit, x: Numbers, at: Numbers, config: Objective) -> float:
 
 def reference(u: Unit, x: Numbers, at: Numbers, config: Objective) -> float:
     """A unit's loss where the student says `x`; what is detached sees `at`."""
-    if config.max_unit is not None and max(u.s_len, u.t_len) > config.max_unit:
+    if left_out(u, config):
         return 0.0
     special = {"vopd": vopd, "dpca": dpca, "dpca_additive": dpca, "cr_opd": cr_opd}.get(config.recipe)
     if special:
         return special(u, x, at, config)
-    if config.recipe in ("sampled", "lightning", "iw_opd") or (config.recipe == "hybrid" and not u.one_to_one):
+    if on_path(u, config.recipe):
         return path(u, x, at, config)
     return 0.0 if config.recipe in STRICT and not u.one_to_one else divergence(u, x, config)
+
+
+def moved_units(seed: int) -> list[Unit]:
+    """Units that another policy than the student sampled, within and beyond the bounds that the cases set."""
+    units = random_units(seed)
+    log_ratios = np.random.default_rng(seed).normal(0, 0.5, len(units))
+    return [replace(u, log_ratio=log_ratio) for u, log_ratio in zip(units, log_ratios.tolist(), strict=True)]
 
 
 def told(units: Sequence[Unit], seed: int = 0, spare: int = 0) -> tuple[list[Numbers], UnitLogps, Batch]:
@@ -166,7 +195,7 @@ def run(student: UnitLogps, batch: Batch, config: Objective) -> tuple[np.ndarray
 
 @pytest.mark.parametrize(("recipe", "options"), CASES)
 def test_recipe_and_its_gradient_are_the_formula(recipe: str, options: dict[str, Any]) -> None:
-    config, units, h = Objective(recipe=recipe, **options), random_units(seed=21), 1e-6
+    config, units, h = Objective(recipe=recipe, **options), moved_units(seed=21), 1e-6
     numbers, student, batch = told(units)
     loss, (cand, unit, token), used = run(student, batch, config)
     expected = [reference(u, n, n, config) for u, n in zip(units, numbers, strict=True)]
@@ -183,12 +212,11 @@ def test_recipe_and_its_gradient_are_the_formula(recipe: str, options: dict[str,
         np.testing.assert_allclose(ours, slope, rtol=1e-6, atol=1e-7)
         assert not cand[i, slots:].any()
         at_token += u.s_len
-    short = [config.max_unit is None or max(u.s_len, u.t_len) <= config.max_unit for u in units]
-    assert used == [ok and (recipe not in STRICT or u.one_to_one) for ok, u in zip(short, units, strict=True)]
+    assert used == [not left_out(u, config) and (recipe not in STRICT or u.one_to_one) for u in units]
 
 
 def test_the_cases_reach_every_branch() -> None:
-    units = random_units(seed=21)
+    units = moved_units(seed=21)
     assert {recipe for recipe, _ in CASES} == set(RECIPES)
     assert 0 < sum(entropy_of(u) > ENTROPY_THRESHOLD for u in units) < len(units)
     negative = [u for u in units if u.teacher < u.student]
@@ -196,6 +224,11 @@ def test_the_cases_reach_every_branch() -> None:
     choices = [sum(c != u.targets[0] and exp(p) >= 0.1 for c, p in zip(u.ids, u.s_cand, strict=True)) for u in negative]
     assert min(choices) == 0 and max(choices) > 1
     assert {max(u.s_len, u.t_len) for u in units} >= {1, 2, 3}
+    longer = [u for u in units if not u.one_to_one]
+    for gains in (True, False):
+        ratios = [exp(u.log_ratio) for u in longer if (u.teacher > u.student) == gains]
+        assert min(ratios) < 0.8 and max(ratios) > 1.28 and any(0.8 < r < 1.28 for r in ratios)
+    assert 0 < sum(abs(u.log_ratio) > 0.6 for u in longer) < len(longer)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -408,6 +441,51 @@ def test_the_expected_gradient_is_that_of_reverse_kl(recipe: str) -> None:
     np.testing.assert_allclose(ours, exact, rtol=1e-6, atol=1e-6)
 
 
+def test_importance_sampling_from_another_policy_has_the_gradient_of_reverse_kl() -> None:
+    """The ratio without bounds: sum over y of p_b(y) grad loss(y) is exact whatever p_b; without it, it is another one."""
+    logits, teacher, student, batch = every_outcome(seed=28)
+    behavior = torch.from_numpy(np.random.default_rng(29).normal(size=len(logits))).log_softmax(-1)
+    batch = replace(batch, behavior_logp=behavior)
+    s = logits.log_softmax(-1)
+    (exact,) = torch.autograd.grad((s.exp() * (s - teacher)).sum(), logits)
+    errors = {}
+    for ratio_clip in (None, (1.0, 1e9)):
+        loss = losses(student, batch, Objective(recipe="sampled", clip=50.0, ratio_clip=ratio_clip)).loss
+        (ours,) = torch.autograd.grad((behavior.exp() * loss).sum(), logits, retain_graph=True)
+        errors[ratio_clip] = float((ours - exact).abs().max())
+    assert errors[1.0, 1e9] < 1e-12 and errors[None] > 0.05
+
+
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "loss", "slope"),
+    [
+        (2.0, 1.0, -2.0, -2.0),
+        (2.0, 1.2, -2.4, -2.4),
+        (2.0, 1.5, -2.56, 0.0),
+        (2.0, 0.5, -1.0, -1.0),
+        (-2.0, 0.9, 1.8, 1.8),
+        (-2.0, 0.5, 1.6, 0.0),
+        (-2.0, 3.0, 6.0, 6.0),
+        (2.0, exp(500), -2.56, 0.0),
+        (-2.0, exp(-500), 1.6, 0.0),
+        (2.0, exp(-500), -2 * exp(-20), 0.0),
+        (-2.0, exp(500), 2 * exp(20), 0.0),
+    ],
+)
+def test_ratio_clipping_is_pinned(advantage: float, ratio: float, loss: float, slope: float) -> None:
+    """With low .2 and high .28; slopes are in log p_S, so that they are r A where nothing is clipped."""
+    s = torch.tensor([-3.0], dtype=torch.float64, requires_grad=True)
+    found = objectives.ratio_clipped(s, s.detach() + advantage, s.detach() - log(ratio), 5.0, 0.2, 0.28)
+    (gradient,) = torch.autograd.grad(found.sum(), s)
+    assert found.item() == pytest.approx(loss, rel=1e-12) and gradient.item() == pytest.approx(slope, rel=1e-12)
+
+
+def test_a_trust_region_is_as_wide_either_way() -> None:
+    s = torch.tensor([-1.0, -1.0, -1.0, -1.0, -1.0])
+    b = torch.tensor([-1.0, -0.49, -0.51, -1.49, -1.51])
+    assert objectives.outside_trust_region(s, b, 0.5).tolist() == [False, True, False, False, True]
+
+
 def test_the_baseline_centres_the_advantage() -> None:
     _, teacher, student, _ = every_outcome(seed=27)
     s = student.unit.detach().requires_grad_()
@@ -437,7 +515,9 @@ def test_a_models_gradient_is_finite(recipe: str, options: dict[str, Any], tmp_p
     """Float32 from a forward pass to the weights."""
     model, stop = tiny.model(), torch.from_numpy(tiny.STOP.astype("int64"))
     batch = next(batches(tiny.shards(tmp_path), 6, 1000, 1, range(1))).parts[0]
-    scored = losses(unit_logps(model, batch, stop), batch, Objective(recipe=recipe, **options))
+    student = unit_logps(model, batch, stop)
+    near = student.unit.detach() + torch.linspace(-1, 1, len(student.unit))  # within and beyond a trust region
+    scored = losses(student, replace(batch, behavior_logp=near), Objective(recipe=recipe, **options))
     assert scored.loss.shape == scored.used.shape == batch.unit_row.shape
     assert not scored.loss[~scored.used].any()
     gradients = torch.autograd.grad(scored.loss.sum(), list(model.parameters()))
@@ -485,6 +565,11 @@ MINIMAL: dict[str, Any] = {"prompts": {"source": "p.jsonl"}, "student": {"model"
         ({"recipe": "jsd", "clip": 3}, "`clip: 3.0` means nothing to `recipe: jsd`"),
         ({"recipe": "hybrid", "beta": 0.1}, "`beta: 0.1` is of `direction: jsd`"),
         ({"recipe": "jsd", "beta": 1.0}, "`objective.beta`: input should be less than 1"),
+        ({"recipe": "vopd", "ratio_clip": [0.2, 0.28]}, "`ratio_clip: (0.2, 0.28)` means nothing to `recipe: vopd`"),
+        ({"recipe": "simct", "trust_region": 1}, "`trust_region: 1.0` means nothing to `recipe: simct`"),
+        ({"recipe": "sampled", "ratio_clip": [1.5, 2]}, "`objective.ratio_clip.0`: input should be less than or equal"),
+        ({"recipe": "sampled", "ratio_clip": [0.2]}, "`objective.ratio_clip.1` is missing"),
+        ({"recipe": "sampled", "trust_region": 0}, "`objective.trust_region`: input should be greater than 0"),
         ({"recipe": "hybrid", "tau": 0}, "`objective.tau`: input should be greater than 0"),
     ],
 )
@@ -492,6 +577,16 @@ def test_combinations_without_meaning_are_refused_by_name(objective: dict[str, A
     with pytest.raises(OpdError) as caught:
         parse_config({**MINIMAL, "objective": objective}, "my.yaml")
     assert message in str(caught.value)
+
+
+def test_the_ratio_counts_once() -> None:
+    both = {"objective": {"recipe": "sampled", "ratio_clip": [0.2, 0.28]}, "weights": {"truncate": 2}}
+    with pytest.raises(
+        OpdError, match=r"`objective.ratio_clip` and `weights.truncate: 2` would both multiply the loss"
+    ):
+        parse_config(MINIMAL | both, "my.yaml")
+    region = {"objective": {"recipe": "sampled", "trust_region": 1}, "weights": {"truncate": 2}}
+    assert parse_config(MINIMAL | region, "my.yaml").objective.trust_region == 1
 
 
 def test_iw_opd_needs_weights() -> None:

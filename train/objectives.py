@@ -3,14 +3,15 @@
 Shapes: U units, K candidate slots (padded with -inf on the teacher's side and masked out), R student tokens. Log-probs are in
 nats, natural log. Gradients flow through the student only; the teacher's tensors come from disk and carry none.
 
-Not here, because a batch lacks what they need: PPO's ratio clipping and trust regions (behaviour log-probs), ExOPD (those of a
-reference policy).
+Not here, because a batch lacks what it needs, the log-probs of a reference policy: ExOPD.
 """
 
 from math import log, log1p
 from typing import Literal
 
 import torch
+
+from train.staleness import MAX_LOG_RATIO
 
 KLDirection = Literal["reverse", "forward"]
 
@@ -25,6 +26,36 @@ def clipped_sampled_path(student_logp: torch.Tensor, teacher_logp: torch.Tensor,
     """
     advantage = (teacher_logp - student_logp.detach()).clamp(-clip, clip)
     return -advantage * student_logp
+
+
+def ratio_clipped(
+    student_logp: torch.Tensor,
+    teacher_logp: torch.Tensor,
+    behavior_logp: torch.Tensor,
+    clip: float,
+    low: float,
+    high: float,
+) -> torch.Tensor:
+    """PPO's surrogate of the sampled path: -min(r A, clamp(r, 1 - low, 1 + high) A), r = p_S / p_behavior of the unit.
+
+    PPO eq. 7 (arXiv 1707.06347); two bounds as in the code of DPCA (arXiv 2606.09456; low .2, high .28). A is
+    `clipped_sampled_path`'s and detached. Without bounds the gradient is r times that one's; a unit with A > 0 has none once
+    r > 1 + high, one with A < 0 none once r < 1 - low: what was gained since the sampling is enough. Only
+    MAX_LOG_RATIO bounds the loss of a unit with A < 0 that has become likelier; `outside_trust_region` leaves it out.
+
+    Args:
+        student_logp, teacher_logp, behavior_logp: (U,), of the realised unit; the last under the policy that sampled it.
+    Returns:
+        (U,).
+    """
+    advantage = (teacher_logp - student_logp.detach()).clamp(-clip, clip)
+    ratio = (student_logp - behavior_logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+
+
+def outside_trust_region(student_logp: torch.Tensor, behavior_logp: torch.Tensor, radius: float) -> torch.Tensor:
+    """Units whose |log p_S - log p_behavior| is above `radius` nats: a trust region by masking. (U,) x (U,) -> bool (U,)."""
+    return (student_logp.detach() - behavior_logp).abs() > radius
 
 
 def vopd(student_logp: torch.Tensor, teacher_logp: torch.Tensor, kl: torch.Tensor, clip: float) -> torch.Tensor:

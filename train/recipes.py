@@ -47,10 +47,14 @@ def losses(student: UnitLogps, batch: Batch, config: Objective) -> Scored:
     else:
         single, longer = recipe.single(student, batch, config, one), recipe.longer(student, batch, config, ~one)
         scored = Scored(torch.where(one, single, longer), every)
-    if config.max_unit is None:
-        return scored
-    short = torch.maximum(batch.s_len, batch.t_len) <= config.max_unit
-    return Scored(torch.where(short, scored.loss, 0.0), scored.used & short)
+    kept = every
+    if config.max_unit is not None:
+        kept = kept & (torch.maximum(batch.s_len, batch.t_len) <= config.max_unit)
+    if config.trust_region is not None:
+        on_path = every if recipe.single is _path else ~one
+        outside = objectives.outside_trust_region(student.unit, batch.behavior_logp, config.trust_region)
+        kept = kept & ~(on_path & outside)
+    return Scored(torch.where(kept, scored.loss, 0.0), scored.used & kept)
 
 
 def one_to_one(batch: Batch) -> torch.Tensor:
@@ -93,7 +97,10 @@ def _divergence(s: torch.Tensor, t: torch.Tensor, config: Objective, cand_logp: 
 
 def _path(student: UnitLogps, batch: Batch, config: Objective, _: torch.Tensor) -> torch.Tensor:
     # The unit's own advantage under the model as it is now, and what credit assignment added when the weights were made.
-    return objectives.clipped_sampled_path(student.unit, batch.teacher_logp + batch.credit_shift, config.clip)
+    teacher = batch.teacher_logp + batch.credit_shift
+    if config.ratio_clip is None:
+        return objectives.clipped_sampled_path(student.unit, teacher, config.clip)
+    return objectives.ratio_clipped(student.unit, teacher, batch.behavior_logp, config.clip, *config.ratio_clip)
 
 
 def _vopd(student: UnitLogps, batch: Batch, config: Objective, _: torch.Tensor) -> torch.Tensor:
