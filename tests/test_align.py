@@ -72,6 +72,7 @@ def test_same_tokenizer_gives_only_one_to_one(sides: tuple[Side, Side]) -> None:
         assert kinds <= {"1:1", "masked"}
 
 
+@pytest.mark.slow
 def test_align_prints_json_for_text_file_and_lines(smollm2: Any, gemma3: Any, tmp_path: Path) -> None:
     pair = ("--teacher", gemma3.ref.path, "--student", smollm2.ref.path)
     one = json.loads(opd("align", *pair, "--text", "naïve <|im_end|> 42", "--json"))
