@@ -133,6 +133,7 @@ def fake_scores(names: pa.Array, teacher: Any, side: Side, k: int = 20) -> pa.Ta
         "byte_end": byte_end,
         "token_id": token_id,
         **dict.fromkeys(("logp", "entropy", "stop_logp", "tail_logp"), logp),
+        "log_z": pa.nulls(rows, pa.float32()),
         "cand_id": pa.ListArray.from_arrays(lists, pa.array(rng.integers(0, len(side.tokens), rows * k, np.int32))),
         "cand_logp": pa.ListArray.from_arrays(lists, pa.array(-rng.random(rows * k, np.float32))),
     }

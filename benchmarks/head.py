@@ -51,7 +51,7 @@ def whole(model: Any, batch: Batch, stop: torch.Tensor) -> UnitLogps:
 
     token = pick(torch.arange(len(logits)), batch.targets)
     unit = torch.zeros(len(batch.unit_row)).index_add(0, batch.token_unit, token)
-    return UnitLogps(token, unit, pick(batch.unit_row[:, None].expand_as(batch.cand_id), batch.cand_id))
+    return UnitLogps(token, unit, pick(batch.unit_row[:, None].expand_as(batch.cand_id), batch.cand_id), log_z)
 
 
 def student() -> Any:
@@ -92,6 +92,7 @@ def batch_of(tokens: int) -> Batch:
         "s_len": np.tile(s_len, responses),
         "t_len": np.tile(s_len, responses),
         "teacher_logp": np.log(share[:, -1]).astype(np.float32),
+        "t_log_z": np.full(units, np.nan, np.float32),
         "behavior_logp": np.log(share[:, -1]).astype(np.float32),
         "policy_logp": np.log(share[:, -1]).astype(np.float32),
         "weight": (1 + rng.random(units) / 2).astype(np.float32),

@@ -21,6 +21,7 @@ class Scores:
     Attributes:
         logp: float32 (rows,), log-prob of the realised token; of stopping in end rows.
         entropy, stop_logp, tail_logp: float32 (rows,), see schema `scores`.
+        log_z: float32 (rows,), log of the normaliser: what a log-prob lacks to the logit that the head gives.
         cand_id, cand_logp: int32 and float32 (kept,), flat; the likeliest of a row, then those asked for.
         cand_count: int64 (rows,), candidates kept in each row.
     """
@@ -29,6 +30,7 @@ class Scores:
     entropy: np.ndarray
     stop_logp: np.ndarray
     tail_logp: np.ndarray
+    log_z: np.ndarray
     cand_id: np.ndarray
     cand_logp: np.ndarray
     cand_count: np.ndarray
@@ -189,6 +191,7 @@ def _score_chunk(
         "entropy": entropy.cpu().numpy(),
         "stop_logp": stop_logp.cpu().numpy(),
         "tail_logp": tail_logp.float().cpu().numpy(),
+        "log_z": log_z.cpu().numpy(),
         "cand_id": cand_id[keep].int().cpu().numpy(),
         "cand_logp": cand_logp[keep].cpu().numpy(),
         "cand_count": keep.sum(1).cpu().numpy(),

@@ -53,9 +53,15 @@ def student_view(
     kind[halted_before[at] > halted_before[t_row_start[units.row]]] = MASKED
 
     masked = kind == MASKED
-    total = np.concatenate([[0.0], np.cumsum(logp)])
-    t_rows = np.where(kind == STOP, 1, units.t_len)
-    teacher_logp = total[at + np.where(masked, 0, t_rows)] - total[at]
+    t_rows = np.where(masked, 0, np.where(kind == STOP, 1, units.t_len))
+
+    def sums(values: np.ndarray) -> np.ndarray:
+        """Over each unit's teacher tokens."""
+        total = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
+        return total[at + t_rows] - total[at]
+
+    log_z = scores["log_z"].to_numpy()  # NaN where it is null
+    t_log_z = sums(log_z) / np.maximum(t_rows, 1) - log_z[at]
     cand_id, cand_logp, dropped_logp = _candidates(scores, at, masked, pairs, student_stop)
     columns = {
         "rollout_id": rollouts["rollout_id"].combine_chunks().take(pa.array(units.row)),
@@ -65,7 +71,8 @@ def student_view(
             name: pa.array(getattr(units, name), pa.int32())
             for name in ("s_start", "s_len", "t_start", "t_len", "byte_start", "byte_end")
         },
-        "teacher_logp": pa.array(teacher_logp, pa.float32(), mask=masked),
+        "teacher_logp": pa.array(sums(logp), pa.float32(), mask=masked),
+        "t_log_z": pa.array(t_log_z, pa.float32(), mask=masked | np.isnan(t_log_z)),
         "cand_id": cand_id,
         "cand_logp": cand_logp,
         "tail_logp": pa.array(scores["tail_logp"].to_numpy()[at], pa.float32(), mask=masked),

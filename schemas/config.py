@@ -152,6 +152,11 @@ class Scores(Section):
     min_p: float = Field(0.0005, ge=0, lt=1, description="candidates are kept that are at least so likely,")
     mass: float = Field(1.0, gt=0, le=1, description="until they hold this much of the mass,")
     k_max: int = Field(128, ge=1, description="but never more than this many")
+    log_z: bool = Field(
+        False,
+        description="keep the teacher's log Z at each token too, 4 bytes: what `objective.recipe: simct_released` needs beside "
+        "log-probs",
+    )
     batch_tokens: int = Field(4096, ge=1, description="padded tokens per forward pass")
 
 
@@ -177,6 +182,7 @@ class Coverage(Section):
 
 
 PRESETS: dict[str, dict[str, Any]] = {
+    "simct_released": {"unit_score": "mean_logit"},
     "forward_kl": {"direction": "forward"},
     "jsd": {"direction": "jsd"},
     "kbucket": {"support": "bucket"},
@@ -190,7 +196,8 @@ _DIVERGENCE, _PATH = {"direction", "support", "tau", "beta"}, {"clip", "max_unit
 _RATIO = {"ratio_clip", "trust_region"}
 READS: dict[str, set[str]] = {
     "hybrid": _DIVERGENCE | _PATH | _RATIO,
-    "simct": {"direction", "unit_score", "tau", "beta", "max_unit"},
+    "simct": {"direction", "unit_score", "mask_first", "tau", "beta", "max_unit"},
+    "simct_released": {"direction", "mask_first", "tau", "beta", "max_unit"},
     "strict_1to1": _DIVERGENCE,
     "forward_kl": {"support", "tau"},
     "jsd": {"support", "tau", "beta"},
@@ -215,6 +222,7 @@ class Objective(Section):
     recipe: Literal[
         "hybrid",
         "simct",
+        "simct_released",
         "strict_1to1",
         "forward_kl",
         "jsd",
@@ -229,7 +237,8 @@ class Objective(Section):
     ] = Field(
         "hybrid",
         description="hybrid: KL on 1:1 and stop units, sampled path on the rest | simct: KL over shared tokens and the "
-        "realised unit, everywhere | strict_1to1: KL on 1:1 and stop units only | forward_kl, jsd, kbucket: strict_1to1 "
+        "realised unit, everywhere | simct_released: simct with `unit_score: mean_logit`, as in its authors' code, needs "
+        "`scores.log_z` | strict_1to1: KL on 1:1 and stop units only | forward_kl, jsd, kbucket: strict_1to1 "
         "with `direction: forward`, `direction: jsd`, `support: bucket` | sampled: the sampled path everywhere | lightning: "
         "sampled with `clip: 10` (Lightning OPD; its paper has `weights.scheme: uniform`) | iw_opd: sampled, and "
         "`weights.scheme` must weigh | vopd: sampled less the KL as a baseline | dpca, dpca_additive: sampled, a unit's "
@@ -242,8 +251,14 @@ class Objective(Section):
         description="reverse: KL(student || teacher) | forward: the other way | jsd: generalised Jensen-Shannon | "
         "entropy_gated: forward where the teacher's entropy over candidates and rest is above 0.8 nats, else reverse",
     )
-    unit_score: Literal["mean", "sum"] = Field(
-        "mean", description="score of an n:m unit (SimCT): mean or sum of log-probs"
+    unit_score: Literal["mean", "sum", "mean_logit"] = Field(
+        "mean",
+        description="score of an n:m unit (SimCT): mean or sum of log-probs, or mean of raw logits (needs `scores.log_z`)",
+    )
+    mask_first: bool = Field(
+        False,
+        description="simct: take the first student token of an n:m unit out of the shared candidates; false: as in the "
+        "authors' code it is a candidate beside the unit that it starts, and so counts twice",
     )
     support: Literal["renormalise", "bucket"] = Field(
         "renormalise", description="candidates renormalised (SimCT), or all else as one more class (a bound of full KL)"
@@ -282,9 +297,9 @@ class Objective(Section):
 
     @model_validator(mode="after")
     def _bucket_needs_a_distribution(self) -> "Objective":
-        if self.support == "bucket" and self.recipe == "simct":
+        if self.support == "bucket" and self.recipe in ("simct", "simct_released"):
             raise ValueError(
-                "`support: bucket` does not go with `recipe: simct`: at longer units the candidates already hold the "
+                f"`support: bucket` does not go with `recipe: {self.recipe}`: at longer units the candidates already hold the "
                 "realised unit's mass, so the classes overlap; use hybrid or strict_1to1"
             )
         return self
@@ -511,6 +526,15 @@ class Config(Section):
             raise ValueError(
                 f"`objective.ratio_clip` and `weights.truncate: {self.weights.truncate:g}` would both multiply the loss by "
                 "pi_theta / pi_behavior; set one of them to null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _raw_logits_need_log_z(self) -> "Config":
+        if self.objective.unit_score == "mean_logit" and not self.scores.log_z:
+            raise ValueError(
+                f"`objective.recipe: {self.objective.recipe}` with `unit_score: mean_logit` scores units by raw logits, which "
+                "take the teacher's log Z beside its log-probs: set `scores.log_z: true`"
             )
         return self
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-FORMAT = 2
+FORMAT = 3
 """Version of the on-disk contracts; a shard of another version is refused."""
 
 

@@ -115,6 +115,13 @@ SCORES = (
         encoding=SPLIT,
     ),
     Column(
+        "log_z",
+        pa.float32(),
+        "nats, log of the teacher's normaliser: a raw logit is its log-prob and this; null when not asked for (`scores.log_z`)",
+        nullable=True,
+        encoding=SPLIT,
+    ),
+    Column(
         "cand_id",
         _list(pa.int32()),
         "teacher ids of the kept candidates, by falling log-prob; no stop tokens",
@@ -142,6 +149,14 @@ UNITS = (
         "teacher_logp",
         pa.float32(),
         "nats, sum of the teacher's log-probs over the unit; null when masked",
+        nullable=True,
+        encoding=SPLIT,
+    ),
+    Column(
+        "t_log_z",
+        pa.float32(),
+        "nats, mean of the teacher's log Z over the unit's tokens less that at its start: what its mean raw logit is above its "
+        "mean log-prob, on the scale of the candidates; null when masked or when the scores lack `log_z`",
         nullable=True,
         encoding=SPLIT,
     ),

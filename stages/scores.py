@@ -93,7 +93,7 @@ class Job:
             "dtype": self.teacher.dtype,
             "prompt": self.renderer.identity,
             "stop_ids": self.teacher.stop.tolist(),
-            "scores": scores.model_dump(include={"support", "mass", "k_max", "min_p"}),
+            "scores": scores.model_dump(include={"support", "mass", "k_max", "min_p", "log_z"}),
         }
 
     @cached_property
@@ -169,7 +169,7 @@ class Job:
                         self.asked(group, spelling),
                         advance,
                     )
-                    table = _table(group["rollout_id"], spelling, scored)
+                    table = _table(group["rollout_id"], spelling, scored, scores.log_z)
                     writer.write(table)
                     for at in samples[(samples >= first) & (samples < first + len(group))] - first:
                         row = int(spelling.offsets[at] + at)
@@ -214,7 +214,7 @@ class Job:
         return longest
 
 
-def _table(names: pa.ChunkedArray, spelling: Spelling, scored: Scores) -> pa.Table:
+def _table(names: pa.ChunkedArray, spelling: Spelling, scored: Scores, log_z: bool) -> pa.Table:
     """Rows of schema `scores`: each response's tokens, then its end row. Ends past the exact spelling become -1."""
     counts = np.diff(spelling.offsets)
     ends = np.where(spelling.ends <= np.repeat(spelling.exact, counts), spelling.ends, -1)
@@ -241,6 +241,7 @@ def _table(names: pa.ChunkedArray, spelling: Spelling, scored: Scores) -> pa.Tab
         "token_id": token_id,
         "logp": scored.logp,
         **{name: rounded(getattr(scored, name), STATISTIC_BITS) for name in ("entropy", "stop_logp", "tail_logp")},
+        "log_z": pa.array(scored.log_z) if log_z else pa.nulls(rows, pa.float32()),
         "cand_id": pa.ListArray.from_arrays(lists, pa.array(cand_id), type=schema.field("cand_id").type),
         "cand_logp": pa.ListArray.from_arrays(lists, pa.array(cand_logp), type=schema.field("cand_logp").type),
     }

@@ -12,8 +12,8 @@ import typer
 from filelock import FileLock
 
 from pipeline.lm import check_head
-from pipeline.shards import open_shard, write_text
-from schemas.config import TRAIN_OPERATION, Config
+from pipeline.shards import Shard, open_shard, write_text
+from schemas.config import TRAIN_OPERATION, Config, Objective
 from schemas.errors import OpdError
 from schemas.outcome import Outcome
 from stages import console, layout
@@ -198,6 +198,15 @@ def detail(figures: dict[str, float]) -> str:
     )
 
 
+def check_log_z(objective: Objective, units: Shard) -> None:
+    """Raise OpdError when the objective reads raw logits, and the scores, another run's perhaps, have no log Z."""
+    if objective.unit_score == "mean_logit" and not units.manifest.identity["log_z"]:
+        raise OpdError(
+            f"{units.path}: `objective.unit_score: mean_logit` reads the column t_log_z, which is null here: the scores were "
+            "made without `scores.log_z: true`; score these rollouts with it, or choose another `objective.recipe`"
+        )
+
+
 def open_shards(config: Config, phase: str) -> list[Triple]:
     """The rollouts, units and weights of a phase, each checked against the one it was made from."""
     triples = []
@@ -205,6 +214,7 @@ def open_shards(config: Config, phase: str) -> list[Triple]:
         rollouts = open_shard(layout.shard_path(config, phase, "rollouts", number), "rollouts")
         made_from = {"rollouts": rollouts.manifest.sha256}
         units = open_shard(layout.shard_path(config, phase, "units", number), "units", inputs=made_from)
+        check_log_z(config.objective, units)
         weights = open_shard(
             layout.shard_path(config, phase, "weights", number),
             "weights",

@@ -24,6 +24,7 @@ def main(phase: PhaseOption, shard: ShardOption = 0, config_file: ConfigOption =
     identity = {
         "student_vocabulary": student.vocabulary_shard.manifest.sha256,
         "teacher_vocabulary": scorer.vocabulary_shard.manifest.sha256,
+        "log_z": scores.manifest.identity["scores"]["log_z"],
     }
     inputs = {"rollouts": rollouts.manifest.sha256, "scores": scores.manifest.sha256}
     counts: dict[str, int] = {}

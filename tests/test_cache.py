@@ -334,6 +334,7 @@ def test_rows_are_complete(scored: ScoredRun) -> None:
     table = open_shard(scored.shard(2), "scores").read().to_pylist()
     assert {row["token_id"] >= 0 for row in table} == {True, False}
     for row in table:
+        assert row["log_z"] is None  # nobody asked for it
         kept = np.array(row["cand_logp"])
         assert (np.diff(kept) <= 0).all() and len(kept) <= 20
         held = np.exp(kept).sum() + np.exp(row["stop_logp"]) + np.exp(row["tail_logp"])
@@ -348,7 +349,7 @@ def test_rows_are_complete(scored: ScoredRun) -> None:
 def test_the_students_own_candidates_are_kept(
     support: str, smollm2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = ScoredRun(tmp_path, smollm2.ref.path, shards=1, support=support, k_max=4).make(monkeypatch)
+    run = ScoredRun(tmp_path, smollm2.ref.path, shards=1, support=support, k_max=4, log_z=True).make(monkeypatch)
     stop = set(smollm2.stop().tolist())
     rows = iter(open_shard(run.shard(0), "scores").read().to_pylist())
     sampled = open_shard(run.shard(0, "rollouts"), "rollouts").read().to_pylist()
@@ -363,6 +364,7 @@ def test_the_students_own_candidates_are_kept(
         if not stopped:
             assert len(next(rows)["cand_id"]) == (4 if support == "union" else 0)  # nothing was asked at the cut
     assert next(rows, None) is None
+    assert None not in open_shard(run.shard(0), "scores").read()["log_z"].to_pylist()
     assert max(sizes) <= 4 and (support == "student" or max(sizes) > 0)
 
 

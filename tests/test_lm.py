@@ -69,8 +69,11 @@ def model_of(name: str) -> Any:
 
 def next_logps(model: Any, ids: np.ndarray) -> np.ndarray:
     """float64 (len(ids), vocab): one sequence alone, no padding, no cache, the model's own head."""
-    logits = model(input_ids=torch.from_numpy(np.asarray(ids, np.int64))[None], use_cache=False).logits[0]
-    return logits.double().log_softmax(-1).numpy()
+    return next_logits(model, ids).log_softmax(-1).numpy()
+
+
+def next_logits(model: Any, ids: np.ndarray) -> torch.Tensor:
+    return model(input_ids=torch.from_numpy(np.asarray(ids, np.int64))[None], use_cache=False).logits[0].double()
 
 
 def log_sum_exp(x: np.ndarray) -> float:
@@ -194,8 +197,10 @@ def naive_scores(
     """Every row of `score`, from whole forwards and sums over the whole vocabulary in float64."""
     rows = []
     for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        logps = next_logps(model, np.concatenate([prompt, response]))[len(prompt) - 1 :]
-        for at, (logp, realised) in enumerate(zip(logps, [*response.tolist(), None], strict=True)):
+        logits = next_logits(model, np.concatenate([prompt, response]))[len(prompt) - 1 :].numpy()
+        for at, (row, realised) in enumerate(zip(logits, [*response.tolist(), None], strict=True)):
+            log_z = log_sum_exp(row)
+            logp = row - log_z
             p, stop = np.exp(logp), log_sum_exp(logp[STOP])
             held, kept = math.exp(stop), []
             for i in sorted(set(range(VOCAB)) - set(STOP.tolist()), key=lambda i: -logp[i]):
@@ -211,6 +216,7 @@ def naive_scores(
                     "logp": stop if realised is None else logp[realised],
                     "entropy": -(p * logp).sum(),
                     "stop_logp": stop,
+                    "log_z": log_z,
                     "tail": p[rest].sum(),
                     "cand_id": kept,
                     "cand_logp": logp[kept],
@@ -221,7 +227,7 @@ def naive_scores(
 
 
 def assert_scores(scores: Scores, expected: Sequence[dict[str, Any]]) -> None:
-    for name in ("logp", "entropy", "stop_logp"):
+    for name in ("logp", "entropy", "stop_logp", "log_z"):
         np.testing.assert_allclose(getattr(scores, name), [row[name] for row in expected], atol=1e-5, rtol=1e-5)
     # Mass, not its log: what rounding leaves of 1 has no digits of its own.
     np.testing.assert_allclose(np.exp(scores.tail_logp), [row["tail"] for row in expected], atol=2e-6)

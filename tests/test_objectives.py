@@ -18,7 +18,7 @@ from train.policy import UnitLogps
 from train.recipes import Scored, losses
 from train.stream import Batch
 
-INF = float("inf")
+INF, NAN = float("inf"), float("nan")
 DIRECTIONS, SUPPORTS, SCORES = ("reverse", "forward"), ("renormalise", "bucket"), ("mean", "sum")
 RECIPES = ("hybrid", "simct", "strict_1to1", "sampled")
 KL = {"renormalise": objectives.support_kl, "bucket": objectives.bucket_kl}
@@ -45,6 +45,7 @@ class Unit:
     teacher: float
     credit_shift: float = 0.0
     log_ratio: float = 0.0
+    t_log_z: tuple[float, ...] = ()
 
     @property
     def behavior(self) -> float:
@@ -92,8 +93,9 @@ def random_unit(rng: np.random.Generator, kind: str, vocab: int = 12) -> Unit:
 
 
 def random_units(seed: int, each: int = 6) -> list[Unit]:
-    rng = np.random.default_rng(seed)
+    rng, log_z = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     units = [random_unit(rng, kind) for kind in KINDS for _ in range(each)]
+    units = [replace(u, t_log_z=tuple(log_z.normal(20, 1, u.t_len).tolist())) for u in units]
     return [units[i] for i in rng.permutation(len(units))]
 
 
@@ -120,6 +122,7 @@ def tensors(units: Sequence[Unit], spare: int = 0) -> tuple[UnitLogps, Batch]:
         s_len=s_len,
         t_len=torch.tensor([u.t_len for u in units]),
         teacher_logp=torch.tensor([u.teacher for u in units], dtype=torch.float64),
+        t_log_z=torch.tensor([sum(u.t_log_z) / u.t_len - u.t_log_z[0] if u.t_log_z else NAN for u in units]).double(),
         behavior_logp=torch.tensor([u.behavior for u in units], dtype=torch.float64),
         policy_logp=torch.tensor([u.student for u in units], dtype=torch.float64),
         weight=torch.ones(len(units), dtype=torch.float64),
@@ -129,7 +132,8 @@ def tensors(units: Sequence[Unit], spare: int = 0) -> tuple[UnitLogps, Batch]:
         responses=(),
     )
     unit = torch.tensor([u.student for u in units], dtype=torch.float64, requires_grad=True)
-    return UnitLogps(torch.zeros(int(s_len.sum())), unit, student.requires_grad_()), batch
+    tokens = int(s_len.sum())
+    return UnitLogps(torch.zeros(tokens), unit, student.requires_grad_(), torch.full((tokens,), NAN)), batch
 
 
 def plain_kl(p: Sequence[float], q: Sequence[float]) -> float:
@@ -253,7 +257,7 @@ def test_whole_vocabulary_as_candidates_is_exact_kl(
         "teacher_logp": teacher[pick],
     }
     scored = losses(
-        UnitLogps(student[pick], student[pick], student),
+        UnitLogps(student[pick], student[pick], student, torch.full((units,), NAN)),
         Batch(**vars(batch) | full),
         objective(recipe, direction, support=support),
     )

@@ -12,10 +12,12 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_objectives import INF, Unit, plain_kl, random_distribution, random_unit, random_units, tensors
+from test_objectives import INF, NAN, Unit, plain_kl, random_distribution, random_unit, random_units, tensors
 
+from pipeline.shards import open_shard, open_writer
 from schemas.config import PRESETS, READS, Config, Objective, parse_config
 from schemas.errors import OpdError
+from stages.train import check_log_z
 from train import objectives
 from train.policy import UnitLogps, unit_logps
 from train.recipes import RECIPES, losses
@@ -38,6 +40,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("hybrid", {"direction": "entropy_gated", "tau": 1.5}),
     ("simct", {"direction": "jsd", "tau": 0.5}),
     ("simct", {"direction": "entropy_gated", "unit_score": "sum", "max_unit": 2}),
+    ("simct", {"direction": "jsd", "mask_first": True}),
+    ("simct", {"unit_score": "mean_logit", "max_unit": 2}),
+    ("simct_released", {}),
+    ("simct_released", {"direction": "forward", "tau": 2.0, "mask_first": True}),
     ("sampled", {"max_unit": 1}),
     ("lightning", {}),
     ("lightning", {"clip": 0.3}),
@@ -68,12 +74,13 @@ class Numbers:
     cand: tuple[float, ...]
     unit: float
     tokens: tuple[float, ...]
+    log_z: tuple[float, ...]
 
     def moved(self, i: int, by: float) -> "Numbers":
-        flat = [*self.cand, self.unit, *self.tokens]
+        flat = [*self.cand, self.unit, *self.tokens, *self.log_z]
         flat[i] += by
-        k = len(self.cand)
-        return Numbers(tuple(flat[:k]), flat[k], tuple(flat[k + 1 :]))
+        k, n = len(self.cand), len(self.tokens)
+        return Numbers(tuple(flat[:k]), flat[k], tuple(flat[k + 1 : k + 1 + n]), tuple(flat[k + 1 + n :]))
 
 
 def clamp(value: float, clip: float) -> float:
@@ -95,11 +102,17 @@ def entropy_of(u: Unit) -> float:
 
 
 def divergence(u: Unit, x: Numbers, config: Objective) -> float:
-    s, t = list(x.cand), list(u.t_cand)
+    kept = [i for i, c in enumerate(u.ids) if u.one_to_one or not config.mask_first or c != u.targets[0]]
+    s, t = [x.cand[i] for i in kept], [u.t_cand[i] for i in kept]
+    realised = [x.unit], [u.teacher]
+    if config.unit_score != "sum":
+        realised = [x.unit / u.s_len], [u.teacher / u.t_len]
+    if config.unit_score == "mean_logit":
+        # Raw logits all of them: the candidates' too, which share the first log Z.
+        s, t = [c + x.log_z[0] for c in s], [c + u.t_log_z[0] for c in t]
+        realised = [(x.unit + sum(x.log_z)) / u.s_len], [(u.teacher + sum(u.t_log_z)) / u.t_len]
     if not (u.one_to_one and u.targets[0] in u.ids):
-        mean = config.unit_score == "mean"
-        s.append(x.unit / u.s_len if mean else x.unit)
-        t.append(u.teacher / u.t_len if mean else u.teacher)
+        s, t = s + realised[0], t + realised[1]
     p_s, p_t = classes(s, config), classes(t, config)
     if config.direction == "jsd":
         middle = [config.beta * b + (1 - config.beta) * a for a, b in zip(p_s, p_t, strict=True)]
@@ -179,16 +192,25 @@ def told(units: Sequence[Unit], seed: int = 0, spare: int = 0) -> tuple[list[Num
     rng = np.random.default_rng(seed)
     student, batch = tensors(units, spare)
     numbers = [
-        Numbers(u.s_cand, u.student, tuple((u.student * random_distribution(rng, u.s_len)).tolist())) for u in units
+        Numbers(
+            u.s_cand,
+            u.student,
+            tuple((u.student * random_distribution(rng, u.s_len)).tolist()),
+            tuple(rng.normal(18, 1, u.s_len).tolist()),
+        )
+        for u in units
     ]
-    token = torch.tensor([t for n in numbers for t in n.tokens], dtype=torch.float64, requires_grad=True)
+    token, log_z = (
+        torch.tensor([t for n in numbers for t in getattr(n, name)], dtype=torch.float64, requires_grad=True)
+        for name in ("tokens", "log_z")
+    )
     of_token = torch.repeat_interleave(torch.arange(len(units)), batch.s_len)
-    return numbers, replace(student, token=token), replace(batch, token_unit=of_token)
+    return numbers, replace(student, token=token, log_z=log_z), replace(batch, token_unit=of_token)
 
 
 def run(student: UnitLogps, batch: Batch, config: Objective) -> tuple[np.ndarray, list[np.ndarray], list[bool]]:
     scored = losses(student, batch, config)
-    leaves = (student.cand, student.unit, student.token)
+    leaves = (student.cand, student.unit, student.token, student.log_z)
     slopes = torch.autograd.grad(scored.loss.sum(), leaves, materialize_grads=True)
     return scored.loss.detach().numpy(), [g.numpy() for g in slopes], scored.used.tolist()
 
@@ -197,18 +219,19 @@ def run(student: UnitLogps, batch: Batch, config: Objective) -> tuple[np.ndarray
 def test_recipe_and_its_gradient_are_the_formula(recipe: str, options: dict[str, Any]) -> None:
     config, units, h = Objective(recipe=recipe, **options), moved_units(seed=21), 1e-6
     numbers, student, batch = told(units)
-    loss, (cand, unit, token), used = run(student, batch, config)
+    loss, (cand, unit, token, log_z), used = run(student, batch, config)
     expected = [reference(u, n, n, config) for u, n in zip(units, numbers, strict=True)]
     np.testing.assert_allclose(loss, expected, rtol=1e-6, atol=1e-12)
     assert np.ptp(loss[loss != 0]) > 0.01
     at_token = 0
     for i, (u, n) in enumerate(zip(units, numbers, strict=True)):
-        size, slots = 1 + len(n.cand) + len(n.tokens), len(n.cand)
+        size, slots = 1 + len(n.cand) + 2 * len(n.tokens), len(n.cand)
         slope = [
             (reference(u, n.moved(j, h), n, config) - reference(u, n.moved(j, -h), n, config)) / (2 * h)
             for j in range(size)
         ]
-        ours = [*cand[i, :slots], unit[i], *token[at_token : at_token + u.s_len]]
+        mine = slice(at_token, at_token + u.s_len)
+        ours = [*cand[i, :slots], unit[i], *token[mine], *log_z[mine]]
         np.testing.assert_allclose(ours, slope, rtol=1e-6, atol=1e-7)
         assert not cand[i, slots:].any()
         at_token += u.s_len
@@ -246,13 +269,14 @@ def test_a_unit_is_the_same_alone_and_beside_others_and_padding(recipe: str) -> 
         mine = slice(first, first + u.s_len)
         one = {name: getattr(batch, name)[i : i + 1] for name in ("s_len", "t_len", "teacher_logp", "credit_shift")}
         one |= {
-            name: getattr(batch, name)[i : i + 1] for name in ("weight", "cand_id", "cand_logp", "response_of_unit")
+            name: getattr(batch, name)[i : i + 1]
+            for name in ("weight", "cand_id", "cand_logp", "response_of_unit", "t_log_z", "behavior_logp")
         }
         zero = torch.zeros(1, dtype=torch.int64)
         alone = replace(
             batch, **one, targets=batch.targets[mine], unit_row=zero, token_unit=torch.zeros_like(batch.targets[mine])
         )
-        found = UnitLogps(student.token[mine], student.unit[i : i + 1], student.cand[i : i + 1])
+        found = UnitLogps(student.token[mine], student.unit[i : i + 1], student.cand[i : i + 1], student.log_z[mine])
         assert losses(found, alone, config).loss.item() == pytest.approx(loss[i], rel=1e-12)
         first += u.s_len
 
@@ -265,16 +289,22 @@ def test_masked_tokens_carry_nothing_and_a_batch_of_them_is_empty(recipe: str) -
     loss, slopes, _ = run(student, batch, config)
     masked = replace(batch, token_unit=torch.cat([batch.token_unit, torch.full((3,), len(units))]))
     masked = replace(masked, targets=torch.cat([batch.targets, torch.tensor([1, 2, 3])]))
-    token = torch.cat([student.token.detach(), torch.full((3,), -9.0, dtype=torch.float64)]).requires_grad_()
-    beside, beside_slopes, _ = run(replace(student, token=token), masked, config)
+    token, log_z = (
+        torch.cat([x.detach(), torch.full((3,), -9.0, dtype=torch.float64)]).requires_grad_()
+        for x in (student.token, student.log_z)
+    )
+    beside, beside_slopes, _ = run(replace(student, token=token, log_z=log_z), masked, config)
     np.testing.assert_array_equal(beside, loss)
-    np.testing.assert_array_equal(beside_slopes[2], [*slopes[2], 0, 0, 0])
+    for ours, alone in zip(beside_slopes[2:], slopes[2:], strict=True):
+        np.testing.assert_array_equal(ours, [*alone, 0, 0, 0])
 
     per_unit = (
         "unit_row",
         "s_len",
         "t_len",
         "teacher_logp",
+        "t_log_z",
+        "behavior_logp",
         "weight",
         "credit_shift",
         "cand_id",
@@ -286,8 +316,8 @@ def test_masked_tokens_carry_nothing_and_a_batch_of_them_is_empty(recipe: str) -
         **{name: getattr(batch, name)[:0] for name in per_unit},
         token_unit=torch.zeros_like(masked.token_unit),
     )
-    empty = UnitLogps(token, *(torch.zeros_like(x[:0]).requires_grad_() for x in (student.unit, student.cand)))
-    nothing, (_, _, slope), used = run(empty, none, config)
+    empty = UnitLogps(token, *(torch.zeros_like(x[:0]).requires_grad_() for x in (student.unit, student.cand)), log_z)
+    nothing, (_, _, slope, _), used = run(empty, none, config)
     assert nothing.shape == (0,) and used == [] and not slope.any()
 
 
@@ -319,7 +349,7 @@ def test_same_tokenizer_and_every_token_a_candidate_is_the_exact_divergence(
         cand_logp=teacher,
         teacher_logp=teacher[pick],
     )
-    scored = losses(UnitLogps(student[pick], student[pick], student), full, config)
+    scored = losses(UnitLogps(student[pick], student[pick], student, torch.full((count,), NAN)), full, config)
     expected = []
     for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
         p, q = ([exp(x / config.tau) / sum(exp(y / config.tau) for y in row) for x in row] for row in (s, t))
@@ -358,6 +388,45 @@ def test_temperature_has_its_limits() -> None:
     assert float(objectives.support_kl(s, t, "reverse", 1.0)) == float(objectives.support_kl(s, t, "reverse"))
 
 
+def test_released_simct_is_simct_where_log_z_says_nothing() -> None:
+    """At units of one token on both sides always; at longer ones while log Z is the same at each of their tokens."""
+    released, paper = Objective(recipe="simct_released"), Objective(recipe="simct")
+    units = random_units(seed=30)
+    one = torch.tensor([u.one_to_one for u in units])
+    flat = [replace(u, t_log_z=(7.0,) * u.t_len) for u in units]
+    for given_units, level in ((units, None), (flat, None), (flat, 5.0)):
+        _, student, batch = told(given_units)
+        if level is not None:
+            student = replace(student, log_z=torch.full_like(student.log_z, level))
+        ours, theirs = (losses(student, batch, config).loss.detach() for config in (released, paper))
+        np.testing.assert_allclose(ours[one], theirs[one], rtol=1e-12)
+        apart = (ours - theirs)[~one].abs()
+        assert apart.max() < 1e-12 if level is not None else apart.max() > 0.1
+
+
+def test_a_constant_added_to_all_logits_changes_nothing() -> None:
+    """What the softmax over units sees of raw logits are differences: a model's logits are known up to a constant."""
+    units, config = random_units(seed=31), Objective(recipe="simct_released")
+    _, student, batch = told(units)
+    _, moved, moved_batch = told([replace(u, t_log_z=tuple(z + 40 for z in u.t_log_z)) for u in units])
+    moved = replace(moved, log_z=moved.log_z - 30)
+    np.testing.assert_allclose(
+        losses(moved, moved_batch, config).loss.detach(), losses(student, batch, config).loss.detach(), rtol=1e-9
+    )
+
+
+def test_released_simct_is_pinned() -> None:
+    """One unit of two tokens on both sides, one candidate: the released score is the mean of two raw logits."""
+    _, batch = tensors([Unit(2, 2, (1, 2), (5,), (-1.0,), (-2.0,), -3.0, -2.4, t_log_z=(9.0, 10.0))])
+    batch = replace(batch, token_unit=torch.zeros(2, dtype=torch.int64))
+    one = torch.ones(1, dtype=torch.float64)
+    student = UnitLogps(-1.5 * one.expand(2), -3 * one, -one[:, None], torch.tensor([4.0, 6.0], dtype=torch.float64))
+    # Logits of the candidate: 4 - 1 and 9 - 2; of the unit: the means of (4 - 1.5, 6 - 1.5) and (9 - 1.2, 10 - 1.2).
+    p_s, p_t = ([exp(x) / (exp(x) + exp(y)) for x, y in ((a, b), (b, a))] for a, b in ((3.0, 3.5), (7.0, 8.3)))
+    found = losses(student, batch, Objective(recipe="simct_released")).loss.item()
+    assert found == pytest.approx(plain_kl(p_s, p_t), rel=1e-12) and found == pytest.approx(0.06896, abs=5e-6)
+
+
 @settings(deadline=None)
 @given(
     st.lists(st.floats(-30, 0), min_size=1, max_size=8),
@@ -393,7 +462,7 @@ def test_both_credits_are_the_sampled_path_on_single_tokens() -> None:
     rows = []
     for recipe in ("dpca", "dpca_additive", "sampled"):
         _, student, batch = told(units)
-        loss, (_, unit, token), _ = run(student, batch, Objective(recipe=recipe, clip=10.0))
+        loss, (_, unit, token, _), _ = run(student, batch, Objective(recipe=recipe, clip=10.0))
         rows.append((loss, unit + token))
     for loss, slope in rows[1:]:
         np.testing.assert_allclose(loss, rows[0][0], rtol=1e-12)
@@ -427,7 +496,8 @@ def every_outcome(seed: int, vocab: int = 12) -> tuple[torch.Tensor, torch.Tenso
     batch = replace(
         batch, targets=ids, token_unit=ids, cand_id=ids.expand(vocab, -1), cand_logp=teacher.expand(vocab, -1)
     )
-    return logits, teacher, UnitLogps(student, student, student.expand(vocab, -1)), replace(batch, teacher_logp=teacher)
+    found = UnitLogps(student, student, student.expand(vocab, -1), logits.logsumexp(-1).expand(vocab))
+    return logits, teacher, found, replace(batch, teacher_logp=teacher)
 
 
 @pytest.mark.parametrize("recipe", ["sampled", "vopd", "dpca", "dpca_additive"])
@@ -566,6 +636,16 @@ MINIMAL: dict[str, Any] = {"prompts": {"source": "p.jsonl"}, "student": {"model"
         ({"recipe": "hybrid", "beta": 0.1}, "`beta: 0.1` is of `direction: jsd`"),
         ({"recipe": "jsd", "beta": 1.0}, "`objective.beta`: input should be less than 1"),
         ({"recipe": "vopd", "ratio_clip": [0.2, 0.28]}, "`ratio_clip: (0.2, 0.28)` means nothing to `recipe: vopd`"),
+        (
+            {"recipe": "simct_released", "unit_score": "mean"},
+            "`unit_score: mean` means nothing to `recipe: simct_released`",
+        ),
+        (
+            {"recipe": "hybrid", "unit_score": "mean_logit"},
+            "`unit_score: mean_logit` means nothing to `recipe: hybrid`",
+        ),
+        ({"recipe": "hybrid", "mask_first": True}, "`mask_first: True` means nothing to `recipe: hybrid`"),
+        ({"recipe": "simct_released", "support": "bucket"}, "does not go with `recipe: simct_released`"),
         ({"recipe": "simct", "trust_region": 1}, "`trust_region: 1.0` means nothing to `recipe: simct`"),
         ({"recipe": "sampled", "ratio_clip": [1.5, 2]}, "`objective.ratio_clip.0`: input should be less than or equal"),
         ({"recipe": "sampled", "ratio_clip": [0.2]}, "`objective.ratio_clip.1` is missing"),
@@ -577,6 +657,23 @@ def test_combinations_without_meaning_are_refused_by_name(objective: dict[str, A
     with pytest.raises(OpdError) as caught:
         parse_config({**MINIMAL, "objective": objective}, "my.yaml")
     assert message in str(caught.value)
+
+
+def test_raw_logits_need_log_z(tmp_path: Path) -> None:
+    for objective in ({"recipe": "simct_released"}, {"recipe": "simct", "unit_score": "mean_logit"}):
+        with pytest.raises(
+            OpdError, match=r"`objective.recipe: simct.* take the teacher's log Z .* `scores.log_z: true`"
+        ):
+            parse_config({**MINIMAL, "objective": objective}, "my.yaml")
+        parsed = parse_config({**MINIMAL, "objective": objective, "scores": {"log_z": True}}, "my.yaml").objective
+        # Scores may be those of another run.
+        for kept in (True, False):
+            with open_writer(tmp_path / f"{kept}.parquet", "units", {"log_z": kept}, {}):
+                pass
+        check_log_z(parsed, open_shard(tmp_path / "True.parquet", "units"))
+        with pytest.raises(OpdError, match=r"False.parquet: .*t_log_z, which is null .* `scores.log_z: true`"):
+            check_log_z(parsed, open_shard(tmp_path / "False.parquet", "units"))
+    check_log_z(Objective(), open_shard(tmp_path / "False.parquet", "units"))
 
 
 def test_the_ratio_counts_once() -> None:

@@ -54,6 +54,7 @@ def case(smollm2: Any, gemma3: Any) -> dict[str, Any]:
                     "logp": float(np.log(share[1])),
                     "stop_logp": float(np.log(share[6])),
                     "tail_logp": float(np.log(share[7])),
+                    "log_z": 20 + 3 * np.sin(len(scores)),
                 }
                 | {"cand_id": rng.choice(allowed, 6, replace=False).tolist(), "cand_logp": np.log(share[:6]).tolist()}
             )
@@ -93,7 +94,7 @@ def test_units_match_a_loop_over_tokens(case: dict[str, Any]) -> None:
         if any(row["token_id"] in halts for row in scored[: unit["t_start"]]):
             assert unit["kind"] == "masked"  # the student went on where the teacher had ended
         if unit["kind"] == "masked":
-            assert unit["teacher_logp"] is None and unit["cand_id"] == []
+            assert unit["teacher_logp"] is unit["t_log_z"] is None and unit["cand_id"] == []
             continue
         start = scored[unit["t_start"]]
         expected = sum(
@@ -104,6 +105,8 @@ def test_units_match_a_loop_over_tokens(case: dict[str, Any]) -> None:
             assert unit["t_len"] == 0 and start["token_id"] == -1
             expected = start["logp"]
         assert unit["teacher_logp"] == pytest.approx(expected, rel=1e-5)
+        log_z = [row["log_z"] for row in tokens or [start]]
+        assert unit["t_log_z"] == pytest.approx(sum(log_z) / len(log_z) - log_z[0], abs=1e-5)
         pairs = [
             (student_of.get(teacher_bytes[t]), logp)
             for t, logp in zip(start["cand_id"], start["cand_logp"], strict=True)
@@ -115,6 +118,14 @@ def test_units_match_a_loop_over_tokens(case: dict[str, Any]) -> None:
         assert np.exp(unit["dropped_logp"]) == pytest.approx(lost, abs=1e-6)
         checked += 1
     assert checked > 40
+
+
+def test_scores_without_log_z_give_none(case: dict[str, Any]) -> None:
+    at = case["scores"].schema.get_field_index("log_z")
+    none = pa.nulls(len(case["scores"]), pa.float32())
+    table = case["scores"].set_column(at, arrow_schema("scores").field("log_z"), none)
+    with_it, without = view(case), view(case, scores=table)
+    assert without == [unit | {"t_log_z": None} for unit in with_it]
 
 
 def test_a_newline_is_not_rewarded_where_the_teacher_would_stop(case: dict[str, Any]) -> None:

@@ -18,11 +18,12 @@ adds a whole gradient of the head's weights to that of the others, so that much 
 @dataclass(frozen=True)
 class UnitLogps:
     """Student log-probs in nats. `token` (R,) per response token, 0 at tokens of masked units; `unit` (U,) their sum over
-    the unit; `cand` (U, K) at its start."""
+    the unit; `cand` (U, K) at its start. `log_z` (R,) is what they lack to the head's logits, likewise 0."""
 
     token: torch.Tensor
     unit: torch.Tensor
     cand: torch.Tensor
+    log_z: torch.Tensor
 
 
 def unit_logps(model: Any, batch: Batch, stop: torch.Tensor) -> UnitLogps:
@@ -41,26 +42,35 @@ def unit_logps(model: Any, batch: Batch, stop: torch.Tensor) -> UnitLogps:
     asked = batch.cand_id.new_zeros(len(batch.targets), 1 + slots)
     asked[:, 0] = batch.targets
     asked[batch.unit_row, 1:] = batch.cand_id
-    logps = _chunked(model, hidden.flatten(0, 1)[batch.rows[compared]], asked[compared], stop)
+    logps, log_z = _chunked(model, hidden.flatten(0, 1)[batch.rows[compared]], asked[compared], stop)
     found = logps.new_zeros(asked.shape).index_copy(0, compared, logps)
     unit = logps.new_zeros(units).index_add(0, batch.token_unit[compared], logps[:, 0])
-    return UnitLogps(found[:, 0], unit, found[batch.unit_row, 1:])
+    of_tokens = logps.new_zeros(len(asked)).index_copy(0, compared, log_z)
+    return UnitLogps(found[:, 0], unit, found[batch.unit_row, 1:], of_tokens)
 
 
-def _chunked(model: Any, hidden: torch.Tensor, ids: torch.Tensor, stop: torch.Tensor) -> torch.Tensor:
-    """Log-probs of some ids, STOP_ID among them, in each row: (rows, d) x (rows, n) -> float32 (rows, n)."""
+def _chunked(
+    model: Any, hidden: torch.Tensor, ids: torch.Tensor, stop: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs of some ids, STOP_ID among them, in each row, and each row's log Z.
 
-    def logps(hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    (rows, d) x (rows, n) -> float32 (rows, n), float32 (rows,).
+    """
+
+    def logps(hidden: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # One log-softmax and one gather: their backward passes take two arrays of the chunk's size, and no more.
         wanted = torch.cat([ids.clamp(min=0), stop.expand(len(ids), -1)], 1)
-        found = head(model, hidden).float().log_softmax(-1).gather(1, wanted)
-        own, stops = found.split([ids.shape[1], len(stop)], 1)
-        return torch.where(ids == STOP_ID, stops.logsumexp(-1, keepdim=True), own)
+        logits = head(model, hidden).float()
+        every = logits.log_softmax(-1)
+        own, stops = every.gather(1, wanted).split([ids.shape[1], len(stop)], 1)
+        # Any id's logit and log-prob differ by log Z. A loss that doesn't read it has no backward pass through it.
+        return torch.where(ids == STOP_ID, stops.logsumexp(-1, keepdim=True), own), logits[:, 0] - every[:, 0]
 
     row_bytes = 4 * model.config.get_text_config().vocab_size
     chunks = max(1, -(-len(hidden) * row_bytes // CHUNK_BYTES))
-    parts = [
+    parts: list[tuple[torch.Tensor, torch.Tensor]] = [
         checkpoint(logps, *part, use_reentrant=False, preserve_rng_state=False)
         for part in zip(hidden.chunk(chunks), ids.chunk(chunks), strict=True)
     ]
-    return torch.cat(parts)
+    found, log_z = zip(*parts, strict=True)
+    return torch.cat(found), torch.cat(log_z)

@@ -1,8 +1,4 @@
-"""Recipes: which objective applies to which unit. The functions themselves are in `objectives`, presets in `schemas.config`.
-
-The SimCT authors' release scores a unit by its mean raw logit. That is not offered: scores on disk are log-probs, and without
-the teacher's log Z at a unit's later tokens its logits can't be had back.
-"""
+"""Recipes: which objective applies to which unit. The functions themselves are in `objectives`, presets in `schemas.config`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,20 +59,39 @@ def one_to_one(batch: Batch) -> torch.Tensor:
 
 
 def candidate_kl(student: UnitLogps, batch: Batch, config: Objective, where: torch.Tensor) -> torch.Tensor:
-    """The configured divergence over the teacher's candidates and the realised unit; meaningful at `where`."""
-    scale_s, scale_t = (batch.s_len, batch.t_len) if config.unit_score == "mean" else (1, 1)
+    """The configured divergence over the teacher's candidates and the realised unit; meaningful at `where`.
+
+    The unit's score is the sum or the mean of its log-probs (SimCT eq. 6, arXiv 2605.07711), or, as in the authors' release,
+    the mean of its raw logits. Both sides' scores are less log Z at the unit's start, which a softmax over them doesn't see:
+    candidates are log-probs then, and a unit's mean raw logit its mean log-prob and by how much log Z is higher on average over
+    its tokens than at the first one.
+    """
+    s_unit, t_unit = student.unit, batch.teacher_logp
+    if config.unit_score != "sum":
+        s_unit, t_unit = s_unit / batch.s_len, t_unit / batch.t_len
+    if config.unit_score == "mean_logit":
+        s_unit, t_unit = s_unit + _log_z_above_start(student, batch), t_unit + batch.t_log_z
     # The realised unit joins the support unless it is a single token that is a candidate already.
     listed = ((batch.cand_id == _first_target(batch)[:, None]) & (batch.cand_logp > -torch.inf)).any(1)
     outside = ~(listed & one_to_one(batch))
     unused = batch.cand_logp == -torch.inf
-    s_score = torch.cat([student.cand.masked_fill(unused, -torch.inf), (student.unit / scale_s)[:, None]], 1)
-    t_score = torch.cat([batch.cand_logp, (batch.teacher_logp / scale_t)[:, None]], 1)
+    if config.mask_first:
+        unused = unused | (~one_to_one(batch)[:, None] & (batch.cand_id == _first_target(batch)[:, None]))
+    s_score = torch.cat([student.cand.masked_fill(unused, -torch.inf), s_unit[:, None]], 1)
+    t_score = torch.cat([batch.cand_logp.masked_fill(unused, -torch.inf), t_unit[:, None]], 1)
     drop = torch.cat([torch.zeros_like(unused), ~outside[:, None]], 1) | ~where[:, None] & torch.cat(
         [torch.ones_like(unused), torch.zeros_like(outside[:, None])], 1
     )
     return _divergence(
         s_score.masked_fill(drop, -torch.inf), t_score.masked_fill(drop, -torch.inf), config, batch.cand_logp
     )
+
+
+def _log_z_above_start(student: UnitLogps, batch: Batch) -> torch.Tensor:
+    """By how much the student's mean log Z over a unit's tokens is above that at its first one, nats (U,); see `t_log_z`."""
+    compared = batch.token_unit < len(batch.unit_row)
+    total = torch.zeros_like(student.unit).index_add(0, batch.token_unit[compared], student.log_z[compared])
+    return total / batch.s_len - student.log_z[batch.unit_row]
 
 
 def _divergence(s: torch.Tensor, t: torch.Tensor, config: Objective, cand_logp: torch.Tensor) -> torch.Tensor:
@@ -141,6 +156,7 @@ _multiplicative, _additive = _dpca(objectives.dpca_multiplicative), _dpca(object
 RECIPES: dict[str, Recipe] = {
     "hybrid": Recipe(candidate_kl, _path),
     "simct": Recipe(candidate_kl, candidate_kl),
+    "simct_released": Recipe(candidate_kl, candidate_kl),
     "strict_1to1": Recipe(candidate_kl, None),
     "forward_kl": Recipe(candidate_kl, None),
     "jsd": Recipe(candidate_kl, None),
