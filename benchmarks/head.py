@@ -92,6 +92,7 @@ def batch_of(tokens: int) -> Batch:
         "s_len": np.tile(s_len, responses),
         "t_len": np.tile(s_len, responses),
         "teacher_logp": np.log(share[:, -1]).astype(np.float32),
+        "teacher_entropy": -(share * np.log(share)).sum(1).astype(np.float32),
         "t_log_z": np.full(units, np.nan, np.float32),
         "behavior_logp": np.log(share[:, -1]).astype(np.float32),
         "policy_logp": np.log(share[:, -1]).astype(np.float32),

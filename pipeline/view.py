@@ -72,6 +72,7 @@ def student_view(
             for name in ("s_start", "s_len", "t_start", "t_len", "byte_start", "byte_end")
         },
         "teacher_logp": pa.array(sums(logp), pa.float32(), mask=masked),
+        "teacher_entropy": pa.array(scores["entropy"].to_numpy()[at], pa.float32(), mask=masked),
         "t_log_z": pa.array(t_log_z, pa.float32(), mask=masked | np.isnan(t_log_z)),
         "cand_id": cand_id,
         "cand_logp": cand_logp,

@@ -249,7 +249,7 @@ class Objective(Section):
     direction: Literal["reverse", "forward", "jsd", "entropy_gated"] = Field(
         "reverse",
         description="reverse: KL(student || teacher) | forward: the other way | jsd: generalised Jensen-Shannon | "
-        "entropy_gated: forward where the teacher's entropy over candidates and rest is above 0.8 nats, else reverse",
+        "entropy_gated: forward where the teacher's entropy is above 0.8 nats, else reverse",
     )
     unit_score: Literal["mean", "sum", "mean_logit"] = Field(
         "mean",

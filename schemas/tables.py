@@ -153,6 +153,13 @@ UNITS = (
         encoding=SPLIT,
     ),
     Column(
+        "teacher_entropy",
+        pa.float32(),
+        "nats, entropy of the teacher's whole next-token distribution at the unit's start; null when masked",
+        nullable=True,
+        encoding=SPLIT,
+    ),
+    Column(
         "t_log_z",
         pa.float32(),
         "nats, mean of the teacher's log Z over the unit's tokens less that at its start: what its mean raw logit is above its "

@@ -46,6 +46,7 @@ class Unit:
     credit_shift: float = 0.0
     log_ratio: float = 0.0
     t_log_z: tuple[float, ...] = ()
+    entropy: float = NAN
 
     @property
     def behavior(self) -> float:
@@ -93,9 +94,13 @@ def random_unit(rng: np.random.Generator, kind: str, vocab: int = 12) -> Unit:
 
 
 def random_units(seed: int, each: int = 6) -> list[Unit]:
-    rng, log_z = np.random.default_rng(seed), np.random.default_rng([seed, 1])
+    rng, other = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     units = [random_unit(rng, kind) for kind in KINDS for _ in range(each)]
-    units = [replace(u, t_log_z=tuple(log_z.normal(20, 1, u.t_len).tolist())) for u in units]
+    # Neither follows from the candidates; they come from a stream of their own.
+    units = [
+        replace(u, t_log_z=tuple(other.normal(20, 1, u.t_len).tolist()), entropy=float(other.uniform(0, 1.6)))
+        for u in units
+    ]
     return [units[i] for i in rng.permutation(len(units))]
 
 
@@ -122,6 +127,7 @@ def tensors(units: Sequence[Unit], spare: int = 0) -> tuple[UnitLogps, Batch]:
         s_len=s_len,
         t_len=torch.tensor([u.t_len for u in units]),
         teacher_logp=torch.tensor([u.teacher for u in units], dtype=torch.float64),
+        teacher_entropy=torch.tensor([u.entropy for u in units], dtype=torch.float64),
         t_log_z=torch.tensor([sum(u.t_log_z) / u.t_len - u.t_log_z[0] if u.t_log_z else NAN for u in units]).double(),
         behavior_logp=torch.tensor([u.behavior for u in units], dtype=torch.float64),
         policy_logp=torch.tensor([u.student for u in units], dtype=torch.float64),

@@ -98,6 +98,7 @@ def batch_of(told: Sequence[Told]) -> Batch:
             "s_len": s_len,
             "t_len": s_len,
             "teacher_logp": np.array([math.nan if unit.masked else -1.0 - i for unit in one.units], np.float32),
+            "teacher_entropy": np.array([math.nan if unit.masked else 0.5 for unit in one.units], np.float32),
             "t_log_z": np.array([math.nan if unit.masked else len(unit.tokens) / 4 for unit in one.units], np.float32),
             "weight": np.array([1 + i + j / 8 for j in range(len(one.units))], np.float32),
             **{name: np.zeros(len(one.units), np.float32) for name in ("advantage", "credit", "student_logp")},

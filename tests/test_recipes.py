@@ -96,11 +96,6 @@ def classes(row: Sequence[float], config: Objective) -> list[float]:
     return [m / sum(mass) for m in mass]
 
 
-def entropy_of(u: Unit) -> float:
-    mass = [exp(x) for x in u.t_cand]
-    return -sum(m * log(m) for m in [*mass, 1 - sum(mass)])
-
-
 def divergence(u: Unit, x: Numbers, config: Objective) -> float:
     kept = [i for i, c in enumerate(u.ids) if u.one_to_one or not config.mask_first or c != u.targets[0]]
     s, t = [x.cand[i] for i in kept], [u.t_cand[i] for i in kept]
@@ -117,7 +112,7 @@ def divergence(u: Unit, x: Numbers, config: Objective) -> float:
     if config.direction == "jsd":
         middle = [config.beta * b + (1 - config.beta) * a for a, b in zip(p_s, p_t, strict=True)]
         return config.beta * plain_kl(p_t, middle) + (1 - config.beta) * plain_kl(p_s, middle)
-    gate = config.direction == "entropy_gated" and entropy_of(u) > ENTROPY_THRESHOLD
+    gate = config.direction == "entropy_gated" and u.entropy > ENTROPY_THRESHOLD
     return plain_kl(p_t, p_s) if gate or config.direction == "forward" else plain_kl(p_s, p_t)
 
 
@@ -241,7 +236,7 @@ def test_recipe_and_its_gradient_are_the_formula(recipe: str, options: dict[str,
 def test_the_cases_reach_every_branch() -> None:
     units = moved_units(seed=21)
     assert {recipe for recipe, _ in CASES} == set(RECIPES)
-    assert 0 < sum(entropy_of(u) > ENTROPY_THRESHOLD for u in units) < len(units)
+    assert 0 < sum(u.entropy > ENTROPY_THRESHOLD for u in units) < len(units)
     negative = [u for u in units if u.teacher < u.student]
     assert 0 < len(negative) < len(units)
     choices = [sum(c != u.targets[0] and exp(p) >= 0.1 for c, p in zip(u.ids, u.s_cand, strict=True)) for u in negative]
@@ -270,7 +265,10 @@ def test_a_unit_is_the_same_alone_and_beside_others_and_padding(recipe: str) -> 
         one = {name: getattr(batch, name)[i : i + 1] for name in ("s_len", "t_len", "teacher_logp", "credit_shift")}
         one |= {
             name: getattr(batch, name)[i : i + 1]
-            for name in ("weight", "cand_id", "cand_logp", "response_of_unit", "t_log_z", "behavior_logp")
+            for name in (
+                *("weight", "cand_id", "cand_logp", "response_of_unit"),
+                *("t_log_z", "teacher_entropy", "behavior_logp"),
+            )
         }
         zero = torch.zeros(1, dtype=torch.int64)
         alone = replace(
@@ -304,6 +302,7 @@ def test_masked_tokens_carry_nothing_and_a_batch_of_them_is_empty(recipe: str) -
         "t_len",
         "teacher_logp",
         "t_log_z",
+        "teacher_entropy",
         "behavior_logp",
         "weight",
         "credit_shift",
@@ -348,6 +347,7 @@ def test_same_tokenizer_and_every_token_a_candidate_is_the_exact_divergence(
         cand_id=torch.arange(vocab).expand(count, -1),
         cand_logp=teacher,
         teacher_logp=teacher[pick],
+        teacher_entropy=-(teacher.exp() * teacher).sum(1),
     )
     scored = losses(UnitLogps(student[pick], student[pick], student, torch.full((count,), NAN)), full, config)
     expected = []
@@ -362,6 +362,18 @@ def test_same_tokenizer_and_every_token_a_candidate_is_the_exact_divergence(
             expected.append(plain_kl(q, p) if forward else plain_kl(p, q))
     # 2e-5: with no class left over, both sides' rest counts as 1e-6.
     np.testing.assert_allclose(scored.loss, expected, rtol=1e-6, atol=2e-5 if config.support == "bucket" else 1e-9)
+
+
+def test_the_gate_opens_by_the_whole_distributions_entropy() -> None:
+    """A sharp pair of candidates and a flat rest: what the two classes show is below the threshold, the entropy above."""
+    unit = Unit(1, 1, (3,), (3, 4), (log(0.6), log(0.2)), (log(0.9), log(0.05)), log(0.6), log(0.9))
+    found = {}
+    for entropy in (0.79, 0.81):
+        _, student, batch = told([replace(unit, entropy=entropy)])
+        found[entropy] = losses(student, batch, Objective(recipe="kbucket", direction="entropy_gated")).loss.item()
+    s, t = [0.6, 0.2, 0.2], [0.9, 0.05, 0.05]
+    assert -sum(x * log(x) for x in t) < ENTROPY_THRESHOLD
+    assert found == pytest.approx({0.79: plain_kl(s, t), 0.81: plain_kl(t, s)}, rel=1e-9)
 
 
 @settings(deadline=None)
@@ -482,7 +494,6 @@ def test_the_bucket_loses_the_kl_within_the_rest(seed: int, vocab: int) -> None:
     lost = rest_s * plain_kl(p_s[kept:] / rest_s, p_t[kept:] / rest_t)
     s, t = (torch.from_numpy(np.log(p[:kept])) for p in (p_s, p_t))
     assert plain_kl(p_s, p_t) - float(objectives.bucket_kl(s, t)) == pytest.approx(lost, abs=1e-9)
-    assert float(objectives.entropy_bound(t)) <= -sum(x * log(x) for x in p_t) + 1e-9
 
 
 def every_outcome(seed: int, vocab: int = 12) -> tuple[torch.Tensor, torch.Tensor, UnitLogps, Batch]:

@@ -274,7 +274,8 @@ def _check_unit(part: Batch, at: int, unit: dict[str, Any]) -> None:
     expected = [logp + math.log(left / held) for logp in unit["cand_logp"]]
     np.testing.assert_allclose(part.cand_logp[at, :count], expected, rtol=1e-5, atol=1e-6)
     assert part.s_len[at] == unit["s_len"] and part.t_len[at] == max(1, unit["t_len"])
-    assert part.teacher_logp[at] == np.float32(unit["teacher_logp"])
+    for name in ("teacher_logp", "teacher_entropy", "t_log_z"):
+        assert getattr(part, name)[at] == np.float32(unit[name])
     assert part.weight[at] == np.float32(unit["weight"])
     assert part.credit_shift[at] == np.float32(unit["credit"] - unit["advantage"])
     behavior = unit["student_logp"] - math.log(unit["is_ratio"])

@@ -48,7 +48,12 @@ def case(smollm2: Any, gemma3: Any) -> dict[str, Any]:
             share = np.sort(rng.dirichlet(np.ones(8)))[::-1]
             end = pos == len(tokens)
             scores.append(
-                {"rollout_id": f"r{i}", "pos": pos, "token_id": -1 if end else tokens[pos], "entropy": 1.0}
+                {
+                    "rollout_id": f"r{i}",
+                    "pos": pos,
+                    "token_id": -1 if end else tokens[pos],
+                    "entropy": 1 + len(scores) / 8,
+                }
                 | {"byte_start": 0 if pos == 0 else ends[pos - 1], "byte_end": (ends or [0])[-1] if end else ends[pos]}
                 | {
                     "logp": float(np.log(share[1])),
@@ -94,7 +99,7 @@ def test_units_match_a_loop_over_tokens(case: dict[str, Any]) -> None:
         if any(row["token_id"] in halts for row in scored[: unit["t_start"]]):
             assert unit["kind"] == "masked"  # the student went on where the teacher had ended
         if unit["kind"] == "masked":
-            assert unit["teacher_logp"] is unit["t_log_z"] is None and unit["cand_id"] == []
+            assert unit["teacher_logp"] is unit["teacher_entropy"] is unit["t_log_z"] is None and unit["cand_id"] == []
             continue
         start = scored[unit["t_start"]]
         expected = sum(
@@ -106,6 +111,7 @@ def test_units_match_a_loop_over_tokens(case: dict[str, Any]) -> None:
             expected = start["logp"]
         assert unit["teacher_logp"] == pytest.approx(expected, rel=1e-5)
         log_z = [row["log_z"] for row in tokens or [start]]
+        assert unit["teacher_entropy"] == start["entropy"]
         assert unit["t_log_z"] == pytest.approx(sum(log_z) / len(log_z) - log_z[0], abs=1e-5)
         pairs = [
             (student_of.get(teacher_bytes[t]), logp)

@@ -101,6 +101,7 @@ def _response(rng: np.random.Generator, name: str, rows: dict[str, list[dict[str
                 "byte_start": at,
                 "byte_end": at + size,
                 "teacher_logp": None if masked else float(np.log(share[-1])),
+                "teacher_entropy": None if masked else float(-(share * np.log(share)).sum()),
                 "t_log_z": None if masked else (size - 1) / 4,
                 "cand_id": cand,
                 "cand_logp": np.log(share[: len(cand)]).tolist(),

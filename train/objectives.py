@@ -192,16 +192,6 @@ def entropy_gate(
     return torch.where(teacher_entropy > threshold, forward, reverse)
 
 
-def entropy_bound(teacher_logp: torch.Tensor) -> torch.Tensor:
-    """Entropy of K candidates and one class for all else, nats: a lower bound of the teacher's own. (U, K) -> (U,).
-
-    It stands in for the entropy in `scores`, which isn't handed on to units; what it lacks is the entropy within the rest.
-    """
-    logp = with_rest(teacher_logp)
-    inside = logp > -torch.inf
-    return -(logp.exp() * logp.masked_fill(~inside, 0.0)).sum(-1)
-
-
 def renormalised(score: torch.Tensor, tau: float = 1.0) -> torch.Tensor:
     """Log-probs over the support alone at temperature tau: log softmax(score / tau). (U, K) -> (U, K).
 

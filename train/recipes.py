@@ -83,7 +83,7 @@ def candidate_kl(student: UnitLogps, batch: Batch, config: Objective, where: tor
         [torch.ones_like(unused), torch.zeros_like(outside[:, None])], 1
     )
     return _divergence(
-        s_score.masked_fill(drop, -torch.inf), t_score.masked_fill(drop, -torch.inf), config, batch.cand_logp
+        s_score.masked_fill(drop, -torch.inf), t_score.masked_fill(drop, -torch.inf), config, batch.teacher_entropy
     )
 
 
@@ -94,7 +94,7 @@ def _log_z_above_start(student: UnitLogps, batch: Batch) -> torch.Tensor:
     return total / batch.s_len - student.log_z[batch.unit_row]
 
 
-def _divergence(s: torch.Tensor, t: torch.Tensor, config: Objective, cand_logp: torch.Tensor) -> torch.Tensor:
+def _divergence(s: torch.Tensor, t: torch.Tensor, config: Objective, teacher_entropy: torch.Tensor) -> torch.Tensor:
     if config.direction == "jsd":
         classes = (
             partial(objectives.renormalised, tau=config.tau)
@@ -106,7 +106,7 @@ def _divergence(s: torch.Tensor, t: torch.Tensor, config: Objective, cand_logp: 
         partial(objectives.support_kl, tau=config.tau) if config.support == "renormalise" else objectives.bucket_kl
     )
     if config.direction == "entropy_gated":
-        return objectives.entropy_gate(kl(s, t, "forward"), kl(s, t, "reverse"), objectives.entropy_bound(cand_logp))
+        return objectives.entropy_gate(kl(s, t, "forward"), kl(s, t, "reverse"), teacher_entropy)
     return kl(s, t, config.direction)
 
 

@@ -40,6 +40,7 @@ class Batch:
         token_unit: int64 (R,), the unit each token belongs to; U for tokens of masked units.
         s_len, t_len: int64 (U,), tokens of the unit on either side; a stop counts one.
         teacher_logp, weight: float32 (U,).
+        teacher_entropy: float32 (U,), nats, at the unit's start.
         t_log_z: float32 (U,), nats, see schema `units`; NaN where the scores lack `log_z`.
         behavior_logp: float32 (U,), nats, log-prob under the policy that sampled the response (the weights' student_logp less
             log is_ratio, so up to that ratio's clip).
@@ -60,6 +61,7 @@ class Batch:
     s_len: torch.Tensor
     t_len: torch.Tensor
     teacher_logp: torch.Tensor
+    teacher_entropy: torch.Tensor
     t_log_z: torch.Tensor
     behavior_logp: torch.Tensor
     policy_logp: torch.Tensor
@@ -188,7 +190,7 @@ _READ = (
     ["rollout_id", "prompt_ids", "response_ids", "finish_reason"],
     [
         *("rollout_id", "unit", "kind", "s_start", "s_len", "t_len", "teacher_logp", "t_log_z"),
-        *("cand_id", "cand_logp", "tail_logp", "dropped_logp"),
+        *("teacher_entropy", "cand_id", "cand_logp", "tail_logp", "dropped_logp"),
     ],
     ["rollout_id", "unit", "student_logp", "advantage", "credit", "weight", "is_ratio"],
 )
@@ -350,6 +352,7 @@ def collate(responses: Sequence[_Response]) -> Batch:
         "s_len": s_len[keep],
         "t_len": np.maximum(units["t_len"], 1)[keep].astype(np.int64),
         "teacher_logp": units["teacher_logp"][keep].astype(np.float32),
+        "teacher_entropy": units["teacher_entropy"][keep].astype(np.float32),
         "t_log_z": units["t_log_z"][keep].astype(np.float32),
         "behavior_logp": behavior[keep].astype(np.float32),
         "policy_logp": units["student_logp"][keep].astype(np.float32),
