@@ -98,6 +98,7 @@ def row_group(rng: np.random.Generator, responses: int, length: int) -> dict[str
             "s_len": one,
             "t_len": one,
             "teacher_logp": floats(),
+            "teacher_entropy": floats(0.0, 3.0),
             "t_log_z": pa.nulls(units, pa.float32()),
             "cand_id": lists("units", "cand_id", ids.ravel(), counts),
             "cand_logp": lists("units", "cand_logp", logp, counts),

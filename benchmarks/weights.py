@@ -80,6 +80,7 @@ def rows(rng: np.random.Generator, names: list[str], lengths: np.ndarray) -> tup
         "s_len": size,
         **dict.fromkeys(("t_start", "byte_start", "byte_end"), start),
         "t_len": size,
+        "teacher_entropy": pa.nulls(n, pa.float32()),
         "t_log_z": pa.nulls(n, pa.float32()),
         "teacher_logp": of_units(-rng.exponential(1.0, int((~masked).sum()))),
         "cand_id": pa.ListArray.from_arrays(
