@@ -13,9 +13,9 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
+import memory
 import numpy as np
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
@@ -113,12 +113,6 @@ def step(model: Any, batch: Batch, way: str) -> float:
     return float(loss.detach())
 
 
-def status(name: str) -> float:
-    """A line of /proc/self/status in bytes."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
-    return 1024.0 * int(line.split()[1])
-
-
 def measure(way: str, tokens: int) -> dict[str, float]:
     """One way, in this process."""
     model, batch = student(), batch_of(tokens)
@@ -126,12 +120,12 @@ def measure(way: str, tokens: int) -> dict[str, float]:
         parameter.grad = torch.zeros_like(parameter)
     step(model, batch_of(LENGTH), way)  # threads, kernels and memory that PyTorch keeps
     model.zero_grad(set_to_none=False)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is there now
-    base, began = status("VmRSS"), time.perf_counter()
+    memory.restart_peak()
+    base, began = memory.resident(), time.perf_counter()
     loss = step(model, batch, way)
     seconds = time.perf_counter() - began
     norm = torch.cat([p.grad.flatten() for p in model.parameters()]).double().norm()
-    return {"base": base, "peak": status("VmHWM"), "seconds": seconds, "loss": loss, "norm": float(norm)}
+    return {"base": base, "peak": memory.peak(), "seconds": seconds, "loss": loss, "norm": float(norm)}
 
 
 def child(way: str, tokens: int) -> dict[str, float]:
@@ -157,11 +151,11 @@ def main() -> None:
     print(f"{VOCAB:,} ids, float32, {torch.get_num_threads()} threads, medians of {ROUNDS}\n")
     print("| logits | response tokens | seconds | GB | loss | gradient norm |\n|---|---|---|---|---|---|")
     for (way, tokens), m in middle.items():
-        memory = (m["peak"] - m["base"]) / 1e9
-        print(f"| {way} | {tokens} | {m['seconds']:.1f} | {memory:.2f} | {m['loss']:.7f} | {m['norm']:.7f} |")
+        taken = (m["peak"] - m["base"]) / 1e9
+        print(f"| {way} | {tokens} | {m['seconds']:.1f} | {taken:.2f} | {m['loss']:.7f} | {m['norm']:.7f} |")
     whole, chunks = (middle[way, options.tokens] for way in WAYS)
-    memory = (chunks["peak"] - chunks["base"]) / (whole["peak"] - whole["base"])
-    print(f"\nchunks over whole: {chunks['seconds'] / whole['seconds']:.2f} of the time, {memory:.3f} of the memory")
+    share = (chunks["peak"] - chunks["base"]) / (whole["peak"] - whole["base"])
+    print(f"\nchunks over whole: {chunks['seconds'] / whole['seconds']:.2f} of the time, {share:.3f} of the memory")
 
 
 if __name__ == "__main__":

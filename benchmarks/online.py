@@ -10,7 +10,6 @@ all but the first, which pays for first allocations.
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import memory
 import polars as pl
 import pyarrow as pa
 import torch
@@ -57,11 +57,6 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     values["rollouts"] |= {"rounds": 1, "prompts": count, "shard_size": options.batch}
     values["train"] |= {"batch_size": options.batch, "micro_batch_tokens": 4096}
     return values
-
-
-def peak() -> float:
-    """Most memory that this process ever had resident, MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def timed(seconds: dict[str, float], part: str, work: Callable[[], Any]) -> Any:
@@ -114,7 +109,13 @@ def online(config: Config, steps: int) -> dict[str, Any]:
         taken.append(seconds)
         tokens.append(figures["tokens"])
     teacher_bytes = sum(p.nbytes for p in judge.parameters())
-    return {"steps": taken, "tokens": tokens, "peak": peak(), "teacher": teacher_bytes / 2**20, "dtype": student.dtype}
+    return {
+        "steps": taken,
+        "tokens": tokens,
+        "peak": memory.peak() / 1e6,
+        "teacher": teacher_bytes / 2**20,
+        "dtype": student.dtype,
+    }
 
 
 def generate(config: Config, model: Any, student: Speaker, renderer: Any, jobs: list[dict[str, Any]]) -> pa.Table:
@@ -158,7 +159,7 @@ def offline(config: Config, steps: int) -> dict[str, Any]:
         nonlocal highest
         taken.append({"train": figures["seconds"]})
         tokens.append(figures["tokens"])
-        highest = peak()  # before the state is saved, which the online loop doesn't do
+        highest = memory.peak() / 1e6  # before the state is saved, which the online loop doesn't do
 
     stop = torch.from_numpy(student.stop.astype("int64"))
     train_round(student.load(), stop, shards, config, 0, Progress(0, steps, steps), None, Path("train"), {}, report)

@@ -10,7 +10,6 @@ matmul over 2 x parameters, and every matmul of the model by itself at its own s
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import memory
 import numpy as np
 import torch
 
@@ -154,8 +154,7 @@ def measure(model: Any, groups: list[list[np.ndarray]], stop: np.ndarray) -> dic
     ours(model, groups[0], stop)
     cpu = time.process_time()
     wall = seconds(lambda: [ours(model, group, stop) for group in groups])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"wall": wall, "cpu": time.process_time() - cpu, "peak": peak}
+    return {"wall": wall, "cpu": time.process_time() - cpu, "peak": memory.peak() / 1e6}
 
 
 def growth(source: str, scale: int) -> None:

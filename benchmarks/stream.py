@@ -9,7 +9,6 @@ the consumer waits for the stream, as the trainer records it (`data_wait`).
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import memory
 import numpy as np
 import pyarrow as pa
 import torch
@@ -113,7 +113,7 @@ def row_group(rng: np.random.Generator, responses: int, length: int) -> dict[str
 def stream_through(folder: Path, workers: int, steps: int | None, use: Callable[[Step], Any]) -> dict[str, float]:
     """One epoch, or its first steps: seconds, share and longest of the waits, response tokens, megabytes of memory."""
     shards: list[Triple] = [tuple(open_shard(folder / f"{name}.parquet", name) for name in TABLES)]  # type: ignore[list-item]
-    waits, tokens, before = [], 0, peak_memory()
+    waits, tokens, before = [], 0, memory.peak()
     start = asked = time.perf_counter()
     for step in batches(shards, SIZE, TOKENS, 1, range(count_steps(shards, SIZE))[:steps], workers=workers):
         waits.append(time.perf_counter() - asked)
@@ -128,13 +128,8 @@ def stream_through(folder: Path, workers: int, steps: int | None, use: Callable[
         "first": waits[0],
         "longest": max(waits[1:]),
         "tokens": tokens,
-        "memory": peak_memory() - before,
+        "memory": (memory.peak() - before) / 1e6,
     }
-
-
-def peak_memory() -> float:
-    """The process' peak of resident memory so far, MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def computing(seconds: float) -> Callable[[Step], None]:

@@ -5,13 +5,13 @@ what real ones do. Rates are of one process, the better of two runs each; memory
 """
 
 import multiprocessing
-import resource
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import get_args
 
+import memory
 import numpy as np
 import pyarrow as pa
 
@@ -107,14 +107,14 @@ def rows(rng: np.random.Generator, names: list[str], lengths: np.ndarray) -> tup
 
 
 def peak(parts: list[Part], options: Weights) -> float:
-    """Resident MiB at most of a fresh process that weighs `parts`."""
+    """Resident MB at most of a fresh process that weighs `parts`."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak, (parts, options))
 
 
 def _peak(parts: list[Part], options: Weights) -> float:
     compute(parts, options)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return memory.peak() / 1e6
 
 
 def speed(folder: Path) -> None:
@@ -133,10 +133,10 @@ def speed(folder: Path) -> None:
     print(f"\n{units:,} units in {SHARDS} shards, {CANDIDATES} candidates each")
 
 
-def memory(folder: Path) -> None:
+def growth(folder: Path) -> None:
     """Print the peak resident memory over some shards and over ten times as many."""
     parts = [fabricate(folder, i, SMALL) for i in range(SHARDS * TIMES)]
-    print(f"\n| | {SHARDS} shards, MiB | {len(parts)} shards, MiB | ratio |\n|---|---|---|---|")
+    print(f"\n| | {SHARDS} shards, MB | {len(parts)} shards, MB | ratio |\n|---|---|---|---|")
     for changes in ({}, {"credit": "baseline", "scheme": "ideal"}, {"credit": "gae"}, {"credit": "residual"}):
         options = Weights(**changes)  # type: ignore[arg-type]
         few, many = peak(parts[:SHARDS], options), peak(parts, options)
@@ -149,4 +149,4 @@ if __name__ == "__main__":
         if "memory" not in sys.argv:
             speed(Path(scratch) / "speed")
         if "speed" not in sys.argv:
-            memory(Path(scratch) / "memory")
+            growth(Path(scratch) / "memory")

@@ -35,6 +35,8 @@ class ModelRef(BaseModel):
     """sha256 over the weight and config files."""
     tokenizer: str
     """sha256 over the tokenizer's files, the chat template included."""
+    tokenizer_class: str = ""
+    """Name of its `transformers` class; found anew when empty."""
 
     def identity(self) -> dict[str, str]:
         """What enters manifests: where it lies does not matter."""
@@ -96,12 +98,21 @@ def reference(source: str, folder: Path) -> ModelRef:
     )
 
 
-def load_tokenizer(source: str, folder: str | Path) -> Any:
-    """The `transformers` tokenizer in a folder; `source` is what errors call it."""
-    from transformers import AutoTokenizer  # noqa: PLC0415 - seconds to import; table stages don't need it
+def load_tokenizer(source: str, folder: str | Path, kind: str = "") -> Any:
+    """The `transformers` tokenizer in a folder.
+
+    Args:
+        source: what errors call the model.
+        folder: where it lies.
+        kind: name of its class. Finding it out imports torch and every model's config, which takes seconds.
+    Raises:
+        OpdError: it can't be loaded.
+    """
+    import transformers  # noqa: PLC0415 - seconds to import; table stages don't need it
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        named = getattr(transformers, kind, None) if kind else None
+        return (named or transformers.AutoTokenizer).from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise OpdError(f"model {source!r}: its tokenizer can't be loaded: {_line(error)}") from error
 

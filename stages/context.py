@@ -35,7 +35,7 @@ class Speaker:
     @cached_property
     def tokenizer(self) -> Any:
         """The `transformers` tokenizer."""
-        return load_tokenizer(self.ref.source, self.ref.path)
+        return load_tokenizer(self.ref.source, self.ref.path, self.ref.tokenizer_class)
 
     @cached_property
     def _vocabulary(self) -> tuple[TokenBytes, np.ndarray]:

@@ -30,7 +30,8 @@ def main(
     identity = {"tokenizer": ref.tokenizer, "stop": list(wanted.stop)}
     with open_writer(layout.vocabulary_path(config, role), "vocabulary", identity, {}) as writer:
         writer.write(vocabulary_table(tokens, stop))
-    write_text(layout.model_file(config, role), ref.model_dump_json(indent=1) + "\n")
+    known = ref.model_copy(update={"tokenizer_class": type(tokenizer).__name__})
+    write_text(layout.model_file(config, role), known.model_dump_json(indent=1) + "\n")
     console.say(
         f"{role}: {ref.source}, {int(tokens.has_bytes.sum()):,} tokens with bytes, {len(stop)} that stop, in {ref.path}"
     )

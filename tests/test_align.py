@@ -2,6 +2,8 @@
 
 import base64
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from hard_texts import CUT_BYTES, HARD_TEXTS
 from typer.testing import CliRunner
 
 from pipeline.coverage import measure, shares, shortfalls, unit_classes
+from pipeline.models import load_tokenizer
 from pipeline.texts import Side, align_texts, unit_rows
 from schemas.config import Coverage
 from schemas.tables import arrow_schema
@@ -158,3 +161,20 @@ def test_the_gate_compares_each_share(smollm2: Any) -> None:
     assert shortfalls(found, Coverage(min_compared=0.5, min_one_to_one=0.2, min_shared_mass=0.7)) == []
     (line,) = shortfalls(found, Coverage(min_compared=0.5, min_one_to_one=0.2, min_shared_mass=0.8))
     assert line == "shared_mass is 75.0 %, coverage.min_shared_mass is 80.0 %"
+
+
+@pytest.mark.parametrize("name", ["smollm2", "gemma3"])
+def test_a_tokenizer_of_known_class_is_the_same_without_torch(name: str, request: pytest.FixtureRequest) -> None:
+    real = request.getfixturevalue(name)
+    kind = type(real.tokenizer).__name__
+    again = load_tokenizer(real.ref.source, real.ref.path, kind)
+    assert type(again) is type(real.tokenizer)
+    assert again.backend_tokenizer.to_str() == real.tokenizer.backend_tokenizer.to_str()
+    assert again.special_tokens_map == real.tokenizer.special_tokens_map
+    assert again.chat_template == real.tokenizer.chat_template
+    assert again("a b").input_ids == real.tokenizer("a b").input_ids
+    # Table stages start in a second because of it.
+    load = "from pipeline.models import load_tokenizer; load_tokenizer(*sys.argv[1:])"
+    command = [sys.executable, "-c", f"import sys; {load}; print('torch' in sys.modules)"]
+    done = subprocess.run([*command, real.ref.source, real.ref.path, kind], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
