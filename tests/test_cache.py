@@ -172,7 +172,7 @@ def test_ls_verify_and_gc(tmp_path: Path) -> None:
 class ScoredRun:
     """A run of the stages themselves, up to scores: SmolLM2 teaches itself with the answer at hand."""
 
-    def __init__(self, folder: Path, model: str, shards: int = 6, **scores: Any) -> None:
+    def __init__(self, folder: Path, model: str, shards: int = 4, **scores: Any) -> None:
         self.folder, self.shards, self.cache = folder, shards, folder / "cache"
         config: dict[str, Any] = yaml.safe_load((ROOT / "config/config.yaml").read_text())
         config["prompts"]["splits"] = {"examples": 0, "train": 2 * shards, "dev": 0, "test": 1}
@@ -213,7 +213,7 @@ def test_the_audit_is_in_the_manifest_and_stops_what_differs(
     figures = open_shard(scored.shard(0), "scores").manifest.figures
     assert figures["audit_responses"] == 1 and 0 < figures["audit_mean_delta"] < figures["audit_max_delta"] < 2
     outcome = CliRunner().invoke(app, ["audit", "--config", str(scored.config), "--responses", "2"])
-    assert outcome.exit_code == 0 and "round-0/005" in outcome.output
+    assert outcome.exit_code == 0 and "round-0/003" in outcome.output
     # Scores that are half a nat off: the run stops, and nothing is published.
     from pipeline import score
 

@@ -29,8 +29,8 @@ class Run:
         self.cache.mkdir()
         (self.cache / "models").symlink_to(models)
         config: dict[str, Any] = yaml.safe_load((ROOT / "config/config.yaml").read_text())
-        config["prompts"]["splits"] = {"examples": 4, "train": 12, "dev": 0, "test": 8}
-        config["rollouts"] |= {"rounds": 1, "prompts": 12, "shard_size": 6}
+        config["prompts"]["splits"] = {"examples": 2, "train": 12, "dev": 0, "test": 8}
+        config["rollouts"] |= {"rounds": 1, "prompts": 12, "shard_size": 12}
         config["train"] = {"batch_size": 4, "micro_batch_tokens": 300, "warmup_steps": 1}
         config["evaluate"] = {"kl_items": 6}
         config["audit"] = {"responses": 1}
