@@ -1,12 +1,11 @@
 """Rollouts of another student, told in this student's tokens, so that one teacher pass serves both."""
 
-from typing import Any
-
 import numpy as np
 import pyarrow as pa
+from tokenizers import Tokenizer
 
 from pipeline.support import same_ids
-from pipeline.tokens import Spelling, TokenBytes, spell, text_tokenizer
+from pipeline.tokens import Spelling, TokenBytes, spell
 from pipeline.units import MASKED, Tokens, align
 from pipeline.view import sampled_tokens
 from schemas.tables import arrow_schema
@@ -16,7 +15,7 @@ def adopt(
     rollouts: pa.Table,
     behavior: tuple[TokenBytes, np.ndarray],
     student: tuple[TokenBytes, np.ndarray],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     prompts: list[np.ndarray],
 ) -> pa.Table:
     """The same responses as if this student had written them.
@@ -24,7 +23,7 @@ def adopt(
     Args:
         rollouts: schema `rollouts`, in the tokens of the policy that sampled them.
         behavior, student: token bytes and int32 stop ids of that policy and of this student.
-        tokenizer: this student's `transformers` tokenizer.
+        tokenizer: this student's, for texts (`text_tokenizer`).
         prompts: this student's ids of each response's rendered prompt.
     Returns:
         Schema `rollouts`; `response` and names are unchanged, so scores of the one are scores of the other. Ids are this
@@ -44,12 +43,12 @@ def _retold(
     rollouts: pa.Table,
     behavior: tuple[TokenBytes, np.ndarray],
     student: tuple[TokenBytes, np.ndarray],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
 ) -> dict[str, pa.Array]:
     """The columns that tokens decide."""
     tokens, stop = student
     sampled, stopped = sampled_tokens(rollouts, *behavior)
-    own = spell(text_tokenizer(tokenizer, tokens.name), tokens, rollouts["response"].to_pylist())
+    own = spell(tokenizer, tokens, rollouts["response"].to_pylist())
     logps, counts, whole = _spread(rollouts, sampled, own)
     stops = stopped & whole
     lengths = np.diff(own.offsets)

@@ -8,11 +8,12 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from tokenizers import Tokenizer
 
 from pipeline.models import ModelRef, load_model, load_tokenizer, model_config, native_dtype, reference
 from pipeline.prompts import Renderer
 from pipeline.shards import Shard, open_shard
-from pipeline.tokens import TokenBytes, from_table
+from pipeline.tokens import TokenBytes, from_table, text_tokenizer
 from schemas.config import Config, Model, load_config
 from schemas.errors import OpdError
 from stages import layout
@@ -36,6 +37,11 @@ class Speaker:
     def tokenizer(self) -> Any:
         """The `transformers` tokenizer."""
         return load_tokenizer(self.ref.source, self.ref.path, self.ref.tokenizer_class)
+
+    @cached_property
+    def text_tokenizer(self) -> Tokenizer:
+        """Its copy for responses (see `pipeline.tokens.text_tokenizer`); copying a large vocabulary takes seconds."""
+        return text_tokenizer(self.tokenizer, self.ref.source)
 
     @cached_property
     def _vocabulary(self) -> tuple[TokenBytes, np.ndarray]:

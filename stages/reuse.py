@@ -55,7 +55,7 @@ def write_rollouts(config: Config, phase: str, shard: int, source: layout.Source
         for group in given.row_groups():
             rows = [prompts.rows[name] for name in group["prompt_id"].to_pylist()]
             tokens = (student.vocabulary, student.stop)
-            writer.write(adopt(group, behavior, tokens, student.tokenizer, renderer.ids(rows, limit)))
+            writer.write(adopt(group, behavior, tokens, student.text_tokenizer, renderer.ids(rows, limit)))
     console.say(f"{phase}: {given.rows} responses and their scores reused from {source.folder}")
 
 

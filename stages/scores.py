@@ -18,7 +18,7 @@ from pipeline.prompts import Renderer
 from pipeline.score import Scores, score
 from pipeline.shards import Shard, open_shard, open_writer, read_manifest
 from pipeline.support import pair_ids, same_ids
-from pipeline.tokens import Spelling, spell, text_tokenizer
+from pipeline.tokens import Spelling, spell
 from pipeline.view import sampled_tokens
 from schemas.config import Config
 from schemas.errors import OpdError
@@ -121,8 +121,7 @@ class Job:
         """The responses as the teacher reads them."""
         if self.reads_tokens:
             return sampled_tokens(group, self.student.vocabulary, self.student.stop)[0]
-        tokenizer = text_tokenizer(self.teacher.tokenizer, self.teacher.ref.source)
-        return spell(tokenizer, self.teacher.vocabulary, group["response"].to_pylist())
+        return spell(self.teacher.text_tokenizer, self.teacher.vocabulary, group["response"].to_pylist())
 
     def asked(self, group: pa.Table, spelling: Spelling) -> list[np.ndarray] | None:
         """The student's own candidates, when they are wanted. Raises OpdError when the rollouts don't have them."""

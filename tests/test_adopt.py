@@ -60,7 +60,8 @@ def test_sums_over_shared_stretches_are_the_behaviour_policys(direction: str, sm
     stopped[3] = False
     given = rollouts_of(theirs, texts, stopped, cut=3)
     prompts = [rng.integers(5, 100, n).astype(np.int32) for n in rng.integers(1, 9, len(given))]
-    told = adopt(given, (theirs.vocabulary, theirs.stop()), (ours.vocabulary, ours.stop()), ours.tokenizer, prompts)
+    sides = (theirs.vocabulary, theirs.stop()), (ours.vocabulary, ours.stop())
+    told = adopt(given, *sides, text_tokenizer(ours.tokenizer, "o"), prompts)
     assert told.schema.equals(arrow_schema("rollouts"))
     for name in ("rollout_id", "prompt_id", "response", "answer"):
         assert told[name].equals(given[name])
@@ -95,4 +96,4 @@ def test_sums_over_shared_stretches_are_the_behaviour_policys(direction: str, sm
 def test_no_responses(smollm2: Any, gemma3: Any) -> None:
     none = arrow_schema("rollouts").empty_table()
     sides = ((m.vocabulary, m.stop()) for m in (smollm2, gemma3))
-    assert len(adopt(none, *sides, gemma3.tokenizer, [])) == 0
+    assert len(adopt(none, *sides, text_tokenizer(gemma3.tokenizer, "g"), [])) == 0
