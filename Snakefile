@@ -13,13 +13,13 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from pipeline.cache import relink
+from pipeline.store.cache import relink
 from pipeline.models import IDENTITY_FILES, TOKENIZER_FILES
 from schemas.config import TRAIN_OPERATION, consistency, parse_config
 from schemas.errors import OpdError
 from schemas.manifest import digest
-from stages import console, layout, resume
-from stages.report import print_summary, write_config
+from stages.run import console, layout, resume
+from stages.report.page import print_summary, write_config
 
 if not workflow.config_settings.configfiles:
 

@@ -19,12 +19,12 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from pipeline.support import pair_ids
-from pipeline.texts import Side
-from pipeline.units import Tokens, align
-from pipeline.view import student_view
+from pipeline.align.student_view import student_view
+from pipeline.align.texts import Side
+from pipeline.align.units import Tokens, align
+from pipeline.align.vocabularies import pair_ids
 from schemas.tables import arrow_schema
-from stages.align import open_side
+from stages.tools.align import open_side
 
 TOKENS = 1_000_000
 LENGTH = 2000  # characters of a response

@@ -16,10 +16,10 @@ import polars as pl
 import torch
 from hard_texts import HARD_TEXTS
 
-from pipeline.lm import head
+from pipeline.infer.forward import head
 from pipeline.models import load_model, load_tokenizer, prepare
 from schemas.config import Config
-from stages.layout import cache_root
+from stages.run.layout import cache_root
 
 PIECES, LENGTH = 128, 160  # pieces of text, tokens of each: 20,480 teacher tokens
 

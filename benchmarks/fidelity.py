@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 import torch
 from corpus import LENGTH, PIECES, Teacher, markdown
 
-from pipeline.compact import CANDIDATE_BITS as BITS
-from pipeline.compact import STATISTIC_BITS, STEP, rounded
-from pipeline.lm import top_k
+from pipeline.infer.forward import top_k
+from pipeline.store.rounding import CANDIDATE_BITS as BITS
+from pipeline.store.rounding import STATISTIC_BITS, STEP, rounded
 from schemas.tables import writer_options
 
 WIDTH = 512  # candidates looked at; no rule keeps more

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from pipeline.lm import head
+from pipeline.infer.forward import head
 from schemas.config import Objective
 from schemas.tables import STOP_ID
 from train.policy import UnitLogps, unit_logps

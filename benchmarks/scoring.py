@@ -23,9 +23,9 @@ import memory
 import numpy as np
 import torch
 
-from pipeline.lm import head, pad
+from pipeline.infer.forward import head, pad
+from pipeline.infer.score import Scores, hidden_rows, score
 from pipeline.models import load_model, load_tokenizer, native_dtype, prepare
-from pipeline.score import Scores, hidden_rows, score
 from schemas.config import Scores as Settings
 
 RESPONSES = 24

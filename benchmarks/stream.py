@@ -23,9 +23,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline.compact import CANDIDATE_BITS, rounded
 from pipeline.models import load_model, prepare
-from pipeline.shards import open_shard, open_writer
+from pipeline.store.rounding import CANDIDATE_BITS, rounded
+from pipeline.store.shards import open_shard, open_writer
 from schemas.config import Train, parse_config
 from schemas.tables import STOP_ID, arrow_schema
 from stages.rollouts import ROW_GROUP

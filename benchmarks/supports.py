@@ -15,8 +15,8 @@ import torch
 from corpus import LENGTH, PIECES, Teacher, markdown
 from fidelity import rules, scan
 
-from pipeline.compact import CANDIDATE_BITS, rounded
-from pipeline.lm import top_k
+from pipeline.infer.forward import top_k
+from pipeline.store.rounding import CANDIDATE_BITS, rounded
 
 GRADIENT_PIECES = 10
 RULES = ("k = 20", "k = 128", "p ≥ 0.0005")

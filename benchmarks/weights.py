@@ -15,9 +15,9 @@ import memory
 import numpy as np
 import pyarrow as pa
 
-from pipeline.compact import CANDIDATE_BITS, rounded
-from pipeline.shards import open_shard, open_writer
-from pipeline.weighing import Part, compute
+from pipeline.store.rounding import CANDIDATE_BITS, rounded
+from pipeline.store.shards import open_shard, open_writer
+from pipeline.weights.phase import Part, compute
 from schemas.config import Weights
 from schemas.tables import STOP_ID
 

@@ -16,8 +16,8 @@ from typing import Any
 from filelock import FileLock
 from pydantic import BaseModel
 
-from pipeline.shards import file_digest, sync_folder, write_text
-from pipeline.tokens import TokenBytes, token_bytes
+from pipeline.align.tokens import TokenBytes, token_bytes
+from pipeline.store.shards import file_digest, sync_folder, write_text
 from schemas.errors import OpdError
 from schemas.manifest import digest
 

@@ -7,12 +7,12 @@ import polars as pl
 import pyarrow as pa
 from rich.table import Table
 
-from pipeline.coverage import CLASSES, measure, shares, shortfalls, sizes
-from pipeline.shards import open_shard, write_text
-from pipeline.units import KINDS
+from pipeline.align.units import KINDS
+from pipeline.measure.coverage import CLASSES, measure, shares, shortfalls, sizes
+from pipeline.store.shards import open_shard, write_text
 from schemas.errors import OpdError
-from stages import console, layout
-from stages.context import DEFAULT_CONFIG, ConfigOption, PhaseOption, policy, read_config
+from stages.run import console, layout
+from stages.run.context import DEFAULT_CONFIG, ConfigOption, PhaseOption, policy, read_config
 
 
 def main(phase: PhaseOption, config_file: ConfigOption = DEFAULT_CONFIG) -> None:

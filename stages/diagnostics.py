@@ -8,8 +8,8 @@ from typing import Any
 
 import polars as pl
 
-from pipeline.diagnostics import Sums, compared, credit, entropy, kinds, measure, ratio, ratios, texts
-from pipeline.shards import open_shard, read_manifest, write_text
+from pipeline.measure.diagnostics import Sums, compared, credit, entropy, kinds, measure, ratio, ratios, texts
+from pipeline.store.shards import open_shard, read_manifest, write_text
 from schemas.config import READS, Config, consistency
 from schemas.diagnostics import (
     Coverage,
@@ -26,8 +26,8 @@ from schemas.diagnostics import (
 from schemas.errors import OpdError
 from schemas.manifest import Manifest, digest
 from schemas.outcome import Outcome
-from stages import console, layout
-from stages.context import DEFAULT_CONFIG, ConfigOption, PhaseOption, read_config, read_ref
+from stages.run import console, layout
+from stages.run.context import DEFAULT_CONFIG, ConfigOption, PhaseOption, read_config, read_ref
 
 NORMALISER = "the compared units of the optimiser step"
 """As `train.loop.train_step` does it."""

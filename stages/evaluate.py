@@ -8,13 +8,14 @@ import polars as pl
 import torch
 import typer
 
-from pipeline.answers import bootstrap_ratio, extract, is_right, wilson
-from pipeline.lm import check_head
-from pipeline.sample import sample
-from pipeline.shards import publish, write_text
+from pipeline.infer.forward import check_head
+from pipeline.infer.sample import sample
+from pipeline.measure.answers import bootstrap_ratio, extract, is_right, wilson
+from pipeline.store.shards import publish, write_text
 from schemas.config import Config, Objective
-from stages import console, layout
-from stages.context import (
+from stages.rollouts import response_text
+from stages.run import console, layout
+from stages.run.context import (
     DEFAULT_CONFIG,
     ConfigOption,
     PromptTable,
@@ -24,7 +25,6 @@ from stages.context import (
     policy,
     read_config,
 )
-from stages.rollouts import response_text
 from stages.train import open_shards
 from train.policy import unit_logps
 from train.recipes import candidate_kl, one_to_one

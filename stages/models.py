@@ -4,14 +4,14 @@ from typing import Annotated, Literal
 
 import typer
 
+from pipeline.align.tokens import vocabulary_table
+from pipeline.align.vocabularies import end_ids, stop_ids
 from pipeline.models import generation_config, load_tokenizer, prepare, vocabulary
-from pipeline.shards import open_shard, open_writer, write_text
-from pipeline.support import end_ids, stop_ids
-from pipeline.tokens import vocabulary_table
+from pipeline.store.shards import open_shard, open_writer, write_text
 from schemas.config import Config
 from schemas.errors import OpdError
-from stages import console, layout
-from stages.context import DEFAULT_CONFIG, ConfigOption, read_config, read_ref
+from stages.run import console, layout
+from stages.run.context import DEFAULT_CONFIG, ConfigOption, read_config, read_ref
 
 
 def main(

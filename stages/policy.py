@@ -5,13 +5,13 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
-from pipeline.lm import check_head, head
-from pipeline.score import hidden_rows, score
-from pipeline.shards import open_shard, open_writer
-from pipeline.view import sampled_tokens
+from pipeline.align.student_view import sampled_tokens
+from pipeline.infer.forward import check_head, head
+from pipeline.infer.score import hidden_rows, score
+from pipeline.store.shards import open_shard, open_writer
 from schemas.tables import arrow_schema
-from stages import console, layout
-from stages.context import (
+from stages.run import console, layout
+from stages.run.context import (
     DEFAULT_CONFIG,
     ConfigOption,
     PhaseOption,

@@ -1,9 +1,9 @@
 """Prompts: read the source, split it, write prompts.parquet."""
 
 from pipeline.prompts import collect
-from pipeline.shards import open_writer
-from stages import console, layout
-from stages.context import DEFAULT_CONFIG, ConfigOption, read_config
+from pipeline.store.shards import open_writer
+from stages.run import console, layout
+from stages.run.context import DEFAULT_CONFIG, ConfigOption, read_config
 
 
 def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:

@@ -1,13 +1,13 @@
 """Reuse: take over another run's rollouts and teacher scores for this student; no teacher forward."""
 
-from pipeline.adopt import adopt
-from pipeline.cache import link_shard, responses_digest
-from pipeline.shards import Shard, open_shard, open_writer
-from pipeline.tokens import from_table
+from pipeline.align.retokenise import adopt
+from pipeline.align.tokens import from_table
+from pipeline.store.cache import link_shard, responses_digest
+from pipeline.store.shards import Shard, open_shard, open_writer
 from schemas.config import Config
 from schemas.errors import OpdError
-from stages import console, layout
-from stages.context import (
+from stages.run import console, layout
+from stages.run.context import (
     DEFAULT_CONFIG,
     ConfigOption,
     PhaseOption,
@@ -17,7 +17,7 @@ from stages.context import (
     policy,
     read_config,
 )
-from stages.provenance import write_provenance
+from stages.run.provenance import write_provenance
 
 
 def main(phase: PhaseOption, shard: ShardOption = 0, config_file: ConfigOption = DEFAULT_CONFIG) -> None:

@@ -4,14 +4,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.sample import Response, seed_of
-from pipeline.shards import open_writer
-from pipeline.texts import valid_prefix
+from pipeline.align.texts import valid_prefix
+from pipeline.infer.sample import Response, seed_of
+from pipeline.store.shards import open_writer
 from schemas.config import Config
 from schemas.errors import OpdError
 from schemas.tables import arrow_schema
-from stages import console, engines, layout
-from stages.context import (
+from stages.run import console, engines, layout
+from stages.run.context import (
     DEFAULT_CONFIG,
     ConfigOption,
     PhaseOption,

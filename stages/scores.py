@@ -10,21 +10,21 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline.asked import asked_ids
-from pipeline.audit import choose, deltas, figures
-from pipeline.cache import fetch_or_make, lists_digest, responses_digest
-from pipeline.compact import STATISTIC_BITS, candidates, rounded
+from pipeline.align.student_candidates import asked_ids
+from pipeline.align.student_view import sampled_tokens
+from pipeline.align.tokens import Spelling, spell
+from pipeline.align.vocabularies import pair_ids, same_ids
+from pipeline.infer.audit import choose, deltas, figures
+from pipeline.infer.score import Scores, score
 from pipeline.prompts import Renderer
-from pipeline.score import Scores, score
-from pipeline.shards import Shard, open_shard, open_writer, read_manifest
-from pipeline.support import pair_ids, same_ids
-from pipeline.tokens import Spelling, spell
-from pipeline.view import sampled_tokens
+from pipeline.store.cache import fetch_or_make, lists_digest, responses_digest
+from pipeline.store.rounding import STATISTIC_BITS, candidates, rounded
+from pipeline.store.shards import Shard, open_shard, open_writer, read_manifest
 from schemas.config import Config
 from schemas.errors import OpdError
 from schemas.tables import arrow_schema
-from stages import console, engines, layout
-from stages.context import (
+from stages.run import console, engines, layout
+from stages.run.context import (
     DEFAULT_CONFIG,
     ConfigOption,
     PhaseOption,
@@ -37,7 +37,7 @@ from stages.context import (
     read_config,
     teacher,
 )
-from stages.provenance import write_provenance
+from stages.run.provenance import write_provenance
 
 
 def main(

@@ -11,14 +11,14 @@ import torch
 import typer
 from filelock import FileLock
 
-from pipeline.lm import check_head
-from pipeline.shards import Shard, open_shard, write_text
+from pipeline.infer.forward import check_head
+from pipeline.store.shards import Shard, open_shard, write_text
 from schemas.config import TRAIN_OPERATION, Config, Objective
 from schemas.errors import OpdError
 from schemas.outcome import Outcome
-from stages import console, layout
-from stages.card import model_card
-from stages.context import DEFAULT_CONFIG, ConfigOption, ThreadsOption, policy, read_config
+from stages.run import console, layout
+from stages.run.card import model_card
+from stages.run.context import DEFAULT_CONFIG, ConfigOption, ThreadsOption, policy, read_config
 from train.adapters import attach
 from train.checkpoint import export, final_state, trained
 from train.distributed import processes, rank, ranks_here, shard, wait_for_all

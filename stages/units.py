@@ -1,11 +1,11 @@
 """Units: align a scored shard to this student's tokens."""
 
-from pipeline.cache import responses_digest
-from pipeline.shards import open_shard, open_writer
-from pipeline.support import pair_ids
-from pipeline.view import student_view
-from stages import console, layout
-from stages.context import DEFAULT_CONFIG, ConfigOption, PhaseOption, ShardOption, policy, read_config, teacher
+from pipeline.align.student_view import student_view
+from pipeline.align.vocabularies import pair_ids
+from pipeline.store.cache import responses_digest
+from pipeline.store.shards import open_shard, open_writer
+from stages.run import console, layout
+from stages.run.context import DEFAULT_CONFIG, ConfigOption, PhaseOption, ShardOption, policy, read_config, teacher
 
 
 def main(phase: PhaseOption, shard: ShardOption = 0, config_file: ConfigOption = DEFAULT_CONFIG) -> None:

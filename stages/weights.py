@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from pipeline.weighing import Part, compute
+from pipeline.weights.phase import Part, compute
 from schemas.config import Config
-from stages import console, layout
-from stages.context import DEFAULT_CONFIG, ConfigOption, PhaseOption, read_config
+from stages.run import console, layout
+from stages.run.context import DEFAULT_CONFIG, ConfigOption, PhaseOption, read_config
 
 
 def main(phase: PhaseOption, config_file: ConfigOption = DEFAULT_CONFIG) -> None:

@@ -9,10 +9,10 @@ import polars as pl
 import pytest
 import torch
 
-from pipeline.support import pair_ids
+from pipeline.align.vocabularies import pair_ids
 from schemas.config import Objective, load_config
 from schemas.tables import STOP_ID
-from stages.context import open_prompts, policy, teacher
+from stages.run.context import open_prompts, policy, teacher
 from stages.scores import Job
 from stages.train import open_shards
 from train.policy import unit_logps

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.align.tokens import TokenBytes
+from pipeline.align.vocabularies import end_ids, stop_ids
 from pipeline.models import ModelRef, generation_config, load_tokenizer, prepare, vocabulary
-from pipeline.support import end_ids, stop_ids
-from pipeline.tokens import TokenBytes
 
 CACHE = Path(os.environ.get("OPD_CACHE", "~/.cache/offline-opd")).expanduser()
 

@@ -8,9 +8,9 @@ import test_train
 import tiny
 import torch
 
-from pipeline.shards import open_shard
+from pipeline.store.shards import open_shard
 from schemas.errors import OpdError
-from stages import console
+from stages.run import console
 from train.adapters import attach
 from train.distributed import processes, rank, shard
 from train.layers import recompute

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pytest
 from hard_texts import HARD_TEXTS
 
-from pipeline.adopt import adopt
-from pipeline.tokens import encode_texts, text_tokenizer
+from pipeline.align.retokenise import adopt
+from pipeline.align.tokens import encode_texts, text_tokenizer
 from schemas.tables import arrow_schema
 
 TEXTS = ["The sum of 12 and 130 is 142.", "", "42", "naïve café – 漢字 🙂", "def f(x):\n\treturn x", "   spaces  "]

@@ -13,12 +13,12 @@ import pytest
 from hard_texts import CUT_BYTES, HARD_TEXTS
 from typer.testing import CliRunner
 
-from pipeline.coverage import measure, shares, shortfalls, unit_classes
+from pipeline.align.texts import Side, align_texts, unit_rows
+from pipeline.measure.coverage import measure, shares, shortfalls, unit_classes
 from pipeline.models import load_tokenizer
-from pipeline.texts import Side, align_texts, unit_rows
 from schemas.config import Coverage
 from schemas.tables import arrow_schema
-from stages.cli import app
+from stages.tools.cli import app
 
 
 @pytest.fixture(scope="module")

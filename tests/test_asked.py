@@ -7,9 +7,9 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.asked import asked_ids
-from pipeline.support import pair_ids
-from pipeline.tokens import Spelling, spell, text_tokenizer
+from pipeline.align.student_candidates import asked_ids
+from pipeline.align.tokens import Spelling, spell, text_tokenizer
+from pipeline.align.vocabularies import pair_ids
 
 
 def reference(

@@ -18,12 +18,12 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from pipeline import cache
-from pipeline.shards import manifest_path, open_shard, open_writer
+from pipeline.store import cache
+from pipeline.store.shards import manifest_path, open_shard, open_writer
 from schemas.errors import OpdError
 from schemas.tables import arrow_schema
 from stages import models, prompts, rollouts, scores, units
-from stages.cli import app
+from stages.tools.cli import app
 
 ROOT = Path(__file__).parents[1]
 IDENTITY, INPUTS = {"teacher": {"weights": "w"}}, {"responses": "r"}
@@ -215,7 +215,7 @@ def test_the_audit_is_in_the_manifest_and_stops_what_differs(
     outcome = CliRunner().invoke(app, ["audit", "--config", str(scored.config), "--responses", "2"])
     assert outcome.exit_code == 0 and "round-0/003" in outcome.output
     # Scores that are half a nat off: the run stops, and nothing is published.
-    from pipeline import score
+    from pipeline.infer import score
 
     right = score._score_chunk
 
@@ -257,7 +257,7 @@ def test_two_thousand_flipped_bytes_are_found(scored: ScoredRun, monkeypatch: py
 
 def test_scores_of_a_moved_run_need_no_forward(scored: ScoredRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found in the cache: the teacher isn't even loaded."""
-    from stages.context import Speaker
+    from stages.run.context import Speaker
 
     def never(self: Speaker) -> None:
         raise AssertionError("the teacher was loaded")

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.compact import CANDIDATE_BITS, STEP, candidates, rescaled, rounded
+from pipeline.store.rounding import CANDIDATE_BITS, STEP, candidates, rescaled, rounded
 
 logps = st.lists(st.floats(-40, 0, width=32), min_size=1, max_size=40)
 

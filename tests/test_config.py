@@ -8,7 +8,7 @@ import yaml
 
 from schemas.config import Config, load_config, parse_config
 from schemas.errors import OpdError
-from stages.cli import config_markdown
+from stages.tools.cli import config_markdown
 
 MINIMAL = {"prompts": {"source": "p.jsonl"}, "student": {"model": "a/b"}, "teacher": {"model": "c/d"}}
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.answers import bootstrap_ratio, extract, is_right, wilson
-from pipeline.credit import Summary, advantages, summary, weigh
-from pipeline.importance import iw_opd
+from pipeline.measure.answers import bootstrap_ratio, extract, is_right, wilson
+from pipeline.weights.credit import Summary, advantages, summary, weigh
+from pipeline.weights.importance import iw_opd
 from schemas.config import Weights
 from schemas.tables import arrow_schema
 

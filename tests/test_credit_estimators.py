@@ -13,10 +13,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import estimates
-from pipeline.credit import check_candidates, compares_responses, discounted, gae, partial_sums, return_to_go, weigh
-from pipeline.estimates import FOLDS, add, sums_by, values
-from pipeline.importance import iw_opd, prefix, signed
+from pipeline.weights import cross_fitting as estimates
+from pipeline.weights.credit import (
+    check_candidates,
+    compares_responses,
+    discounted,
+    gae,
+    partial_sums,
+    return_to_go,
+    weigh,
+)
+from pipeline.weights.cross_fitting import FOLDS, add, sums_by, values
+from pipeline.weights.importance import iw_opd, prefix, signed
 from schemas.config import Weights
 from schemas.errors import OpdError
 

@@ -15,15 +15,17 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import diagnostics as figures
+from pipeline.measure import diagnostics as figures
 from pipeline.models import ModelRef
-from pipeline.shards import Shard, open_shard, open_writer
+from pipeline.store.shards import Shard, open_shard, open_writer
 from schemas.config import Config, consistency
 from schemas.diagnostics import Diagnostics, markdown
 from schemas.errors import OpdError
 from schemas.manifest import digest
 from schemas.tables import arrow_schema
-from stages import checklist, diagnostics, layout
+from stages import diagnostics
+from stages.report import checklist
+from stages.run import layout
 
 CLIP = 1.5
 PROMPT = {"prompt": "{{ prompt }}", "chat_template": None}

@@ -13,7 +13,8 @@ import typer
 import yaml
 from safetensors.numpy import save_file
 
-from stages import console, prompts
+from stages import prompts
+from stages.run import console
 
 GOOD: dict[str, Any] = {
     "run": "r",

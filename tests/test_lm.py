@@ -25,11 +25,11 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from pipeline import score as score_module
-from pipeline.lm import batches, check_head, common_start, halving, head, pad, top_k
+from pipeline.infer import score as score_module
+from pipeline.infer.forward import batches, check_head, common_start, halving, head, pad, top_k
+from pipeline.infer.sample import Response, _draw, sample, seed_of
+from pipeline.infer.score import Scores, hidden_rows, score
 from pipeline.models import ModelRef, load_model
-from pipeline.sample import Response, _draw, sample, seed_of
-from pipeline.score import Scores, hidden_rows, score
 from schemas.errors import OpdError
 
 VOCAB = 1300  # 20 groups of 64 and 20 ids more: top_k's prefilter serves k <= 9

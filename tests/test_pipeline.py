@@ -14,7 +14,7 @@ import polars as pl
 import pytest
 import yaml
 
-from pipeline.shards import open_shard
+from pipeline.store.shards import open_shard
 from schemas.diagnostics import Diagnostics
 
 ROOT = Path(__file__).parents[1]

@@ -11,8 +11,8 @@ import yaml
 from typer.testing import CliRunner
 
 from schemas.tables import arrow_schema
-from stages.cli import app
-from stages.plan import WIDTH, what_rules_keep
+from stages.tools.cli import app
+from stages.tools.plan import WIDTH, what_rules_keep
 
 
 def test_rules_are_sums_over_the_vocabulary() -> None:

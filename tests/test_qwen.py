@@ -10,9 +10,9 @@ from reference_units import reference_units
 from tokenizers import Tokenizer, normalizers
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from pipeline.support import pair_ids
-from pipeline.texts import Side, align_texts, unit_rows
-from pipeline.tokens import token_bytes
+from pipeline.align.texts import Side, align_texts, unit_rows
+from pipeline.align.tokens import token_bytes
+from pipeline.align.vocabularies import pair_ids
 
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_objectives import INF, NAN, Unit, plain_kl, random_distribution, random_unit, random_units, tensors
 
-from pipeline.shards import open_shard, open_writer
+from pipeline.store.shards import open_shard, open_writer
 from schemas.config import PRESETS, READS, Config, Objective, parse_config
 from schemas.errors import OpdError
 from stages.train import check_log_z

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from stages.resume import claim
+from stages.run.resume import claim
 
 HOLDER = """
 import sys
 from pathlib import Path
-from stages.resume import claim
+from stages.run.resume import claim
 lock = claim(Path(sys.argv[1]))
 print(1, flush=True)
 input()

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.rowstats import BLOCK, GROUP, row_statistics
+from pipeline.infer.logit_stats import BLOCK, GROUP, row_statistics
 
 
 def reference(logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

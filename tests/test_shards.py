@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.shards import HOST, file_digest, manifest_path, open_shard, open_writer, publish
+from pipeline.store.shards import HOST, file_digest, manifest_path, open_shard, open_writer, publish
 from schemas.errors import OpdError
 from schemas.manifest import Manifest, differences, digest
 from schemas.tables import TABLES, arrow_schema

@@ -14,12 +14,12 @@ import tiny
 import torch
 from test_train import STOP, config, metrics, run, same, stop_after
 
-from pipeline.shards import open_writer
+from pipeline.store.shards import open_writer
 from schemas.config import Config
 from schemas.errors import OpdError, Stopped
 from schemas.outcome import Outcome
 from schemas.tables import STOP_ID, arrow_schema
-from stages import layout
+from stages.run import layout
 from stages.train import ended, progress_of
 from train.loop import Progress, train_round
 from train.staleness import is_stale, ratio_figures, ratio_sums

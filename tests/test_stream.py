@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.shards import open_shard, open_writer
+from pipeline.store.shards import open_shard, open_writer
 from schemas.config import parse_config
 from schemas.errors import OpdError
 from schemas.tables import STOP_ID

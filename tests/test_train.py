@@ -321,7 +321,7 @@ def _step(receiver: Any) -> int | None:
 
 def _train_slowly(data: Path, folder: Path, sender: Any) -> None:
     """A training process with the stage's own way to leave."""
-    from stages.console import errors_for_people
+    from stages.run.console import errors_for_people
     from stages.train import stop_on_sigterm
 
     def report(figures: dict[str, float]) -> None:

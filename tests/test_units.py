@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from reference_units import Unit, agreed_bytes, reference_units
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from pipeline.tokens import (
+from pipeline.align.tokens import (
     TokenBytes,
     encode_texts,
     from_table,
@@ -23,7 +23,7 @@ from pipeline.tokens import (
     token_bytes,
     vocabulary_table,
 )
-from pipeline.units import KINDS, Tokens, Units, align
+from pipeline.align.units import KINDS, Tokens, Units, align
 from schemas.errors import OpdError
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.support import pair_ids, same_ids, stop_ids
-from pipeline.tokens import TokenBytes, encode_texts, text_tokenizer
-from pipeline.view import LOG_FLOOR, student_view
+from pipeline.align.student_view import LOG_FLOOR, student_view
+from pipeline.align.tokens import TokenBytes, encode_texts, text_tokenizer
+from pipeline.align.vocabularies import pair_ids, same_ids, stop_ids
 from schemas.errors import OpdError
 from schemas.tables import STOP_ID, arrow_schema
 

@@ -19,12 +19,12 @@ import torch
 import yaml
 from conftest import RealModel
 
-from pipeline.sample import Response, _draw, seed_of
-from pipeline.score import Scores, score
+from pipeline.infer.sample import Response, _draw, seed_of
+from pipeline.infer.score import Scores, score
 from schemas.config import Model, parse_config
 from schemas.errors import OpdError
-from stages.context import Speaker
-from stages.engines import sampler, scorer
+from stages.run.context import Speaker
+from stages.run.engines import sampler, scorer
 
 ROOT = Path(__file__).parents[1]
 needs_vllm = (pytest.mark.vllm, pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed"))

@@ -12,8 +12,8 @@ import pytest
 import tiny
 from distributed import LocalCluster
 
-from pipeline.shards import open_writer
-from pipeline.weighing import Part, compute
+from pipeline.store.shards import open_writer
+from pipeline.weights.phase import Part, compute
 from schemas.config import Weights
 from schemas.errors import OpdError
 
@@ -106,7 +106,7 @@ def test_a_killed_worker_costs_time_only(parts: list[Part], tmp_path: Path) -> N
 def test_no_scheduler_is_an_error_for_people(
     parts: list[Part], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.weighing.CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr("pipeline.weights.phase.CONNECT_SECONDS", 0.5)
     options = Weights(scheduler="tcp://127.0.0.1:1")
     with pytest.raises(OpdError, match=r"no dask scheduler answers at tcp://127.0.0.1:1 .*start one"):
         compute([replace(parts[0], weights=tmp_path / "000.parquet")], options)

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from pipeline.credit import weigh
-from pipeline.shards import open_shard, open_writer
+from pipeline.store.shards import open_shard, open_writer
+from pipeline.weights.credit import weigh
 from schemas.config import Weights
 from stages import weights
 from train.stream import batches

@@ -8,7 +8,7 @@ import pyarrow as pa
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline.shards import open_shard, open_writer
+from pipeline.store.shards import open_shard, open_writer
 from schemas.tables import STOP_ID, arrow_schema
 from train.stream import Triple
 

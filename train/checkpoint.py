@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from pipeline.models import ModelRef, reference
-from pipeline.shards import publish, sync_folder
+from pipeline.store.shards import publish, sync_folder
 from schemas.config import Train
 from schemas.errors import OpdError
 from train.adapters import attach

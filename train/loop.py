@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pipeline.shards import write_text
+from pipeline.store.shards import write_text
 from schemas.config import Config
 from schemas.errors import OpdError, Stopped
 from schemas.outcome import Outcome

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.lm import head
+from pipeline.infer.forward import head
 from schemas.tables import STOP_ID
 from train.stream import Batch
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from pipeline.importance import ess
+from pipeline.weights.importance import ess
 
 WINDOW = 4
 """Steps whose effective sample sizes are averaged before a round is ended by them: one batch alone may hold an outlier."""

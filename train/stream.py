@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from pipeline.compact import rescaled
-from pipeline.shards import Shard
-from pipeline.units import KINDS, MASKED
+from pipeline.align.units import KINDS, MASKED
+from pipeline.store.rounding import rescaled
+from pipeline.store.shards import Shard
 from schemas.errors import OpdError
 from schemas.tables import STOP_ID
 from train.order import WINDOW, cut, epoch_order, share

@@ -1,0 +1,170 @@
+"""Rollouts: sample the student with its own log-probs, each response from its own random stream."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.infer.forward import halving, head, pad
+from pipeline.infer.forward import top_k as likeliest
+
+
+@dataclass(frozen=True)
+class Response:
+    """One sampled response, the stop token included. Arrays are (tokens,); log-probs in nats (see schema `rollouts`)."""
+
+    ids: np.ndarray
+    behavior_logp: np.ndarray
+    sampler_logp: np.ndarray
+    top_id: np.ndarray
+    """int32 (tokens, top_k): the model's likeliest ids at each position."""
+    stopped: bool
+
+
+def seed_of(*parts: object) -> int:
+    """A 64-bit seed from names and numbers, the same on every machine."""
+    return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode()).digest()[:8], "little")
+
+
+@torch.inference_mode()
+def sample(
+    model: Any,
+    prompts: Sequence[np.ndarray],
+    seeds: Sequence[int],
+    stop: np.ndarray,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    batch_size: int = 128,
+    top_k: int = 0,
+    advance: Callable[[int], None] = lambda _: None,
+) -> list[Response]:
+    """Sample one response per prompt.
+
+    Args:
+        prompts: token ids of each rendered prompt.
+        seeds: one per prompt; the same seed gives the same uniforms whatever the batch around it.
+        stop: ids that end a response; stopping is one event, whichever of them is drawn.
+        temperature: 0 is greedy.
+        top_k: how many of the likeliest ids to record at each position.
+        advance: called with the number of finished responses.
+    """
+    order = np.argsort([len(p) for p in prompts], kind="stable")
+    out: dict[int, Response] = {}
+
+    def work(rows: np.ndarray) -> list[Response]:
+        texts, own_seeds = [prompts[i] for i in rows], [seeds[i] for i in rows]
+        return _sample_batch(model, texts, own_seeds, stop, max_new_tokens, temperature, top_p, top_k)
+
+    cuts = (order[start : start + batch_size] for start in range(0, len(order), batch_size))
+    for rows, batch in halving(cuts, work):
+        out |= dict(zip(rows.tolist(), batch, strict=True))
+        advance(len(rows))
+    return [out[i] for i in range(len(prompts))]
+
+
+def _sample_batch(
+    model: Any,
+    prompts: Sequence[np.ndarray],
+    seeds: Sequence[int],
+    stop: np.ndarray,
+    steps: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+) -> list[Response]:
+    rows = len(prompts)
+    device = model.device
+    uniforms = torch.from_numpy(np.stack([uniforms_of(seed, steps) for seed in seeds]))
+    stop_index = torch.from_numpy(stop.astype(np.int64)).to(device)
+    ids, mask = (t.to(device) for t in pad(prompts, left=True))
+    drawn = np.full((rows, steps), -1, np.int64)
+    behavior, sampler = np.zeros((rows, steps), np.float32), np.zeros((rows, steps), np.float32)
+    top_id = np.zeros((rows, steps, top_k), np.int32)
+    stopped = np.zeros(rows, bool)
+    live = torch.arange(rows, device=device)
+    cache = None
+    for step in range(steps):
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        out = model.base_model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        )
+        cache = out.past_key_values
+        logits = head(model, out.last_hidden_state[:, -1])
+        draws = draw(logits, uniforms[live.cpu(), step].to(device), stop_index, temperature, top_p, top_k)
+        at = live.cpu().numpy()
+        drawn[at, step], top_id[at, step] = draws.token.cpu().numpy(), draws.top_id.cpu().numpy()
+        behavior[at, step], sampler[at, step] = draws.logps.cpu().numpy()
+        stopped[at] = draws.halts.cpu().numpy()
+        keep = torch.nonzero(~draws.halts)[:, 0]
+        if len(keep) == 0:
+            break
+        if len(keep) < len(live):
+            cache.batch_select_indices(keep)
+        live, ids = live[keep], draws.token[keep, None]
+        mask = torch.cat([mask[keep], torch.ones_like(ids)], 1)
+    lengths = (drawn >= 0).sum(1)
+    return [
+        Response(drawn[i, :n].astype(np.int32), behavior[i, :n], sampler[i, :n], top_id[i, :n], bool(stopped[i]))
+        for i, n in enumerate(lengths)
+    ]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """One token for each of several rows."""
+
+    token: torch.Tensor
+    """int64 (rows,)"""
+    halts: torch.Tensor
+    """bool (rows,): a stop id was drawn."""
+    logps: torch.Tensor
+    """float32 (2, rows): log-probs of the model and of the sampler; of stopping where it halts."""
+    top_id: torch.Tensor
+    """int64 (rows, top_k): the likeliest ids."""
+
+
+def uniforms_of(seed: int, steps: int) -> np.ndarray:
+    """float64 (steps,): a response's own random stream, one number per token."""
+    return np.random.Generator(np.random.Philox(seed)).random(steps)
+
+
+def draw(
+    logits: torch.Tensor, uniform: torch.Tensor, stop: torch.Tensor, temperature: float, top_p: float, top_k: int
+) -> Draws:
+    """One step of sampling, the same for every engine.
+
+    Args:
+        logits: (rows, vocab), as the model gives them.
+        uniform: float64 (rows,), what decides each row's token.
+        stop: int64 ids that end a response.
+    """
+    logp = torch.log_softmax(logits.float(), -1)
+    token, sampled = _draw(logp, uniform, temperature, top_p)
+    halts = torch.isin(token, stop)
+    stop_logp = torch.stack([logp[:, stop].logsumexp(1), sampled[:, stop].logsumexp(1)])
+    own_logp = torch.stack([t.gather(1, token[:, None])[:, 0] for t in (logp, sampled)])
+    top_id = likeliest(logp, top_k)[1] if top_k else token.new_empty(len(token), 0)
+    return Draws(token, halts, torch.where(halts, stop_logp, own_logp), top_id)
+
+
+def _draw(
+    logp: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token per row by inverse CDF, and the sampler's log-probs (rows, vocab)."""
+    if temperature == 0:
+        token = logp.argmax(-1)
+        sampled = torch.full_like(logp, -torch.inf).scatter_(1, token[:, None], 0.0)
+        return token, sampled
+    sampled = logp if temperature == 1 else torch.log_softmax(logp / temperature, -1)
+    if top_p < 1:
+        ordered, index = sampled.sort(dim=-1, descending=True)
+        beyond = ordered.exp().cumsum(-1) - ordered.exp() >= top_p
+        sampled = sampled.masked_fill(beyond.gather(1, index.argsort(-1)), -torch.inf).log_softmax(-1)
+    cdf = sampled.double().exp().cumsum(-1)
+    # Scaled to the row's own total, so rounding can't leave the draw past the last token that has mass.
+    token = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0]
+    return token.clamp(max=logp.shape[1] - 1), sampled

@@ -1,0 +1,1 @@
+"""Figures of answers, coverage and whole phases."""

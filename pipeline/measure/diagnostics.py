@@ -1,0 +1,192 @@
+"""Figures of a phase from sums over its row groups: each group's sums are a few numbers, and sums of sums are those of all, so
+a phase of any size takes the memory of one group.
+"""
+
+from collections.abc import Iterable
+from functools import reduce
+
+import polars as pl
+
+from pipeline.align.units import KINDS
+from pipeline.weights.importance import MAX_LOG_WEIGHT, ess
+from schemas.diagnostics import Credit, Entropy, Ratios, Texts
+
+Sums = dict[str, float]
+
+NGRAM = 4
+REPETITIVE = 0.5
+"""seq-rep-4 above which most of a response's 4-grams have been there before."""
+TENTHS = range(10)
+COMPARED = pl.col("kind") != "masked"
+
+
+def measure(groups: Iterable[tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame, pl.DataFrame]], clip: float) -> Sums:
+    """Sums over all row groups.
+
+    Args:
+        groups: (rollouts, scores, units, weights) of the schemas of those names, of the same whole responses.
+        clip: nats, `objective.clip`.
+    """
+    return reduce(add, (sums(*group, clip) for group in groups))
+
+
+def add(left: Sums, right: Sums) -> Sums:
+    """The sums of both."""
+    return {name: left[name] + right[name] for name in left}
+
+
+def sums(rollouts: pl.DataFrame, scores: pl.DataFrame, units: pl.DataFrame, weights: pl.DataFrame, clip: float) -> Sums:
+    """Counts and float64 sums of one row group; arguments as for `measure`."""
+    return (
+        _of_rollouts(rollouts)
+        | _of_scores(scores, rollouts)
+        | _of_units(units)
+        | _of_weights(weights, units["kind"], clip)
+    )
+
+
+def seq_rep(ids: pl.Series) -> pl.Series:
+    """seq-rep-4 of each response: 1 - distinct/all 4-grams of its tokens, 0 where it has none.
+
+    Welleck et al. (arXiv 1908.04319), section 4. `ids` is a list column (responses,); float64 (responses,).
+    """
+    responses = pl.DataFrame({"ids": ids}).with_row_index("response")
+    tokens = responses.filter(pl.col("ids").list.len() > 0).explode("ids")
+    names = [f"token_{k}" for k in range(NGRAM)]
+    grams = tokens.select(
+        "response",
+        *(pl.col("ids").shift(-k).alias(name) for k, name in enumerate(names)),
+        last=pl.col("response").shift(1 - NGRAM),
+    ).filter(pl.col("last") == pl.col("response"))
+    rep = grams.group_by("response").agg(seq_rep=1 - pl.struct(names).n_unique() / pl.len())
+    joined = responses.join(rep, on="response", how="left", maintain_order="left")
+    return joined["seq_rep"].fill_null(0.0)
+
+
+def _row(frame: pl.DataFrame) -> Sums:
+    """The only row, as floats."""
+    return {name: float(value or 0.0) for name, value in frame.row(0, named=True).items()}
+
+
+def _of_rollouts(rollouts: pl.DataFrame) -> Sums:
+    rep = seq_rep(rollouts["response_ids"])
+    return _row(
+        rollouts.select(
+            responses=pl.len(),
+            student_tokens=pl.col("response_ids").list.len().cast(pl.Float64).sum(),
+            bytes=pl.col("response").str.len_bytes().cast(pl.Float64).sum(),
+            truncated=(pl.col("finish_reason") == "length").sum(),
+            warped=pl.col("sampler_logp").is_not_null().sum(),
+            behavior_logp=pl.col("behavior_logp").cast(pl.List(pl.Float64)).list.sum().sum(),
+        )
+    ) | {"seq_rep": float(rep.sum()), "repetitive": float((rep > REPETITIVE).sum())}
+
+
+def _of_scores(scores: pl.DataFrame, rollouts: pl.DataFrame) -> Sums:
+    """The row at the end of a response counts where the response did stop: nothing was sampled after a cut."""
+    ends = scores.join(rollouts.select("rollout_id", "finish_reason"), on="rollout_id", how="left")
+    sampled = ends.filter((pl.col("token_id") >= 0) | (pl.col("finish_reason") == "stop"))
+    return _row(
+        sampled.select(teacher_positions=pl.len(), teacher_entropy=pl.col("entropy").cast(pl.Float64).sum()),
+    )
+
+
+def _of_units(units: pl.DataFrame) -> Sums:
+    of_kind = {kind: pl.col("kind") == kind for kind in KINDS}
+    return _row(
+        units.select(
+            **{
+                f"tokens_{kind}": pl.col("s_len").filter(is_kind).cast(pl.Float64).sum()
+                for kind, is_kind in of_kind.items()
+            },
+            **{f"units_{kind}": is_kind.sum() for kind, is_kind in of_kind.items()},
+            dropped_mass=pl.col("dropped_logp").filter(COMPARED).cast(pl.Float64).exp().sum(),
+        )
+    )
+
+
+def _of_weights(weights: pl.DataFrame, kind: pl.Series, clip: float) -> Sums:
+    size = pl.col("advantage").cast(pl.Float64).abs()
+    tenth = (pl.col("unit") * len(TENTHS) / pl.len().over("rollout_id")).floor().cast(pl.Int32)
+    is_ratio, weight = (pl.col(name).filter(COMPARED).cast(pl.Float64) for name in ("is_ratio", "weight"))
+    table = weights.with_columns(kind, tenth=tenth)
+    # Ratios of masked units are 1. The bound keeps squares finite.
+    whole = pl.col("is_ratio").cast(pl.Float64).log().sum().clip(-MAX_LOG_WEIGHT, MAX_LOG_WEIGHT)
+    by_response = table.group_by("rollout_id", maintain_order=True).agg(log_ratio=whole)
+    return _row(
+        table.select(
+            advantage=pl.col("advantage").filter(COMPARED).cast(pl.Float64).sum(),
+            **{f"advantage_in_tenth_{n}": size.filter(pl.col("tenth") == n).sum() for n in TENTHS},
+            **{f"clipped_{name}": ((pl.col("kind") == name) & (pl.col("credit").abs() > clip)).sum() for name in KINDS},
+            ratio=is_ratio.sum(),
+            ratio_squared=(is_ratio * is_ratio).sum(),
+            weight=weight.sum(),
+            weight_squared=(weight * weight).sum(),
+        )
+    ) | _row(
+        by_response.select(
+            weighed_responses=pl.len(),
+            log_ratio=pl.col("log_ratio").sum(),
+            response_ratio=pl.col("log_ratio").exp().sum(),
+            response_ratio_squared=(2 * pl.col("log_ratio")).exp().sum(),
+        )
+    )
+
+
+def texts(total: Sums) -> Texts:
+    """Section `texts` of `schemas.diagnostics`."""
+    responses = total["responses"]
+    return Texts(
+        responses=int(responses),
+        student_tokens=int(total["student_tokens"]),
+        truncated=ratio(total["truncated"], responses),
+        seq_rep_4=ratio(total["seq_rep"], responses),
+        repetitive=ratio(total["repetitive"], responses),
+    )
+
+
+def entropy(total: Sums, own: bool) -> Entropy:
+    """Section `entropy`; the student's only when the responses are its `own` and none has a sampler's log-probs beside."""
+    unbiased = own and not total["warped"]
+    return Entropy(
+        teacher=ratio(total["teacher_entropy"], total["teacher_positions"]),
+        student=ratio(-total["behavior_logp"], total["student_tokens"]) if unbiased else None,
+        teacher_per_byte=ratio(total["teacher_entropy"], total["bytes"]),
+        student_per_byte=ratio(-total["behavior_logp"], total["bytes"]) if unbiased else None,
+    )
+
+
+def ratios(total: Sums) -> tuple[Ratios, Ratios, float | None]:
+    """Effective sample size and chi^2 of the units' and the responses' importance ratios, and the mean log-ratio in nats."""
+    of_units = ess(compared(total), total["ratio"], total["ratio_squared"])
+    of_responses = ess(total["weighed_responses"], total["response_ratio"], total["response_ratio_squared"])
+    units, responses = (Ratios(ess=found, chi2=found and 1 / found - 1) for found in (of_units, of_responses))
+    return units, responses, ratio(total["log_ratio"], total["weighed_responses"])
+
+
+def credit(total: Sums, clipped_kinds: Iterable[str]) -> Credit:
+    """Section `credit`; `clipped_kinds` are the kinds of unit whose credit the recipe clips."""
+    kinds = list(clipped_kinds)
+    sizes = {n: total[f"advantage_in_tenth_{n}"] for n in TENTHS}
+    return Credit(
+        advantage_mean=ratio(total["advantage"], compared(total)),
+        advantage_share={n: size / (sum(sizes.values()) or 1.0) for n, size in sizes.items()},
+        clipped=ratio(sum(total[f"clipped_{kind}"] for kind in kinds), sum(total[f"units_{kind}"] for kind in kinds)),
+        weight_ess=ess(compared(total), total["weight"], total["weight_squared"]),
+    )
+
+
+def kinds(total: Sums) -> dict[str, float]:
+    """Share of student tokens in each kind of unit."""
+    tokens = sum(total[f"tokens_{kind}"] for kind in KINDS)
+    return {kind: total[f"tokens_{kind}"] / max(1.0, tokens) for kind in KINDS}
+
+
+def compared(total: Sums) -> float:
+    """Number of units that are not masked."""
+    return sum(total[f"units_{kind}"] for kind in KINDS if kind != "masked")
+
+
+def ratio(part: float, whole: float) -> float | None:
+    """part / whole; None of nothing."""
+    return part / whole if whole else None

@@ -1,0 +1,1 @@
+"""Shards on disk and the content-addressed cache of scores."""

@@ -1,0 +1,265 @@
+"""The content-addressed store of teacher scores: an entry's name is the digest of all that determines it.
+
+    <cache>/scores/<digest>.parquet, .json      an entry and its manifest
+    <cache>/scores/<digest>.lock                held while an entry is made or removed; the kernel frees it with its holder
+    <cache>/users/<digest>/<link digest>        text files, each the path of a link that a run holds to the entry
+
+Nothing in an entry depends on where the cache lies, so it may be moved, copied or shared through any `fsspec` location.
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.compute as pc
+from filelock import FileLock, Timeout
+
+from pipeline.store.shards import (
+    Shard,
+    check_content,
+    manifest_path,
+    open_shard,
+    publish,
+    read_manifest,
+    temporary_name,
+    write_text,
+)
+from schemas.errors import OpdError
+from schemas.manifest import Manifest, digest
+
+
+def responses_digest(rollouts: Shard) -> str:
+    """sha256 of what the teacher reads of the rollouts: names and texts, in their row groups."""
+    running = hashlib.sha256()
+    for group in rollouts.row_groups():
+        for name, text in zip(group["rollout_id"].to_pylist(), group["response"].to_pylist(), strict=True):
+            running.update(f"{name}\0{len(text)}\0{text}\0".encode())
+        running.update(b"\1")
+    return running.hexdigest()
+
+
+def lists_digest(rollouts: Shard, column: str) -> str:
+    """sha256 of a column of lists of numbers, and of where each list ends."""
+    running = hashlib.sha256()
+    for group in rollouts.row_groups():
+        values = group[column].combine_chunks()
+        while pa.types.is_list(values.type):
+            running.update(pc.fill_null(values.value_lengths(), 0).to_numpy().tobytes())
+            values = values.flatten()
+        running.update(values.to_numpy().tobytes() + b"\1")
+    return running.hexdigest()
+
+
+def entry_path(cache: Path, identity: dict[str, Any], inputs: dict[str, str]) -> Path:
+    """Where the scores with this identity and these inputs lie, whether or not they exist yet."""
+    return cache / "scores" / f"{digest({'identity': identity, 'inputs': inputs})}.parquet"
+
+
+def fetch_or_make(
+    cache: Path,
+    identity: dict[str, Any],
+    inputs: dict[str, str],
+    make: Callable[[Path], None],
+    link: Path,
+    remote: str | None = None,
+) -> bool:
+    """Point `link` at an entry that was found, or made exactly once even when several runs ask at the same time.
+
+    Args:
+        make: writes the shard to the path it is given.
+        link: the shard's name in the run; its manifest is linked beside it.
+        remote: an `fsspec` location where entries are looked for before, and copied to after, they are made.
+    Returns:
+        Whether it was there already. A damaged entry is removed and made again.
+    """
+    entry = entry_path(cache, identity, inputs)
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(entry):
+            found = _intact(entry, identity, inputs) or (
+                remote is not None and download(entry, remote) and _intact(entry, identity, inputs)
+            )
+            if not found:
+                make(entry)
+                if remote is not None:
+                    upload(entry, remote)
+            use(cache, entry, link)
+    except PermissionError as error:
+        raise OpdError(f"{entry.parent}: cannot write here: {error.strerror}") from error
+    return found
+
+
+def _lock(entry: Path, timeout: float = -1) -> FileLock:
+    return FileLock(entry.with_suffix(".lock"), timeout=timeout)
+
+
+def _intact(entry: Path, identity: dict[str, Any], inputs: dict[str, str]) -> bool:
+    if not (entry.exists() and manifest_path(entry).exists()):
+        return False
+    try:
+        open_shard(entry, "scores", identity, inputs)
+    except OpdError:
+        entry.unlink()
+        return False
+    return True
+
+
+def use(cache: Path, entry: Path, link: Path) -> None:
+    """Point a run's shard and manifest at an entry, and note that it is used there."""
+    _note_use(cache, entry, link)
+    link_shard(entry, link)
+
+
+def _note_use(cache: Path, entry: Path, link: Path) -> None:
+    link = link.absolute()
+    write_text(cache / "users" / entry.stem / digest(str(link))[:16], f"{link}\n")
+
+
+def link_shard(shard: Path, link: Path) -> None:
+    """Point `link` at a shard, and the manifest's name beside it at its manifest."""
+    for target, name in ((shard, link), (manifest_path(shard), manifest_path(link))):
+        publish_link(target, name)
+
+
+def publish_link(target: Path, name: Path) -> None:
+    """Point `name` at `target`, replacing what was there at once."""
+    try:
+        name.parent.mkdir(parents=True, exist_ok=True)
+        temporary = temporary_name(name)
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(target)
+        temporary.replace(name)
+    except OSError as error:
+        raise OpdError(f"{name}: cannot write: {error.strerror}") from error
+
+
+def relink(cache: Path, run: Path) -> int:
+    """Point a run's links at this cache where the one they point to is gone, so that a cache can be moved; how many.
+
+    The links keep their times: what was made from them stays up to date.
+    """
+    moved = 0
+    for name in run.glob("*/scores/*"):
+        if not name.is_symlink() or name.exists():
+            continue
+        target = cache / "scores" / name.readlink().name
+        if target.exists():
+            times = name.lstat()
+            publish_link(target, name)
+            os.utime(name, ns=(times.st_atime_ns, times.st_mtime_ns), follow_symlinks=False)
+            if name.suffix == ".parquet":
+                _note_use(cache, target, name)
+            moved += 1
+    return moved
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An entry as `opd cache` shows it. `manifest` is None when it can't be read."""
+
+    path: Path
+    manifest: Manifest | None
+    users: list[Path]
+
+    @property
+    def bytes(self) -> int:
+        """Size on disk with its manifest."""
+        return sum(file.stat().st_size for file in (self.path, manifest_path(self.path)) if file.exists())
+
+    @property
+    def days(self) -> float:
+        """Since it was written."""
+        return (time.time() - self.path.stat().st_mtime) / 86400
+
+
+def entries(cache: Path) -> Iterator[Entry]:
+    """Every entry of a cache, by name."""
+    for path in sorted((cache / "scores").glob("*.parquet")):
+        try:
+            manifest = read_manifest(path)
+        except OpdError:
+            manifest = None
+        yield Entry(path, manifest, users(cache, path))
+
+
+def users(cache: Path, entry: Path) -> list[Path]:
+    """The links of runs that still point at an entry."""
+    noted = (Path(note.read_text().rstrip("\n")) for note in sorted((cache / "users" / entry.stem).glob("*")))
+    return [link for link in noted if link.is_symlink() and link.resolve() == entry.resolve()]
+
+
+def damage(entry: Entry) -> str | None:
+    """What is wrong with a shard, after reading every byte of it; None when nothing is."""
+    try:
+        check_content(entry.path, read_manifest(entry.path))
+    except OpdError as error:
+        return str(error)
+    return None
+
+
+def verify(entry: Entry) -> str | None:
+    """`damage` of an entry, or that it lies under a name that isn't its own."""
+    if problem := damage(entry):
+        return problem
+    manifest = read_manifest(entry.path)
+    named = entry_path(Path(), manifest.identity, manifest.inputs).name
+    return None if named == entry.path.name else f"{entry.path}: its content belongs under the name {named}"
+
+
+def remove(cache: Path, entry: Entry) -> bool:
+    """Remove an entry unless a run is using or making it now; whether it is gone."""
+    try:
+        with _lock(entry.path, timeout=0):
+            if users(cache, entry.path):
+                return False
+            # The manifest first: without it the rest counts as unfinished.
+            manifest_path(entry.path).unlink(missing_ok=True)
+            entry.path.unlink(missing_ok=True)
+            notes = cache / "users" / entry.path.stem
+            for note in notes.glob("*"):
+                note.unlink()
+            if notes.is_dir():
+                notes.rmdir()
+    except Timeout:
+        return False
+    return True
+
+
+def leftovers(cache: Path, older_than_days: float = 1.0) -> list[Path]:
+    """Temporary files of writers that died on any machine, and manifests without an entry."""
+    old = time.time() - older_than_days * 86400
+    lone = (path for path in (cache / "scores").glob("*.json") if not path.with_suffix(".parquet").exists())
+    return [path for path in (*(cache / "scores").glob(".*.tmp"), *lone) if path.lstat().st_mtime < old]
+
+
+def upload(entry: Path, remote: str) -> None:
+    """Copy an entry to an `fsspec` location; the manifest last, since it vouches for the rest."""
+    try:
+        fs, root = fsspec.core.url_to_fs(remote)
+        fs.makedirs(f"{root}/scores", exist_ok=True)
+        for file in (entry, manifest_path(entry)):
+            part = f"{root}/scores/.{file.name}.{os.getpid()}.part"
+            fs.put_file(str(file), part)
+            fs.mv(part, f"{root}/scores/{file.name}")
+    except (OSError, ValueError, ImportError) as error:
+        raise OpdError(f"cache_remote {remote}: cannot write: {error}") from error
+
+
+def download(entry: Path, remote: str) -> bool:
+    """Copy an entry from an `fsspec` location; whether it has it. What arrives is checked when it is opened."""
+    try:
+        fs, root = fsspec.core.url_to_fs(remote)
+        if not fs.exists(f"{root}/scores/{manifest_path(entry).name}"):
+            return False
+        for file in (entry, manifest_path(entry)):
+            with publish(file) as temporary:
+                fs.get_file(f"{root}/scores/{file.name}", str(temporary))
+    except (OSError, ValueError, ImportError) as error:
+        raise OpdError(f"cache_remote {remote}: cannot read: {error}") from error
+    return True

@@ -1,0 +1,1 @@
+"""Advantages, credit and importance weights of units, as polars expressions."""

@@ -1,0 +1,150 @@
+"""Weights of all shards of a phase: each shard to its partial sums, their sum, and each shard with it to its weights.
+
+One graph of `dask.delayed` tasks, which runs shard after shard in this process or on a cluster of `dask.distributed`. Sums
+are added from the first shard to the last wherever they were made, and every task can run twice, so both write the same
+bytes, even when a worker dies. Without estimators that compare responses there is only the last step.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+
+import dask
+import polars as pl
+import pyarrow as pa
+from dask.delayed import Delayed, delayed
+
+from pipeline.store.shards import Shard, open_shard, open_writer, read_manifest
+from pipeline.weights.credit import Summary, check_candidates, compares_responses, partial_sums, summary, weigh
+from pipeline.weights.cross_fitting import Sums, add
+from schemas.config import Weights
+from schemas.errors import OpdError
+from schemas.manifest import digest
+
+UNIT_COLUMNS = ("rollout_id", "unit", "kind", "s_start", "s_len", "teacher_logp")
+CANDIDATE_COLUMNS = ("cand_logp", "tail_logp", "dropped_logp")
+CONNECT_SECONDS = 10
+"""How long a scheduler may take to answer."""
+RETRIES = 3
+"""How often a task may fail, or take its worker with it, beyond what dask itself forgives."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The tables of one shard of a phase, `policy` where another policy than the one that is trained sampled it.
+
+    Absolute paths: whoever runs a task has them from the same file system, but another working directory.
+    """
+
+    rollouts: Path
+    units: Path
+    policy: Path | None
+    weights: Path
+
+
+def tasks(parts: Sequence[Part], options: Weights) -> list[Delayed]:
+    """What writes the weights of each shard of `parts` and gives its `Summary`.
+
+    Raises OpdError when a shard's manifest is missing; computing them raises it as `open_shard`, `credit.weigh` and
+    `credit.check_candidates` do, with the path of the units.
+    """
+    if not compares_responses(options):
+        return [delayed(_write)(part, options, None, None) for part in parts]
+    read = [path for part in parts for path in (part.rollouts, part.units, part.policy) if path]
+    phase = digest([read_manifest(path).sha256 for path in read])
+    sums = reduce(delayed(add), [delayed(_sums)(part, options) for part in parts])
+    return [delayed(_write)(part, options, sums, phase) for part in parts]
+
+
+def compute(parts: Sequence[Part], options: Weights) -> Summary:
+    """Write the weights of all shards of `parts` with `options.scheduler`; the summary of them all.
+
+    Raises OpdError as `tasks` says, and when no scheduler answers at that address.
+    """
+    work = tasks(parts, options)
+    if options.scheduler == "local":
+        return sum(dask.compute(*work, scheduler="synchronous"), Summary())
+    from distributed import Client  # noqa: PLC0415 - it takes a second
+
+    try:
+        client = Client(options.scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
+    except OSError as error:
+        raise OpdError(
+            f"`weights.scheduler`: no dask scheduler answers at {options.scheduler} within {CONNECT_SECONDS} s; start one "
+            "with `dask scheduler` and workers with `dask worker`, or set it to `local`"
+        ) from error
+    with client:
+        try:
+            client.wait_for_workers(1, timeout=CONNECT_SECONDS)
+        except TimeoutError as error:
+            raise OpdError(
+                f"`weights.scheduler`: the dask scheduler at {options.scheduler} has no worker; start some, "
+                f"`dask worker {options.scheduler}`, where this package is installed and the run's folder is to be seen"
+            ) from error
+        return sum(client.gather(client.compute(work, retries=RETRIES)), Summary())
+
+
+def _sums(part: Part, options: Weights) -> Sums:
+    read = _read(part, options, with_candidates=options.credit == "gae")
+    with _naming(part.units):
+        return partial_sums(read.units, read.rollouts, options)
+
+
+def _write(part: Part, options: Weights, sums: Sums | None, phase: str | None) -> Summary:
+    """Publish the weights of a shard; `phase` is the digest of all that `sums` were made of."""
+    read = _read(part, options, with_candidates=True)
+    with _naming(part.units):
+        table = weigh(read.units, read.rollouts, options, sums)
+    inputs = read.inputs | ({"phase": phase} if phase else {})
+    with open_writer(part.weights, "weights", options.identity(), inputs) as writer:
+        at = 0
+        for size in read.sizes:
+            writer.write(pa.Table.from_batches(table.slice(at, size).to_arrow().to_batches()))
+            at += size
+    return summary(table, len(read.rollouts))
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Tables as `credit.weigh` takes them, units of each row group, and digests of the shards."""
+
+    units: pl.DataFrame
+    rollouts: pl.DataFrame
+    sizes: list[int]
+    inputs: dict[str, str]
+
+
+def _read(part: Part, options: Weights, with_candidates: bool) -> _Read:
+    """Open and read a shard. Candidates are checked where they are read, but only gae computes with them."""
+    rollouts = open_shard(part.rollouts, "rollouts")
+    made_from = {"rollouts": rollouts.manifest.sha256}
+    units = open_shard(part.units, "units", inputs=made_from)
+    groups = []
+    for group in _groups(units, [*UNIT_COLUMNS, *(CANDIDATE_COLUMNS if with_candidates else ())]):
+        if with_candidates:
+            with _naming(part.units):
+                check_candidates(group)
+        groups.append(group if options.credit == "gae" else group.select(UNIT_COLUMNS))
+    columns = ["rollout_id", "behavior_logp", *(["response_ids"] if options.credit == "residual" else [])]
+    sampled = pl.concat(_groups(rollouts, columns))
+    inputs = made_from | {"units": units.manifest.sha256}
+    if part.policy:
+        policy = open_shard(part.policy, "policy", inputs=made_from)
+        sampled = sampled.with_columns(pl.concat(_groups(policy, ["policy_logp"])))
+        inputs["policy"] = policy.manifest.sha256
+    return _Read(pl.concat(groups), sampled, [len(group) for group in groups], inputs)
+
+
+def _groups(shard: Shard, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
+    return (pl.DataFrame(pl.from_arrow(group)) for group in shard.row_groups(columns))
+
+
+@contextmanager
+def _naming(units: Path) -> Iterator[None]:
+    """Say which shard it was that an OpdError is about."""
+    try:
+        yield
+    except OpdError as error:
+        raise OpdError(f"{units}: {error}") from error

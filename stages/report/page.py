@@ -1,0 +1,241 @@
+"""Report: before and after, training curves, coverage, credit by position and cost, as one self-contained HTML file."""
+
+import io
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import jinja2
+import polars as pl
+import yaml
+from rich.table import Table
+
+from pipeline.align.units import KINDS
+from pipeline.store.shards import write_text
+from schemas.config import Config, consistency
+from schemas.errors import OpdError
+from stages import diagnostics
+from stages.report import checklist
+from stages.run import console, layout
+from stages.run.context import DEFAULT_CONFIG, ConfigOption, read_config
+
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
+
+
+def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
+    """Write report.html and summary.json from what the run left."""
+    config = read_config(config_file)
+    run = layout.run_folder(config)
+    summary = summarise(config)
+    before, after = (pl.read_parquet(run / f"eval-{c}" / "answers.parquet") for c in (0, config.rollouts.rounds))
+    trained = [phase for r in range(config.rollouts.rounds) for phase in layout.trained_on(config, r)]
+    rounds = [diagnostics.read(config, phase) for phase in trained]
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters |= {"percent": checklist.percent, "number": checklist.number}
+    page = environment.from_string(TEMPLATE.read_text()).render(
+        config=config,
+        config_text=config_text(config),
+        summary=summary,
+        examples=examples(before, after),
+        charts=charts(config, summary),
+        warning=consistency(config),
+        rounds=rounds,
+        checklist=checklist.rows(rounds),
+    )
+    write_text(run / "report.html", page)
+    write_text(run / "summary.json", json.dumps(summary, indent=1) + "\n")
+    console.say(f"report: {run / 'report.html'}")
+
+
+def summarise(config: Config) -> dict[str, Any]:
+    """The run's figures: results of each evaluated checkpoint, diagnostics of each phase, seconds of each job."""
+    run = layout.run_folder(config)
+    results = [json.loads((run / f"eval-{c}" / "result.json").read_text()) for c in (0, config.rollouts.rounds)]
+    phases = [diagnostics.read(config, phase) for phase in layout.phases(config)]
+    both = pl.concat(
+        [pl.read_parquet(run / f"eval-{r['checkpoint']}" / "answers.parquet") for r in results], how="vertical"
+    )
+    before, after = both.head(results[0]["items"]), both.tail(results[1]["items"])
+    return {
+        "run": config.run,
+        "before": results[0],
+        "after": results[1],
+        "fixed": int((~before["right"] & after["right"]).sum()),
+        "broken": int((before["right"] & ~after["right"]).sum()),
+        "reverse_kl_ratio": results[1]["reverse_kl"] / results[0]["reverse_kl"] if results[0]["reverse_kl"] else None,
+        "phases": [phase.model_dump(mode="json") for phase in phases],
+        "teacher_tokens": dict(sum((Counter(phase.teacher.tokens) for phase in phases), Counter())),
+        # Files that a longer run left behind don't count.
+        "seconds": diagnostics.timings(config, "prompts", "models-", *(f"{phase.phase}-" for phase in phases)),
+        "checkpoint": str(layout.checkpoint_folder(config, config.rollouts.rounds - 1)),
+        "report": str(run / "report.html"),
+    }
+
+
+def examples(before: pl.DataFrame, after: pl.DataFrame, count: int = 8) -> list[dict[str, Any]]:
+    """The first held-out prompts with the answers before and after, as rows for the page."""
+    joined = before.join(after, on="prompt_id", suffix="_after", maintain_order="left").head(count)
+    return joined.to_dicts()
+
+
+def charts(config: Config, summary: dict[str, Any]) -> dict[str, str]:
+    """Inline SVG of each plot, by name."""
+    run = layout.run_folder(config)
+    steps = pl.concat(
+        [
+            pl.read_ndjson(run / f"round-{r}" / "train" / "metrics.jsonl", infer_schema_length=None)
+            for r in range(config.rollouts.rounds)
+        ]
+    ).with_row_index("at")
+    step = alt.X("at:Q", title="optimiser step", axis=alt.Axis(tickMinStep=1, format="d"))
+    curve = (
+        alt.Chart(steps)
+        .mark_line(point=True)
+        .encode(
+            x=step,
+            y=alt.Y("sampled_kl:Q", title="sampled reverse KL, nats per unit"),
+            color=alt.Color("round:N", title="round"),
+        )
+    )
+    over = {"units": "ess", "responses": "response_ess"}
+    if config.rollouts.replay or config.reuse:  # else the same as units
+        over["units, since the round's start"] = "drift_ess"
+    drift = (
+        alt.Chart(
+            steps.select("at", "round", **over).unpivot(index=["at", "round"], variable_name="of", value_name="ess")
+        )
+        .mark_line(point=True)
+        .encode(
+            x=step,
+            y=alt.Y("ess:Q", title="effective sample size", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])),
+            color=alt.Color("round:N", title="round"),
+            strokeDash=alt.StrokeDash("of:N", title="over", sort=list(over), legend=alt.Legend(symbolType="stroke")),
+        )
+    )
+    if config.train.min_ess is not None:
+        bound = alt.Chart(pl.DataFrame({"ess": [config.train.min_ess]}))
+        drift = drift + bound.mark_rule(color="#b42318").encode(y="ess:Q")
+    ends = pl.DataFrame(
+        [
+            {"when": when, "accuracy": r["accuracy"], "low": r["accuracy_95"][0], "high": r["accuracy_95"][1]}
+            | dict(
+                zip(("kl", "kl_low", "kl_high"), (r["reverse_kl"], *r.get("reverse_kl_95", (None, None))), strict=True)
+            )
+            for when, r in (("before", summary["before"]), ("after", summary["after"]))
+        ]
+    )
+    order = alt.X("when:N", sort=["before", "after"], title=None, axis=alt.Axis(labelAngle=0))
+    accuracy = alt.Chart(ends).mark_bar(size=40).encode(
+        x=order, y=alt.Y("accuracy:Q", title="held-out accuracy", axis=alt.Axis(format="%"))
+    ) + alt.Chart(ends).mark_rule().encode(x=order, y="low:Q", y2="high:Q")
+    kl = alt.Chart(ends).mark_bar(size=40, color="#e45756").encode(
+        x=order, y=alt.Y("kl:Q", title="on-policy reverse KL, nats per token")
+    ) + alt.Chart(ends).mark_rule().encode(x=order, y="kl_low:Q", y2="kl_high:Q")
+    own = [figures for figures in summary["phases"] if "@" not in figures["phase"]]
+    coverage = pl.DataFrame(
+        [
+            {"phase": figures["phase"], "kind": kind, "share": share, "order": KINDS.index(kind)}
+            for figures in own
+            for kind, share in figures["coverage"]["kinds"].items()
+        ]
+    )
+    covered = (
+        alt.Chart(coverage)
+        .mark_bar()
+        .encode(
+            y=alt.Y("phase:N", title=None, sort=None),
+            x=alt.X(
+                "share:Q", title="share of student tokens", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])
+            ),
+            color=alt.Color("kind:N", sort=list(KINDS), title="unit"),
+            order="order:Q",
+        )
+    )
+    deciles = pl.DataFrame(
+        [
+            {"phase": figures["phase"], "decile": int(decile), "share": share}
+            for figures in own
+            if figures["phase"].startswith("round")
+            for decile, share in figures["credit"]["advantage_share"].items()
+        ]
+    )
+    by_tenth = (
+        alt.Chart(deciles)
+        .mark_line(point=True)
+        .encode(
+            x=alt.X("decile:O", title="tenth of the response", axis=alt.Axis(labelAngle=0)),
+            y=alt.Y("share:Q", title="share of |advantage|", axis=alt.Axis(format="%")),
+            color=alt.Color("phase:N", title=None),
+        )
+    )
+    accuracy = accuracy.properties(width=170, height=200)
+    measured = summary["before"]["reverse_kl"] is not None
+    drawn = {
+        "accuracy": accuracy | kl.properties(width=170, height=200) if measured else accuracy,
+        "curve": curve.properties(width=330, height=200),
+        "drift": drift.properties(width=330, height=200),
+        "coverage": covered.properties(width=330),
+        "credit": by_tenth.properties(width=330, height=180),
+    }
+    if summary["seconds"]:
+        cost = pl.DataFrame({"job": list(summary["seconds"]), "seconds": list(summary["seconds"].values())})
+        drawn["cost"] = (
+            alt.Chart(cost)
+            .mark_bar()
+            .encode(y=alt.Y("job:N", sort="-x", title=None), x=alt.X("seconds:Q", title="wall seconds"))
+            .properties(width=400)
+        )
+    return {name: svg(chart) for name, chart in drawn.items()}
+
+
+def svg(chart: alt.TopLevelMixin) -> str:
+    """A chart as SVG text; no script, no network."""
+    out = io.StringIO()
+    chart.save(out, format="svg")
+    return out.getvalue()
+
+
+def config_text(config: Config) -> str:
+    """The resolved config as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def write_config(config: Config) -> None:
+    """Put the resolved config into the run's folder, where its stages read it."""
+    write_text(layout.run_folder(config) / "config.yaml", config_text(config))
+
+
+def print_summary(config: Config) -> None:
+    """Before and after, and where the results are, on the terminal."""
+    try:
+        summary = json.loads((layout.run_folder(config) / "summary.json").read_text())
+    except FileNotFoundError as error:
+        raise OpdError(f"{layout.run_folder(config)}: no summary.json yet; run the report stage") from error
+    table = Table(title=f"{summary['run']}: before and after", title_justify="left")
+    for heading in ("", "before", "after"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    before, after = summary["before"], summary["after"]
+
+    def percent(result: dict[str, Any]) -> str:
+        low, high = result["accuracy_95"]
+        return f"{100 * result['accuracy']:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+
+    def nats(result: dict[str, Any]) -> str:
+        if result["reverse_kl"] is None:
+            return "not measured"
+        low, high = result["reverse_kl_95"]
+        return f"{result['reverse_kl']:.3f} ({low:.3f} to {high:.3f})"
+
+    table.add_row(f"held-out accuracy, {before['items']} items", percent(before), percent(after))
+    table.add_row("on-policy reverse KL, nats per token", nats(before), nats(after))
+    table.add_row("answers that stop", f"{100 * before['stopped']:.0f} %", f"{100 * after['stopped']:.0f} %")
+    console.console.print(table)
+    console.say(f"{summary['fixed']} answers fixed, {summary['broken']} broken")
+    by_origin = ", ".join(f"{count:,} {origin}" for origin, count in summary["teacher_tokens"].items())
+    console.say(f"teacher tokens: {by_origin}")
+    if summary["seconds"]:
+        console.say(f"{sum(summary['seconds'].values()):.0f} s in {len(summary['seconds'])} jobs")
+    console.say(f"model:  {summary['checkpoint']}  (AutoModelForCausalLM.from_pretrained)")
+    console.say(f"report: {summary['report']}")

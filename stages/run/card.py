@@ -1,0 +1,87 @@
+"""The model card of an exported checkpoint: where the model comes from, what made it, and how to load it."""
+
+import json
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import polars as pl
+
+from pipeline.models import ModelRef
+from pipeline.store.shards import versions
+from schemas.config import READS, Config, Model, consistency
+from stages.run import layout
+from stages.run.context import Speaker, teacher
+from train.stream import Triple
+
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
+FRONT = {
+    "library_name": "transformers",
+    "pipeline_tag": "text-generation",
+    "tags": ["distillation", "on-policy-distillation"],
+}
+"""What the hub reads of every card of ours."""
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def model_card(config: Config, round_index: int, student: Speaker, shards: list[Triple], metrics: Path) -> str:
+    """The folder's README.md, in the hub's format.
+
+    Args:
+        student: the checkpoint that the round started from.
+        shards: what it was trained on.
+        metrics: the round's metrics.jsonl.
+    """
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # noqa: S701 - Markdown
+    coverage = layout.coverage_path(config, f"round-{round_index}")
+    rollouts, units, _ = zip(*shards, strict=True)
+    tokens = pl.scan_parquet([shard.path for shard in units]).select(pl.col("s_len", "t_len").sum()).collect()
+    source = config.student.model
+    return environment.from_string(TEMPLATE.read_text()).render(
+        config=config,
+        round=round_index + 1,
+        # The hub refuses a base model that is not one of its own.
+        front=({"base_model": source} if HUB_ID.fullmatch(source) and not Path(source).exists() else {}) | FRONT,
+        sampling=config.rollouts.model_dump(include={"temperature", "top_p", "max_new_tokens"}),
+        candidates=config.scores.model_dump(exclude={"batch_tokens"}),
+        teacher=described(config.teacher, teacher(config).ref),
+        student=described(config.student, student.ref),
+        consistency=consistency(config) or ("consistent" if config.student.tuned_on else "not declared"),
+        responses=sum(shard.rows for shard in rollouts),
+        units=sum(shard.rows for shard in units),
+        tokens=tokens.row(0, named=True),
+        digests=[shard.manifest.sha256[:16] for shard in rollouts],
+        objective=config.objective.model_dump(include={"recipe", *READS[config.objective.recipe]}),
+        coverage=json.loads(coverage.read_text()) if coverage.exists() else None,
+        figures=figures(metrics),
+        versions={"python": platform.python_version(), **versions()},
+        json=json.dumps,
+    )
+
+
+def described(model: Model, ref: ModelRef) -> dict[str, str]:
+    """A model's name, revision and digests. The commit of a hub model is what its snapshot's folder is called."""
+    folder = Path(ref.path)
+    commit = folder.name if folder.parent.name == "snapshots" else None
+    return {
+        "source": ref.source,
+        "revision": commit or model.revision or "none but its weights' digest",
+        "weights": ref.weights[:16],
+        "tokenizer": ref.tokenizer[:16],
+    }
+
+
+def figures(metrics: Path) -> dict[str, Any] | None:
+    """First and last loss and sampled KL, and totals of the round's steps; None where there were none."""
+    if not metrics.stat().st_size:
+        return None
+    steps = pl.read_ndjson(metrics, infer_schema_length=None)
+    ends = {
+        f"{which}_{name}": steps[name][at]
+        for which, at in (("first", 0), ("last", -1))
+        for name in ("loss", "sampled_kl")
+    }
+    totals = steps.select(pl.col("seconds", "tokens", "units").sum()).row(0, named=True)
+    return ends | totals | {"steps": len(steps)}

@@ -1,0 +1,1 @@
+"""What one asks of the tool itself, beside the stages: `opd <command>`."""

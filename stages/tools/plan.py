@@ -1,0 +1,284 @@
+"""Plan: sample, score and train on a few prompts, and say what a run will keep, cost and take."""
+
+import contextlib
+import io
+import json
+import tempfile
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import typer
+import yaml
+from rich.table import Table
+
+from pipeline.store.shards import open_shard
+from schemas.config import Config
+from schemas.errors import OpdError
+from schemas.tables import arrow_schema, writer_options
+from stages import models, prompts, rollouts, scores, train, units, weights
+from stages.run import console, engines, layout
+from stages.run.context import DEFAULT_CONFIG, ConfigOption, ThreadsOption, open_prompts, policy, read_config, teacher
+
+WIDTH = 512
+"""Candidates looked at; what a rule would keep beyond them is not seen."""
+FIXED = (8, 16, 20, 32, 64, 128, 256)
+FLOORS = (0.01, 0.005, 0.002, 0.001, 0.0005, 0.0002)
+MASSES = (0.9, 0.99)
+OPENED_FOR = 1024
+"""Longest prompt and response that an engine is opened for when its opening is timed, which hardly depends on it."""
+VARIANTS = (1, 2, 5)
+"""Runs (other students, objectives, learning rates) that the offline and online costs are compared for."""
+
+
+def main(
+    config_file: ConfigOption = DEFAULT_CONFIG,
+    responses: Annotated[int, typer.Option(min=2, help="prompts to measure on")] = 32,
+    rollout_rate: Annotated[float | None, typer.Option(min=0.1, help="student tokens sampled per second there")] = None,
+    score_rate: Annotated[
+        float | None, typer.Option(min=0.1, help="teacher tokens per second there, prompts too")
+    ] = None,
+    train_rate: Annotated[float | None, typer.Option(min=0.1, help="student tokens trained per second there")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    threads: ThreadsOption = None,
+) -> None:
+    """Measure k and mass against covered mass, KL and bytes; hours and disk of the run; where offline beats online.
+
+    Rates are measured on this machine, unless they are given, for another one.
+    """
+    config = read_config(config_file)
+    console.threads(threads)
+    with tempfile.TemporaryDirectory(prefix="opd-plan-") as folder:
+        small = _small(config, responses)
+        where = Path(folder) / "config.yaml"
+        where.write_text(yaml.safe_dump(small.model_dump(mode="json"), allow_unicode=True))
+        with contextlib.chdir(folder):
+            measured = _measure(small, where)
+    rates = {"rollouts": rollout_rate, "scores": score_rate, "train": train_rate}
+    measured["rates"] |= {name: rate for name, rate in rates.items() if rate}
+    result = measured | {"costs": _costs(config, measured)}
+    if as_json:
+        console.out.print(json.dumps(result), markup=False, soft_wrap=True)
+        return
+    _print(config, result)
+
+
+def _small(config: Config, responses: int) -> Config:
+    """The config of a run of one round over a few prompts that keeps as many candidates as may be asked about."""
+
+    def here(source: str) -> str:
+        return str(Path(source).absolute()) if Path(source).exists() else source
+
+    values = config.model_dump(mode="json")
+    splits = values["prompts"]["splits"]
+    if responses > splits["train"]:
+        raise OpdError(f"--responses {responses}: prompts.splits.train is {splits['train']}")
+    values["run"], values["reuse"] = "plan", []
+    values["cache"] = str(layout.cache_folder(config))
+    values["prompts"]["source"] = here(config.prompts.source)
+    for role in ("student", "teacher"):
+        values[role]["model"] = here(values[role]["model"])
+    values["rollouts"] |= {"rounds": 1, "prompts": responses, "samples": 1, "shard_size": responses}
+    values["scores"] |= {"support": "teacher", "min_p": 0.0, "mass": 1.0, "k_max": WIDTH}
+    values["audit"] |= {"responses": 0}
+    values["evaluate"] |= {"kl_items": 0}
+    return Config.model_validate(values)
+
+
+def _measure(config: Config, where: Path) -> dict[str, Any]:
+    """Run the stages once; rates are of the work itself, without what it takes to open an engine and its model."""
+    phase = "round-0"
+    prompts.main(where)
+    for role in ("student", "teacher"):
+        models.main(role, where)
+    student, speaker = policy(config, 0), teacher(config)
+    load = {
+        "rollouts": _opening(engines.sampler(student, config, OPENED_FOR)),
+        "scores": _opening(engines.scorer(speaker, config, OPENED_FOR)),
+    }
+    spent = {
+        "rollouts": _seconds(lambda: rollouts.main(phase, 0, where, None)) - load["rollouts"],
+        "scores": _seconds(lambda: scores.main(phase, 0, where, None)) - load["scores"],
+    }
+    units.main(phase, 0, where)
+    weights.main(phase, where)
+    train.main(0, where, None)
+    sampled = open_shard(layout.shard_path(config, phase, "rollouts", 0), "rollouts").read()
+    table = open_shard(layout.shard_path(config, phase, "scores", 0), "scores").read()
+    job = scores.Job(
+        config,
+        open_shard(layout.shard_path(config, phase, "rollouts", 0), "rollouts"),
+        open_prompts(config),
+        speaker,
+        student,
+    )
+    teacher_prompts = sum(len(ids) for group in job.teacher_prompts for ids in group)
+    rows = len(sampled)
+    lengths = {
+        "student_prompt": _mean_length(sampled["prompt_ids"]),
+        "student_response": _mean_length(sampled["response_ids"]),
+        "teacher_prompt": teacher_prompts / rows,
+        "teacher_response": len(table) / rows - 1,
+    }
+    steps = pl.read_ndjson(layout.run_folder(config) / phase / "train" / "metrics.jsonl")
+    # The first step warms the allocator up.
+    rate = steps.tail(max(1, len(steps) - 1)).select(pl.col("tokens").sum() / pl.col("seconds").sum()).item()
+    return {
+        "responses": rows,
+        "lengths": lengths,
+        "rates": {
+            "rollouts": rows * lengths["student_response"] / max(spent["rollouts"], 1e-3),
+            "scores": rows * (lengths["teacher_prompt"] + lengths["teacher_response"]) / max(spent["scores"], 1e-3),
+            "train": float(rate),
+        },
+        "rules": what_rules_keep(table, len(speaker.vocabulary)),
+        "teacher_bytes": _weights_bytes(speaker.ref.path),
+        "student_bytes": _weights_bytes(student.ref.path),
+    }
+
+
+def _opening(engine: AbstractContextManager[Any]) -> float:
+    """Seconds until an engine is ready."""
+    began = time.perf_counter()
+    with engine:
+        return time.perf_counter() - began
+
+
+def _seconds(work: Any) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _mean_length(column: pa.ChunkedArray) -> float:
+    return float(np.mean(column.combine_chunks().value_lengths().to_numpy()))
+
+
+def _weights_bytes(folder: str) -> int:
+    return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+
+
+def what_rules_keep(table: pa.Table, vocabulary: int) -> list[dict[str, Any]]:
+    """What each rule keeps: candidates, mass, KL(full || kept and a uniform rest), bytes per teacher token."""
+    counts = table["cand_id"].combine_chunks().value_lengths().to_numpy()
+    flat = {name: table[name].combine_chunks().flatten().to_numpy() for name in ("cand_id", "cand_logp")}
+    p = np.exp(flat["cand_logp"].astype(np.float64))
+    row = np.repeat(np.arange(len(counts)), counts)
+    rank = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    stop = np.exp(table["stop_logp"].to_numpy().astype(np.float64))
+    before = np.cumsum(p) - p
+    before -= np.repeat(before[np.cumsum(counts) - counts], counts) - stop[row]  # every row has candidates
+    keeps = {
+        **{f"k_max {k}": rank < k for k in FIXED},
+        **{f"min_p {floor:g}": (p >= floor) | (rank == 0) for floor in FLOORS},
+        **{f"mass {mass:g}": before < mass for mass in MASSES},
+    }
+    found = []
+    for name, keep in keeps.items():
+        kept = np.bincount(row[keep], minlength=len(counts))
+        held = np.bincount(row[keep], p[keep], len(counts)) + stop
+        with np.errstate(divide="ignore", invalid="ignore"):
+            tail = np.clip(1 - held, 1e-9, None)
+            inside = np.bincount(row[keep], (p * flat["cand_logp"])[keep], len(counts)) + np.where(
+                stop > 0, stop * np.log(stop), 0
+            )
+            kl = -table["entropy"].to_numpy() - inside - tail * np.log(tail / np.maximum(vocabulary - kept - 1, 1))
+        found.append(
+            {
+                "rule": name,
+                "kept": float(kept.mean()),
+                "mass": float(np.minimum(held, 1).mean()),
+                # Below the rounding of the stored numbers it is nothing.
+                "kl": max(0.0, float(kl.mean())),
+                "bytes_per_token": _bytes(table, kept, {n: v[keep] for n, v in flat.items()}) / len(table),
+            }
+        )
+    return found
+
+
+def _bytes(table: pa.Table, kept: np.ndarray, flat: dict[str, np.ndarray]) -> int:
+    """Compressed bytes of all columns, as a shard would hold these candidates."""
+    offsets = pa.array(np.concatenate([[0], np.cumsum(kept)]), pa.int32())
+    columns = {
+        name: pa.ListArray.from_arrays(offsets, pa.array(flat[name])) if name in flat else table[name]
+        for name in table.column_names
+    }
+    buffer = io.BytesIO()
+    cut = pa.table(columns).cast(arrow_schema("scores"))
+    pq.write_table(cut, buffer, compression="zstd", compression_level=3, **writer_options("scores"))
+    about = pq.read_metadata(buffer)
+    groups = [about.row_group(i) for i in range(about.num_row_groups)]
+    return sum(group.column(i).total_compressed_size for group in groups for i in range(group.num_columns))
+
+
+def _costs(config: Config, measured: dict[str, Any]) -> dict[str, Any]:
+    """Tokens, hours and bytes of the configured run, and hours of several variants offline and online."""
+    options, lengths, rates = config.rollouts, measured["lengths"], measured["rates"]
+    total = options.rounds * options.prompts * options.samples
+    tokens = {
+        "rollouts": total * lengths["student_response"],
+        "scores": total * (lengths["teacher_prompt"] + lengths["teacher_response"]),
+        "train": total * config.train.epochs * (lengths["student_prompt"] + lengths["student_response"]),
+    }
+    hours = {name: tokens[name] / rates[name] / 3600 for name in tokens}
+    # Variants offline: other objectives, weights or students on the same rollouts and scores; online each makes its own.
+    return {
+        "responses": total,
+        "tokens": tokens,
+        "hours": hours,
+        "scored_tokens": total * (lengths["teacher_response"] + 1),
+        "variants": [
+            {
+                "runs": n,
+                "offline_hours": hours["rollouts"] + hours["scores"] + n * hours["train"],
+                "online_hours": n * sum(hours.values()),
+            }
+            for n in VARIANTS
+        ],
+    }
+
+
+def _print(config: Config, result: dict[str, Any]) -> None:
+    costs, lengths = result["costs"], result["lengths"]
+    console.out.print(
+        f"{config.run}, measured on {result['responses']} responses: {lengths['teacher_response']:.1f} teacher and "
+        f"{lengths['student_response']:.1f} student tokens each"
+    )
+    table = Table(title="what to keep of the teacher", title_justify="left")
+    for heading in ("rule", "candidates", "mass held", "KL error, nats", "bytes a token", "disk"):
+        table.add_column(heading, justify="left" if heading == "rule" else "right")
+    for rule in result["rules"]:
+        disk = rule["bytes_per_token"] * costs["scored_tokens"] / 1e6
+        figures = (f"{rule['kept']:.1f}", f"{100 * rule['mass']:.2f} %", f"{rule['kl']:.3f}")
+        table.add_row(rule["rule"], *figures, f"{rule['bytes_per_token']:.0f}", f"{disk:,.2f} MB")
+    console.out.print(table)
+    chosen = config.scores
+    console.out.print(f"the config keeps min_p {chosen.min_p:g}, mass {chosen.mass:g}, k_max {chosen.k_max}\n")
+    table = Table(title=f"what the run takes, {costs['responses']:,} responses", title_justify="left")
+    for heading in ("stage", "tokens", "tokens/s", "hours"):
+        table.add_column(heading, justify="left" if heading == "stage" else "right")
+    for name, tokens in costs["tokens"].items():
+        table.add_row(name, f"{tokens:,.0f}", f"{result['rates'][name]:,.0f}", f"{costs['hours'][name]:,.3f}")
+    table.add_row("all", "", "", f"{sum(costs['hours'].values()):,.3f}")
+    console.out.print(table)
+    table = Table(title="offline against online, hours", title_justify="left")
+    for heading in ("runs on the same prompts", "offline", "online", "ratio"):
+        table.add_column(heading, justify="right")
+    for row in costs["variants"]:
+        ratio = row["online_hours"] / row["offline_hours"]
+        table.add_row(str(row["runs"]), f"{row['offline_hours']:,.3f}", f"{row['online_hours']:,.3f}", f"{ratio:.2f}x")
+    console.out.print(table)
+    console.out.print(
+        f"A run of its own costs the same either way; from the second on, offline saves sampling and scoring. Online also "
+        f"keeps the teacher's {result['teacher_bytes'] / 1e9:.2f} GB beside the student's "
+        f"{result['student_bytes'] / 1e9:.2f} GB while training; offline keeps none of it."
+    )
+
+
+if __name__ == "__main__":
+    console.run(main)
