@@ -1,0 +1,38 @@
+"""The run's configuration by section: every key, its type, default and meaning."""
+
+from schemas.config.evaluate import Evaluate
+from schemas.config.load import load_config, parse_config
+from schemas.config.model import VLLM_OPTIONS, Model
+from schemas.config.objective import PRESETS, READS, Objective
+from schemas.config.prompts import Prompts, Splits
+from schemas.config.rollouts import Rollouts
+from schemas.config.root import Config, consistency
+from schemas.config.scores import Audit, Coverage, Scores
+from schemas.config.section import Section, section
+from schemas.config.train import TRAIN_OPERATION, Lora, Train
+from schemas.config.weights import Weights
+
+__all__ = [
+    "PRESETS",
+    "READS",
+    "TRAIN_OPERATION",
+    "VLLM_OPTIONS",
+    "Audit",
+    "Config",
+    "Coverage",
+    "Evaluate",
+    "Lora",
+    "Model",
+    "Objective",
+    "Prompts",
+    "Rollouts",
+    "Scores",
+    "Section",
+    "Splits",
+    "Train",
+    "Weights",
+    "consistency",
+    "load_config",
+    "parse_config",
+    "section",
+]

@@ -1,0 +1,30 @@
+"""Where prompts come from."""
+
+from typing import Any
+
+from pydantic import Field
+
+from schemas.config.section import Section
+
+
+class Splits(Section):
+    """How many source rows go where; the splits share no prompt."""
+
+    examples: int = Field(4, ge=0, description="worked examples that templates can show a model")
+    train: int = Field(320, ge=1, description="prompts that rollouts are sampled for, taken in order over the rounds")
+    dev: int = Field(0, ge=0, description="prompts to choose settings on")
+    test: int = Field(300, ge=0, description="held-out prompts that the report's figures come from")
+
+
+class Prompts(Section):
+    """Where prompts come from."""
+
+    source: str = Field(
+        description="`reasoning-gym:<dataset>`, a .jsonl, .jsonl.zst or .parquet file, or a dataset id of the hub"
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="options of the generator, or of `datasets.load_dataset` (name, split, ...)"
+    )
+    prompt_field: str = Field("prompt", description="field of the source that holds the question")
+    answer_field: str | None = Field("answer", description="field that holds the reference answer; null: there is none")
+    splits: Splits = Field(Splits(), description="how many rows go where")

@@ -1,0 +1,116 @@
+"""The whole file: its sections, and what must fit between them."""
+
+from pydantic import Field, model_validator
+
+from schemas.config.evaluate import Evaluate
+from schemas.config.model import Model
+from schemas.config.objective import Objective
+from schemas.config.prompts import Prompts
+from schemas.config.rollouts import Rollouts
+from schemas.config.scores import Audit, Coverage, Scores
+from schemas.config.section import Section
+from schemas.config.train import Train
+from schemas.config.weights import Weights
+
+
+class Config(Section):
+    """The whole file."""
+
+    run: str = Field("default", pattern=r"^[\w.-]+$", description="name of the run; results are under runs/<run>")
+    seed: int = Field(1, ge=0, description="seed of prompts, sampling and order")
+    cache: str = Field(
+        "~/.cache/offline-opd",
+        description="prepared models and teacher scores, shared by runs; the variable OPD_CACHE overrides it",
+    )
+    reuse: tuple[str, ...] = Field(
+        (),
+        description="folders of runs whose rollouts and teacher scores this run's first rounds take over, whatever the "
+        "student that sampled them; rounds beyond theirs are sampled and scored",
+    )
+    cache_remote: str | None = Field(
+        None,
+        description="an fsspec location (s3://..., gs://..., a shared folder) to find scores in and to copy new ones to",
+    )
+    prompts: Prompts
+    student: Model
+    teacher: Model
+    rollouts: Rollouts = Rollouts()
+    scores: Scores = Scores()
+    audit: Audit = Audit()
+    coverage: Coverage = Field(Coverage(), description="gate before training")
+    objective: Objective = Objective()
+    weights: Weights = Weights()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="after")
+    def _float16_cannot_train(self) -> "Config":
+        if self.student.dtype == "float16":
+            raise ValueError(
+                "`student.dtype`: float16 overflows in training without loss scaling; use bfloat16 or float32"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _only_students_are_tuned(self) -> "Config":
+        if self.teacher.tuned_on is not None:
+            raise ValueError(
+                f"`teacher.tuned_on: {self.teacher.tuned_on}` is a key of the student: whose samples it was fine-tuned on"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _iw_opd_weighs(self) -> "Config":
+        if self.objective.recipe == "iw_opd" and self.weights.scheme == "uniform":
+            raise ValueError(
+                "`weights.scheme: uniform` makes `objective.recipe: iw_opd` the plain sampled path; weigh by iw_opd, or use "
+                "`recipe: sampled`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_ratio(self) -> "Config":
+        if self.objective.ratio_clip is not None and self.weights.truncate is not None:
+            raise ValueError(
+                f"`objective.ratio_clip` and `weights.truncate: {self.weights.truncate:g}` would both multiply the loss by "
+                "pi_theta / pi_behavior; set one of them to null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _raw_logits_need_log_z(self) -> "Config":
+        if self.objective.unit_score == "mean_logit" and not self.scores.log_z:
+            raise ValueError(
+                f"`objective.recipe: {self.objective.recipe}` with `unit_score: mean_logit` scores units by raw logits, which "
+                "take the teacher's log Z beside its log-probs: set `scores.log_z: true`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _student_support_is_recorded(self) -> "Config":
+        if self.scores.support != "teacher" and not self.rollouts.top_k:
+            raise ValueError(
+                f"`scores.support: {self.scores.support}` needs the student's own candidates: set `rollouts.top_k`"
+            )
+        return self
+
+
+def consistency(config: Config) -> str | None:
+    """Why the student and the teacher may not fit, and the remedy: a sentence for people; None where nothing is declared
+    against them.
+
+    Teacher consistency (Lightning OPD, arXiv 2604.13010): distilling a student from another teacher than the one it was
+    fine-tuned on leaves a persistent bias. Lightning OPD 2.0 (arXiv 2607.28449) takes that off by `weights.credit: residual`.
+    """
+    tuned_on, teacher = config.student.tuned_on, config.teacher.model
+    if tuned_on is None or tuned_on == teacher:
+        return None
+    remedy = (
+        "`weights.credit: residual` (Lightning OPD 2.0, arXiv 2607.28449), which is in use here, is the remedy"
+        if config.weights.credit == "residual"
+        else "the remedy is `weights.credit: residual` (Lightning OPD 2.0, arXiv 2607.28449), or that teacher"
+    )
+    return (
+        f"the student was fine-tuned on samples of {tuned_on} (`student.tuned_on`), and the teacher is {teacher}: another one "
+        f"than in fine-tuning leaves a persistent bias (teacher consistency, Lightning OPD, arXiv 2604.13010); {remedy}"
+    )

@@ -1,0 +1,79 @@
+"""The optimiser."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from schemas.config.section import Section
+
+
+class Lora(Section):
+    """Low-rank adapters."""
+
+    rank: int = Field(16, ge=1, description="rank of each update")
+    alpha: int = Field(32, ge=1, description="updates are scaled by alpha / rank")
+    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear",
+        description="names of the modules that get one, such as [q_proj, v_proj]; all-linear: every linear layer but the head",
+    )
+
+
+TRAIN_OPERATION = {"gradient_checkpointing", "save_every", "keep_states", "trackers"}
+"""Keys of `train` that leave the trained weights as they are, so a round need not be trained again for them."""
+
+
+class Train(Section):
+    """The optimiser."""
+
+    learning_rate: float = Field(4e-5, gt=0, description="peak learning rate of AdamW")
+    warmup_steps: int = Field(4, ge=0, description="linear warm-up, in steps of the whole run")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="of the learning rate after the warm-up, over the whole run; constant: the peak"
+    )
+    min_lr_ratio: float = Field(
+        0.1, ge=0, le=1, description="share of the peak that linear and cosine end at, at the run's last step"
+    )
+    batch_size: int = Field(16, ge=1, description="responses per step")
+    micro_batch_tokens: int = Field(
+        4096, ge=1, description="padded tokens per forward pass, prompt and response; one response at least"
+    )
+    epochs: int = Field(1, ge=1, description="passes over a round's rollouts, which are its budget of steps")
+    min_ess: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="end a round before its budget is spent once the effective sample size over the last steps' units of the "
+        "policy in training over the one that the round started from falls below this share; the next round samples from there "
+        "and may spend what was left. null: never",
+    )
+    grad_clip: float = Field(1.0, gt=0, description="gradient norm at most")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's moments")
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="decay per step of an exponential moving average of the weights, which then is what a round ends with and "
+        "what is sampled next; the optimiser goes on from the weights themselves; null: none",
+    )
+    lora: Lora | None = Field(
+        None,
+        description="train adapters instead of all weights (pip install 'offline-opd[lora]'; `{}`: with the defaults below); "
+        "a round's checkpoint has them merged, the next round goes on with the same adapters; null: all weights",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="compute layers again in backward instead of keeping what is in them: less memory, more time"
+    )
+    save_every: int = Field(50, ge=1, description="steps between resumable states")
+    keep_states: int = Field(2, ge=1, description="newest states of a round that are kept, the final one included")
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        (),
+        description="where each step's figures go beside train/metrics.jsonl: tensorboard (runs/<run>/tensorboard), wandb, "
+        "trackio; pip install 'offline-opd[trackers]'",
+    )
+
+    @model_validator(mode="after")
+    def _constant_does_not_decay(self) -> "Train":
+        if self.schedule == "constant" and self.min_lr_ratio != type(self).model_fields["min_lr_ratio"].default:
+            raise ValueError(f"`min_lr_ratio: {self.min_lr_ratio:g}` means nothing to `schedule: constant`")
+        return self

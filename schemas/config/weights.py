@@ -1,0 +1,58 @@
+"""Importance weights and credit of units."""
+
+import re
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from schemas.config.section import Section
+
+
+class Weights(Section):
+    """Importance weights and credit of units."""
+
+    scheme: Literal["uniform", "iw_opd", "signed", "ideal", "prefix"] = Field(
+        "iw_opd",
+        description="uniform: all 1 | iw_opd: arXiv 2606.22600, less weight the more |advantage| lies before | signed: "
+        "likewise, but advantages before cancel | ideal: (teacher's over student's prob. of all before)^alpha, over its mean "
+        "at the same unit index in all shards of the phase | prefix: 1 on the first `prefix_share` of the units, 0 after",
+    )
+    gamma: float = Field(0.5, ge=0, description="strength of iw_opd and signed; 0 is uniform")
+    alpha: float = Field(0.05, ge=0, description="exponent of ideal; 0 is uniform, 0.1 collapses within tens of tokens")
+    prefix_share: float = Field(
+        0.3, gt=0, le=1, description="share of a response's units that prefix keeps; 1 is uniform"
+    )
+    truncate: float | None = Field(
+        None,
+        gt=0,
+        description="truncated importance sampling, a factor min(pi_theta / pi_behavior, truncate) of any scheme's weight, "
+        "with the pi_theta that the round starts from; matters to `reuse`d and replayed rollouts; not with "
+        "`objective.ratio_clip`, whose loss has the ratio already; null: no factor",
+    )
+    credit: Literal["immediate", "return_to_go", "discounted", "baseline", "gae", "residual"] = Field(
+        "immediate",
+        description="what the sampled path of hybrid, sampled, lightning and iw_opd multiplies log-probs by. immediate: a "
+        "unit's own advantage | return_to_go: the sum from it on | discounted: likewise, by `discount` a unit | baseline: "
+        "return_to_go less the mean of the phase's other responses at the same unit index | gae: generalised advantages "
+        "with a value cross-fitted over the phase's responses (a hypothesis of arXiv 2606.22793) | residual: a unit's own "
+        "advantage less what is usual for its token id and for its position and surprisal, cross-fitted likewise (Lightning "
+        "OPD 2.0, arXiv 2607.28449; for a student that was fine-tuned on another teacher's samples)",
+    )
+    discount: float = Field(0.99, ge=0, le=1, description="of discounted and gae, per unit; 1: none")
+    gae_lambda: float = Field(0.95, ge=0, le=1, description="of gae; 0: one step and the value, 1: all and the value")
+    scheduler: str = Field(
+        "local",
+        description="what computes weights: local, shard after shard in one process, or the address of a dask scheduler, "
+        "tcp://<host>:<port>; the result is the same, and not identified by it",
+    )
+
+    @field_validator("scheduler")
+    @classmethod
+    def _local_or_an_address(cls, value: str) -> str:
+        if value != "local" and not re.fullmatch(r"tcp://([^\s/:\[\]]+|\[[0-9a-fA-F:]+\]):\d{1,5}", value):
+            raise ValueError("takes `local` or the address of a dask scheduler, tcp://<host>:<port>")
+        return value
+
+    def identity(self) -> dict[str, Any]:
+        """What of it determines the weights."""
+        return self.model_dump(exclude={"scheduler"})
