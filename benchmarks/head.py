@@ -23,9 +23,9 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from pipeline.infer.forward import head
 from schemas.config import Objective
 from schemas.tables import STOP_ID
+from train.batch import Batch
 from train.policy import UnitLogps, unit_logps
 from train.recipes import losses
-from train.stream import Batch
 
 VOCAB, WIDTH = 262_144, 640
 LENGTH = 256

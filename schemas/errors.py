@@ -14,3 +14,9 @@ class Stopped(OpdError):
     """A SIGTERM was heeded: what was done is saved, and the same command goes on from there."""
 
     status = 128 + 15  # what a shell reports of a process that SIGTERM ended
+
+
+def one_line(error: BaseException, length: int = 300) -> str:
+    """An exception in one line of bounded length, for the message of another."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= length else text[: length - 3] + "..."

@@ -15,9 +15,10 @@ from schemas.tables import STOP_ID
 from stages.run.context import open_prompts, policy, teacher
 from stages.scores import Job
 from stages.train import open_shards
+from train.batch import Batch
 from train.policy import unit_logps
 from train.recipes import losses
-from train.stream import Batch, batches
+from train.stream import batches
 
 
 def live_columns(job: Job, units: pl.DataFrame, k: int, min_p: float) -> tuple[list[np.ndarray], list[np.ndarray]]:

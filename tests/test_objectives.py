@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from schemas.config import Objective
 from schemas.tables import STOP_ID
 from train import objectives
+from train.batch import Batch
 from train.policy import UnitLogps
 from train.recipes import Scored, losses
-from train.stream import Batch
 
 INF, NAN = float("inf"), float("nan")
 DIRECTIONS, SUPPORTS, SCORES = ("reverse", "forward"), ("renormalise", "bucket"), ("mean", "sum")

@@ -17,9 +17,9 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 from schemas.config import Objective
 from schemas.tables import STOP_ID
 from train import policy
+from train.batch import Batch, Response, collate
 from train.policy import UnitLogps, unit_logps
 from train.recipes import losses
-from train.stream import Batch, _Response, collate
 
 VOCAB = 90
 STOP = torch.tensor([3, 50, 71])
@@ -109,7 +109,7 @@ def batch_of(told: Sequence[Told]) -> Batch:
         ids = np.array([c for unit in one.units for c in unit.candidates], np.int32)
         prompt, response = (np.array(x, np.int32) for x in (one.prompt, one.tokens))
         logp = np.full(len(ids), -2.0, np.float32)
-        responses.append(_Response(f"r{i}", prompt, response, one.stopped, columns, counts, ids, logp))
+        responses.append(Response(f"r{i}", prompt, response, one.stopped, columns, counts, ids, logp))
     return collate(responses)
 
 

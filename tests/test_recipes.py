@@ -19,9 +19,10 @@ from schemas.config import PRESETS, READS, Config, Objective, parse_config
 from schemas.errors import OpdError
 from stages.train import check_log_z
 from train import objectives
+from train.batch import Batch
 from train.policy import UnitLogps, unit_logps
 from train.recipes import RECIPES, losses
-from train.stream import Batch, batches
+from train.stream import batches
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("forward_kl", {}),

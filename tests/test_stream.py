@@ -19,10 +19,11 @@ from schemas.config import parse_config
 from schemas.errors import OpdError
 from schemas.tables import STOP_ID
 from train import stream
+from train.batch import Batch
 from train.loop import train_step
 from train.optimiser import MasterAdamW
 from train.order import WINDOW, cut, epoch_order, share
-from train.stream import Batch, Step, Triple, batches, count_steps
+from train.stream import Step, Triple, batches, count_steps
 
 SIZE, TOKENS, SEED = 6, 40, 1
 PER_EPOCH = 7

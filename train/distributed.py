@@ -17,9 +17,9 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from schemas.errors import OpdError
+from train.batch import Batch
 from train.layers import layers
 from train.policy import UnitLogps, unit_logps
-from train.stream import Batch
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.infer.forward import head
 from schemas.tables import STOP_ID
-from train.stream import Batch
+from train.batch import Batch
 
 CHUNK_BYTES = 256 << 20
 """Logits held at once, bytes of float32; backward holds three times as much, and twice the head's weight gradient. Each chunk

@@ -8,8 +8,8 @@ import torch
 
 from schemas.config import Objective
 from train import objectives
+from train.batch import Batch
 from train.policy import UnitLogps
-from train.stream import Batch
 
 
 @dataclass(frozen=True)

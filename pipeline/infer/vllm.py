@@ -21,7 +21,7 @@ from llvmlite.binding import ffi
 
 from pipeline.infer.forward import batches
 from pipeline.infer.sample import Response
-from schemas.errors import OpdError
+from schemas.errors import OpdError, one_line
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # no second process when one suffices
@@ -70,7 +70,7 @@ def open_engine(folder: str, dtype: str, longest: int, pooling: bool, options: d
     except OpdError:
         raise
     except Exception as error:  # of any kind: each of its layers has its own
-        raise OpdError(f"vLLM can't run {folder} with `engine_options: {options}`: {_line(error)}") from error
+        raise OpdError(f"vLLM can't run {folder} with `engine_options: {options}`: {one_line(error)}") from error
     finally:
         torch.set_num_threads = set_num_threads  # its CPU worker puts a function there that does nothing
     from vllm.distributed import cleanup_dist_env_and_memory  # noqa: PLC0415
@@ -79,13 +79,13 @@ def open_engine(folder: str, dtype: str, longest: int, pooling: bool, options: d
     try:
         yield llm
     except EngineDeadError as error:
-        raise OpdError(f"vLLM's own process ended, perhaps for want of memory: {_line(error)}") from error
+        raise OpdError(f"vLLM's own process ended, perhaps for want of memory: {one_line(error)}") from error
     except (torch.OutOfMemoryError, RuntimeError) as error:  # workers' errors arrive as the latter
         if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
             raise
         raise OpdError(
             f"out of memory with vLLM and `engine_options: {options}`; lower max_num_batched_tokens, max_num_seqs or, "
-            f"for what runs beside it, gpu_memory_utilization: {_line(error)}"
+            f"for what runs beside it, gpu_memory_utilization: {one_line(error)}"
         ) from error
     finally:
         llm.llm_engine.engine_core.shutdown()
@@ -215,8 +215,3 @@ def sample(
         responses.append(Response(ids, behavior, sampler, likeliest, done.finish_reason == "stop"))
     advance(len(responses))
     return responses
-
-
-def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 400 else text[:397] + "..."

