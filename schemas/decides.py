@@ -1,0 +1,159 @@
+"""What of the config decides each stage's result: one table, from which the Snakefile's rules and the stages both take it.
+
+A stage opens its config through `settings`, which has no other keys than those that the table names for it: one that is read
+without being declared is an error at once, so a rule can't miss a change that its stage would see. What a shard's manifest
+says of the config, and when Snakemake makes it anew, are both `decided`.
+
+Keys are `section.key`, or `section` for all of it. Beside those that decide, a stage may read keys that say how it works and
+leave its result as it is, but for the last bits of a sum.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from schemas.config import Config, Section
+from schemas.manifest import digest
+
+Part = TypeVar("Part", bound=Section)
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Keys of the config that a stage reads: those that decide its result, and those that only say how it works."""
+
+    decide: tuple[str, ...] = ()
+    operate: tuple[str, ...] = ()
+
+    def __add__(self, other: "Keys") -> "Keys":
+        return Keys(self.decide + other.decide, self.operate + other.operate)
+
+
+def _model(role: str) -> Keys:
+    """A model in use: what it computes, and where it does so."""
+    read = ("model", "revision", "dtype", "engine", "chat", "system", "prompt", "stop")
+    return Keys(tuple(f"{role}.{key}" for key in read), (f"{role}.engine_options",))
+
+
+def _named(role: str) -> Keys:
+    """A model whose prepared files are inputs; its name is for messages."""
+    return Keys((), (f"{role}.model",))
+
+
+_ROUND = Keys(("rollouts.prompts", "rollouts.samples"))
+_TRAIN_OPERATION = ("micro_batch_tokens", "gradient_checkpointing", "save_every", "keep_states", "trackers")
+
+STAGES: dict[str, Keys] = {
+    "prompts": Keys(("prompts", "seed")),
+    "models student": Keys(("student.model", "student.revision", "student.stop")),
+    "models teacher": Keys(("teacher.model", "teacher.revision", "teacher.stop", "reuse")),
+    "reuse": _model("student") + Keys(("reuse", "rollouts.max_new_tokens")),
+    "rollouts": _model("student")
+    + Keys(
+        (
+            "seed",
+            "rollouts.max_new_tokens",
+            "rollouts.temperature",
+            "rollouts.top_p",
+            "rollouts.top_k",
+            "rollouts.shard_size",
+        ),
+        ("rollouts.batch_size",),
+    ),
+    "scores": _model("teacher")
+    + _named("student")
+    + Keys(
+        ("scores.support", "scores.min_p", "scores.mass", "scores.k_max", "scores.log_z"),
+        ("scores.batch_tokens", "rollouts.max_new_tokens", "audit", "cache_remote"),
+    ),
+    "units": _named("student") + _named("teacher"),
+    "policy": _model("student") + Keys((), ("scores.batch_tokens",)),
+    "weights": Keys(
+        tuple(f"weights.{key}" for key in Config.model_fields["weights"].annotation.model_fields if key != "scheduler"),  # type: ignore[union-attr]
+        ("weights.scheduler",),
+    ),
+    "coverage": _named("student") + Keys(("coverage",)),
+    "train": _model("student")
+    + _ROUND
+    + Keys(
+        (
+            "objective",
+            *(
+                f"train.{key}"
+                for key in Config.model_fields["train"].annotation.model_fields  # type: ignore[union-attr]
+                if key not in _TRAIN_OPERATION
+            ),
+            "seed",
+            "rollouts.rounds",
+            "rollouts.replay",
+        ),
+        tuple(f"train.{key}" for key in _TRAIN_OPERATION),
+    ),
+    "diagnostics": Keys(("objective", "weights", "teacher.model", "student.tuned_on")),
+    "evaluate": _model("student")
+    + Keys(
+        ("evaluate", "prompts.source", "rollouts.max_new_tokens", "seed"),
+        ("rollouts.batch_size", "train.batch_size", "train.micro_batch_tokens"),
+    ),
+    "report": Keys(tuple(name for name in Config.model_fields if name not in ("cache", "cache_remote"))),
+}
+"""By stage; `models` by role too."""
+
+ROUND: dict[str, Keys] = {"rollouts": _ROUND}
+"""What a stage reads beside that in phases whose rollouts are trained on,"""
+EVAL: dict[str, Keys] = {"rollouts": Keys(("evaluate.split", "evaluate.kl_items"))}
+"""and in phases that only measure."""
+
+
+def keys(stage: str, phase: str = "") -> Keys:
+    """What a stage reads; `phase` by name, where the stage works on one."""
+    special = EVAL if phase.startswith("eval") else ROUND if phase.startswith("round") else {}
+    return STAGES[stage] + special.get(stage, Keys())
+
+
+def settings(config: Config, stage: str, phase: str = "") -> Config:
+    """The config as a stage sees it: only keys that it has declared are there, any other is an AttributeError."""
+    declared = keys(stage, phase)
+    return _only(config, {*declared.decide, *declared.operate})
+
+
+def decided(config: Config, stage: str, phase: str = "") -> dict[str, Any]:
+    """The JSON-able values that decide a stage's result, nested like the config."""
+    return _only(config, set(keys(stage, phase).decide)).model_dump(mode="json", warnings=False)
+
+
+def decision(config: Config, stage: str, phase: str = "") -> str:
+    """Digest of `decided`: the rule's parameter, whose change makes Snakemake run the stage anew."""
+    return digest(decided(config, stage, phase))
+
+
+def _only(config: Config, wanted: set[str]) -> Config:
+    """A config without validation that has nothing but the wanted keys. Raises KeyError for a key that is none."""
+    if unknown := wanted - set(_paths(config)):
+        raise KeyError(f"no such keys in the config: {', '.join(sorted(unknown))}")
+    kept: dict[str, Any] = {}
+    for name, value in config:
+        if name in wanted:
+            kept[name] = value
+        elif isinstance(value, Section) and (inner := [key for key, _ in value if f"{name}.{key}" in wanted]):
+            kept[name] = _construct(type(value), {key: getattr(value, key) for key in inner})
+    return _construct(Config, kept)
+
+
+def _construct(kind: type[Part], values: dict[str, Any]) -> Part:
+    """As `model_construct`, but without defaults for what is missing."""
+    made = kind.model_construct(_fields_set=set(values), **values)
+    for name in made.__dict__.keys() - values.keys():
+        del made.__dict__[name]
+    return made
+
+
+def _paths(config: Config) -> Iterator[str]:
+    for name, value in config:
+        yield name
+        if isinstance(value, Section):
+            yield from (f"{name}.{key}" for key in _names(value))
+
+
+def _names(part: Section) -> Iterable[str]:
+    return type(part).model_fields

@@ -1,0 +1,315 @@
+"""A run: its folder and config, and from these its phases, their shards with what they were made from, and its models.
+
+A run has phases: `round-<r>`, whose rollouts are trained on, and `eval-<c>`, whose held-out rollouts measure
+checkpoint c. Both sample from checkpoint number <r> or <c>: 0 is the student as given, n what n rounds made of it. With
+`rollouts.replay` there is also `round-<r>@<q>`: the rollouts of round q as round r sees them, whose checkpoint weighs them.
+
+    run = open_run(config_file, "units", "round-0")
+    shard = run.phase("round-0")[3]
+    shard.units                     # opened: every byte against its manifest, and made from the rollouts that lie there
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipeline.store.cache import responses_digest
+from pipeline.store.shards import Shard, manifest_path, open_shard, read_manifest
+from schemas.config import Config, load_config
+from schemas.decides import decided, settings
+from schemas.errors import OpdError
+
+PHASE = re.compile(r"eval-(?P<of_eval>\d+)|round-(?P<of_round>\d+)(@(?P<replayed>\d+))?")
+
+MADE_FROM = {"policy": ("rollouts",), "units": ("rollouts", "scores"), "weights": ("rollouts", "units")}
+"""Tables whose digests a table's manifest has among its inputs. Scores name the responses instead, which other runs share."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rollouts and scores of another run: its folder, and that of one round in it (the same for a plain dataset)."""
+
+    run: Path
+    folder: Path
+
+    def shard(self, table: str, shard: int) -> Path:
+        """A shard of its `rollouts` or `scores`."""
+        return self.folder / table / f"{shard:03}.parquet"
+
+    @cached_property
+    def shards(self) -> int:
+        """How many shards it has."""
+        return len(list((self.folder / "rollouts").glob("*.parquet")))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder and its whole config, which says what lies where; `settings` has what the stage at work may read."""
+
+    root: Path
+    config: Config
+    settings: Config
+    stage: str = ""
+    phase_name: str = ""
+
+    @property
+    def decided(self) -> dict[str, Any]:
+        """What of the config decides the result of the stage at work (`schemas.decides`)."""
+        return decided(self.config, self.stage, self.phase_name)
+
+    @property
+    def cache(self) -> Path:
+        """The cache that runs share."""
+        return cache_root(self.config.cache)
+
+    @property
+    def prompts(self) -> Path:
+        """The prompts' shard."""
+        return self.root / "prompts.parquet"
+
+    def model_file(self, role: str) -> Path:
+        """A prepared model's reference: role is `student` or `teacher`."""
+        return self.root / "models" / f"{role}.json"
+
+    def vocabulary(self, role: str) -> Path:
+        """Bytes of every token of the student or teacher, and which of them stop."""
+        return self.root / "models" / f"{role}-vocabulary.parquet"
+
+    def checkpoint(self, round_index: int) -> Path:
+        """The folder in `save_pretrained` format that a round ends with."""
+        return self.root / f"round-{round_index}" / "checkpoint"
+
+    def policy_file(self, number: int) -> Path:
+        """Reference of checkpoint `number` of the student."""
+        return self.model_file("student") if number == 0 else self.checkpoint(number - 1).with_suffix(".json")
+
+    def phase(self, name: str) -> "Phase":
+        """A phase by name. Raises OpdError for what is no phase's name."""
+        return Phase(self, name)
+
+    @cached_property
+    def reused(self) -> list[Source]:
+        """The rounds that come from other runs, in order; at most as many as the run has.
+
+        A source is a run's folder, or any folder with `rollouts/`, `scores/`, `prompts.parquet` and
+        `models/*-vocabulary.parquet`. Raises OpdError when it has no scored rounds.
+        """
+        sources: list[Source] = []
+        for given in self.config.reuse:
+            run = Path(given).expanduser()
+            folders = sorted(run.glob("round-*"), key=lambda f: int(f.name.removeprefix("round-"))) or [run]
+            scored = [folder for folder in folders if list((folder / "scores").glob("*.parquet"))]
+            if not scored:
+                raise OpdError(
+                    f"reuse: {given}: no folder with scored rollouts (round-<r>/rollouts and round-<r>/scores)"
+                )
+            sources += [Source(run, folder) for folder in scored]
+        return sources[: self.config.rollouts.rounds]
+
+    @property
+    def rounds(self) -> range:
+        """Numbers of its rounds."""
+        return range(self.config.rollouts.rounds)
+
+    @property
+    def checkpoints(self) -> tuple[int, int]:
+        """Numbers of the checkpoints that are evaluated: before and after."""
+        return 0, self.config.rollouts.rounds
+
+    @cached_property
+    def phases(self) -> list["Phase"]:
+        """The phases that have tables, in the order of the run."""
+        before, after = (self.phase(f"eval-{number}") for number in self.checkpoints)
+        trained = [phase for number in self.rounds for phase in self.trained_on(number)]
+        return [phase for phase in (before, *trained, after) if len(phase)]
+
+    def trained_on(self, round_index: int) -> list["Phase"]:
+        """The phases that a round trains on: its own, and the rounds before it that it replays."""
+        first = max(0, round_index - self.config.rollouts.replay)
+        names = [f"round-{round_index}", *(f"round-{round_index}@{q}" for q in range(first, round_index))]
+        return [self.phase(name) for name in names]
+
+    @property
+    def kl_items(self) -> int:
+        """Prompts on which the on-policy reverse KL is measured; it takes a teacher, so none by default with `reuse`."""
+        asked = self.config.evaluate.kl_items
+        return asked if asked is not None else 0 if self.config.reuse else 100
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the teacher itself is needed; its tokens' bytes suffice when every score is reused."""
+        return self.kl_items > 0 or len(self.rounds) > len(self.reused)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase: a sequence of the places where its shards lie, or will."""
+
+    run: Run
+    name: str
+
+    def __post_init__(self) -> None:
+        if not PHASE.fullmatch(self.name):
+            raise OpdError(
+                f"--phase {self.name!r}: expected round-<number>, eval-<number> or round-<number>@<earlier round>"
+            )
+
+    @property
+    def kind(self) -> str:
+        """`round` or `eval`."""
+        return self.name.partition("-")[0]
+
+    @property
+    def number(self) -> int:
+        """Of the checkpoint that a round starts from, or that is measured."""
+        found = PHASE.fullmatch(self.name)
+        assert found
+        return int(found["of_eval"] or found["of_round"])
+
+    @property
+    def folder(self) -> Path:
+        """Where what belongs to this phase alone lies."""
+        return self.run.root / self.name
+
+    @property
+    def sampled_in(self) -> "Phase":
+        """The phase that its rollouts come from: another one where it replays them."""
+        found = PHASE.fullmatch(self.name)
+        assert found
+        return self if found["replayed"] is None else Phase(self.run, f"round-{found['replayed']}")
+
+    @property
+    def source(self) -> Source | None:
+        """The other run that its rollouts and scores come from; None for a run's own."""
+        sampled = self.sampled_in
+        given = self.run.reused if sampled.kind == "round" else []
+        return given[sampled.number] if sampled.number < len(given) else None
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether another policy than the one that the phase trains sampled its rollouts."""
+        return self.source is not None or self.sampled_in != self
+
+    def __len__(self) -> int:
+        if self.source:
+            return self.source.shards
+        return -(-self.planned // self.run.config.rollouts.shard_size)
+
+    @property
+    def planned(self) -> int:
+        """Responses that the config has it sample."""
+        options = self.run.config.rollouts
+        return options.prompts * options.samples if self.sampled_in.kind == "round" else self.run.kl_items
+
+    @property
+    def responses(self) -> int:
+        """Responses of its shards together: as the config plans them, or as they lie there when reused."""
+        source = self.source
+        if source is None:
+            return self.planned
+        return sum(read_manifest(source.shard("rollouts", i)).rows for i in range(len(self)))
+
+    def __getitem__(self, shard: int) -> "Place":
+        if not 0 <= shard < len(self):
+            raise IndexError(f"--shard {shard}: phase {self.name} has {len(self)} shards, numbered from 0")
+        return Place(self, shard)
+
+    def __iter__(self) -> Iterator["Place"]:
+        return (Place(self, shard) for shard in range(len(self)))
+
+    def paths(self, table: str) -> list[Path]:
+        """All shards of a table."""
+        return [place.path(table) for place in self]
+
+    @property
+    def coverage(self) -> Path:
+        """What the coverage gate measured."""
+        return self.folder / "coverage.json"
+
+    @property
+    def diagnostics(self) -> Path:
+        """Its figures."""
+        return self.folder / "diagnostics.json"
+
+    @property
+    def states(self) -> Path:
+        """Where a round's training states, metrics and outcome lie."""
+        return self.folder / "train"
+
+    @property
+    def outcome(self) -> Path:
+        """What a round of training ended with (`schemas.outcome`)."""
+        return self.states / "result.json"
+
+
+@dataclass(frozen=True)
+class Place:
+    """The tables of the same responses. Each is opened once, when it is asked for, and checked against what it was made from.
+
+    A replayed round has its own `policy` and `weights`; all that does not depend on the policy in training is the original's.
+    """
+
+    phase: Phase
+    number: int
+
+    def path(self, table: str) -> Path:
+        """Where a table's shard lies, whether or not it is there yet."""
+        home = self.phase if table in ("policy", "weights") else self.phase.sampled_in
+        return home.folder / table / f"{self.number:03}.parquet"
+
+    def inputs(self, table: str) -> dict[str, str]:
+        """Digests of the tables that a table is made from, as they lie there; of links whose cache is gone none."""
+        made_from = [name for name in MADE_FROM[table] if name != "scores" or manifest_path(self.path(name)).exists()]
+        if table == "weights" and self.phase.is_foreign:
+            made_from.append("policy")
+        return {name: read_manifest(self.path(name)).sha256 for name in made_from}
+
+    @cached_property
+    def rollouts(self) -> Shard:
+        """The responses."""
+        return open_shard(self.path("rollouts"), "rollouts")
+
+    @cached_property
+    def scores(self) -> Shard:
+        """What the teacher said of these responses."""
+        return open_shard(self.path("scores"), "scores", inputs={"responses": responses_digest(self.rollouts)})
+
+    @cached_property
+    def units(self) -> Shard:
+        """Their aligned units."""
+        return open_shard(self.path("units"), "units", inputs=self.inputs("units"))
+
+    @cached_property
+    def policy(self) -> Shard:
+        """Log-probs of the phase's policy, where another one sampled."""
+        return open_shard(self.path("policy"), "policy", inputs=self.inputs("policy"))
+
+    @cached_property
+    def weights(self) -> Shard:
+        """Weights of their units."""
+        return open_shard(self.path("weights"), "weights", inputs=self.inputs("weights"))
+
+    @property
+    def provenance(self) -> Path:
+        """How the run came by the scores that its link points at."""
+        return self.path("scores").with_suffix(".origin")
+
+
+def run_of(config: Config, stage: str = "", phase: str = "") -> Run:
+    """The run of a config, below the working directory, as a stage sees it; without one as all that there is."""
+    view = settings(config, stage, phase) if stage else config
+    return Run(Path("runs") / config.run, config, view, stage, phase)
+
+
+def open_run(config_file: Path, stage: str = "", phase: str = "") -> Run:
+    """The run of a YAML file. Raises OpdError when that can't be read."""
+    return run_of(load_config(config_file), stage, phase)
+
+
+def cache_root(configured: str) -> Path:
+    """The configured cache, unless OPD_CACHE says otherwise."""
+    return Path(os.environ.get("OPD_CACHE", configured)).expanduser().absolute()
