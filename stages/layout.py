@@ -13,6 +13,7 @@ from pathlib import Path
 from pipeline.shards import read_manifest
 from schemas.config import Config
 from schemas.errors import OpdError
+from schemas.reuse import scored_rounds
 
 PHASE = re.compile(r"eval-(?P<of_eval>\d+)|round-(?P<of_round>\d+)(@\d+)?")
 
@@ -147,9 +148,7 @@ def reused(config: Config) -> list[Source]:
     sources: list[Source] = []
     for given in config.reuse:
         run = Path(given).expanduser()
-        folders = sorted(run.glob("round-*"), key=lambda f: int(f.name.removeprefix("round-"))) or [run]
-        scored = [folder for folder in folders if list((folder / "scores").glob("*.parquet"))]
-        if not scored:
+        if not (scored := scored_rounds(run)):
             raise OpdError(f"reuse: {given}: no folder with scored rollouts (round-<r>/rollouts and round-<r>/scores)")
         sources += [Source(run, folder) for folder in scored]
     return sources[: config.rollouts.rounds]

@@ -1,12 +1,13 @@
 """The config names what is wrong with it; its documentation is generated from it."""
 
+import re
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 
-from schemas.config import Config, load_config, parse_config
+from schemas.config import Config, Evaluate, Rollouts, Train, load_config, parse_config
 from schemas.errors import OpdError
 from stages.cli import config_markdown
 
@@ -32,6 +33,44 @@ def test_the_conda_environment_lists_the_projects_dependencies() -> None:
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
     listed = yaml.safe_load(Path("config/environment.yaml").read_text())["dependencies"][-1]["pip"]
     assert sorted(listed) == sorted(project["dependencies"] + project["optional-dependencies"]["demo"])
+
+
+def test_three_lines_of_the_docs_are_enough_for_another_student(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they don't name is the reused run's: what it stored, with its scored rounds, and no KL, which takes a teacher."""
+    docs = [Path(name).read_text() for name in ("README.md", "docs/cache.md")]
+    printed = [re.findall(r"```yaml\n((?:(?!```).)*?^reuse:.*?)```", text, re.DOTALL | re.MULTILINE) for text in docs]
+    assert [len(blocks) for blocks in printed] == [1, 1]
+    default = load_config("config/config.yaml")
+    stored = default.model_dump(mode="json") | {"seed": 7, "evaluate": {"kl_items": 5, "extract": "whole"}}
+    stored["train"]["learning_rate"] = 1.0
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OpdError, match=r"comes from runs/default/config\.yaml, which isn't there"):
+        parse_config(yaml.safe_load(printed[0][0]), "other.yaml")
+    for r in range(2):
+        Path(f"runs/default/round-{r}/scores").mkdir(parents=True)
+        Path(f"runs/default/round-{r}/scores/000.parquet").touch()
+    Path("runs/default/config.yaml").write_text(yaml.safe_dump(stored))
+    for (text,) in printed:
+        Path("other.yaml").write_text(text)
+        config = load_config("other.yaml")
+        assert config.run == "other" and config.student.model != default.student.model
+        assert (config.prompts, config.teacher, config.scores) == (default.prompts, default.teacher, default.scores)
+        assert config.rollouts == default.rollouts.model_copy(update={"rounds": 2}) and config.seed == 7
+        assert config.evaluate == Evaluate(extract="whole") and config.train == Train()
+        # What the run itself leaves says all of it, and says the same without the reused run.
+        assert parse_config(config.model_dump(mode="json") | {"reuse": ["elsewhere"]}, "").teacher == config.teacher
+    assert parse_config(yaml.safe_load(text) | {"seed": 1, "rollouts": {"prompts": 3}}, "").rollouts == Rollouts(
+        prompts=3
+    )
+    # Another run's relative paths are told from here.
+    Path("own.jsonl").touch()
+    Path("runs/default/config.yaml").write_text(yaml.safe_dump(stored | {"prompts": {"source": "own.jsonl"}}))
+    Path("there").mkdir()
+    monkeypatch.chdir("there")
+    config = parse_config({"student": {"model": "a/b"}, "reuse": ["../runs/default"]}, "")
+    assert config.prompts.source == str(tmp_path / "own.jsonl") and config.teacher == default.teacher
 
 
 @pytest.mark.parametrize(
