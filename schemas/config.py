@@ -460,8 +460,8 @@ class Evaluate(Section):
     kl_items: int | None = Field(
         None,
         ge=0,
-        description="prompts of it on which the on-policy reverse KL is measured, which takes the teacher; null: 100, or 0 "
-        "with `reuse`",
+        description="prompts of it on which the on-policy reverse KL is measured, which takes the teacher; null: 100, or "
+        "all where it holds fewer, or 0 with `reuse`",
     )
     extract: Literal["last_number", "whole"] = Field("last_number", description="what of the response is the answer")
 
@@ -496,6 +496,26 @@ class Config(Section):
     weights: Weights = Weights()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+
+    @property
+    def held_out(self) -> int:
+        """How many prompts the held-out split has."""
+        return int(getattr(self.prompts.splits, self.evaluate.split))
+
+    @model_validator(mode="after")
+    def _there_is_something_to_evaluate(self) -> "Config":
+        split = f"prompts.splits.{self.evaluate.split}"
+        if not self.held_out:
+            raise ValueError(
+                f"`evaluate.split: {self.evaluate.split}` needs held-out prompts, but `{split}` is 0: give it some, or "
+                "evaluate on another split"
+            )
+        if (self.evaluate.kl_items or 0) > self.held_out:
+            raise ValueError(
+                f"`evaluate.kl_items: {self.evaluate.kl_items}` is more than `{split}` holds, which is {self.held_out}; lower "
+                "it, or leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _float16_cannot_train(self) -> "Config":

@@ -17,6 +17,9 @@ from schemas.reuse import scored_rounds
 
 PHASE = re.compile(r"eval-(?P<of_eval>\d+)|round-(?P<of_round>\d+)(@\d+)?")
 
+KL_ITEMS = 100
+"""Prompts that the on-policy reverse KL is measured on, at most, where the config doesn't say."""
+
 
 def run_folder(config: Config) -> Path:
     """runs/<run>, below the working directory."""
@@ -115,7 +118,9 @@ def parse_phase(phase: str) -> tuple[str, int]:
 
 def kl_items(config: Config) -> int:
     """Prompts on which the on-policy reverse KL is measured; it takes a teacher, so none by default when scores are reused."""
-    return config.evaluate.kl_items if config.evaluate.kl_items is not None else 0 if config.reuse else 100
+    if config.evaluate.kl_items is not None:
+        return config.evaluate.kl_items
+    return 0 if config.reuse else min(KL_ITEMS, config.held_out)
 
 
 def needs_teacher(config: Config) -> bool:

@@ -9,6 +9,7 @@ import yaml
 
 from schemas.config import Config, Evaluate, Rollouts, Train, load_config, parse_config
 from schemas.errors import OpdError
+from stages import layout
 from stages.cli import config_markdown
 
 MINIMAL = {"prompts": {"source": "p.jsonl"}, "student": {"model": "a/b"}, "teacher": {"model": "c/d"}}
@@ -17,6 +18,15 @@ MINIMAL = {"prompts": {"source": "p.jsonl"}, "student": {"model": "a/b"}, "teach
 def test_minimal_config_is_enough_and_survives_a_round_trip() -> None:
     config = parse_config(MINIMAL, "here")
     assert Config.model_validate(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config
+
+
+def test_kl_is_measured_on_what_the_split_holds() -> None:
+    def items(test: int, **more: object) -> int:
+        prompts = {"source": "p.jsonl", "splits": {"test": test}}
+        return layout.kl_items(parse_config({**MINIMAL, "prompts": prompts, **more}, "here"))
+
+    assert (items(8), items(100), items(300), items(300, evaluate={"kl_items": 7})) == (8, 100, 100, 7)
+    assert items(8, reuse=["runs/x"]) == 0
 
 
 def test_the_shipped_config_is_valid() -> None:
@@ -92,6 +102,11 @@ def test_three_lines_of_the_docs_are_enough_for_another_student(
         ),
         ({"student": {"model": "x", "dtype": "float16"}}, "`student.dtype`: float16 overflows in training"),
         ({"teacher": {"model": "x", "tuned_on": "y"}}, "`teacher.tuned_on: y` is a key of the student"),
+        ({"evaluate": {"split": "dev"}}, "`evaluate.split: dev` needs held-out prompts, but `prompts.splits.dev` is 0"),
+        (
+            {"evaluate": {"kl_items": 301}},
+            "`evaluate.kl_items: 301` is more than `prompts.splits.test` holds, which is 300",
+        ),
         ({"run": "../up"}, "`run`: string should match pattern"),
         ({"prompts": 3}, "`prompts`:"),
     ],
