@@ -249,8 +249,8 @@ def print_summary(config: Config) -> None:
         console.say(f"{summary['fixed']} answers fixed, {summary['broken']} broken")
     by_origin = ", ".join(f"{count:,} {origin}" for origin, count in summary["teacher_tokens"].items())
     console.say(f"teacher tokens: {by_origin}")
-    if summary["seconds"]:
-        console.say(f"{sum(summary['seconds'].values()):.0f} s in {len(summary['seconds'])} jobs")
+    spent = summary["seconds"]
+    console.say(f"{sum(spent.values()):.0f} s in {len(spent)} jobs" if spent else "times: not measured")
     console.say(f"model:  {summary['checkpoint']}  (AutoModelForCausalLM.from_pretrained)")
     console.say(f"report: {summary['report']}")
 
