@@ -39,6 +39,18 @@ def test_config_readme_documents_every_key() -> None:
     )
 
 
+def test_the_readmes_python_lines_import_what_its_install_line_installs() -> None:
+    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    installed = {
+        re.split(r"[<>=\[]", name)[0] for name in (*project["dependencies"], *project["optional-dependencies"]["demo"])
+    }
+    text = Path("README.md").read_text()
+    assert "pip install -e '.[demo]' && snakemake" in text
+    lines = re.findall(r'^(.*)python -c "import (\w+)', text, re.MULTILINE)
+    assert [module for _, module in lines] == ["polars", "datasets", "duckdb"]
+    assert [m for before, m in lines if m not in installed and f"pip install {m} && " not in before] == []
+
+
 def test_the_conda_environment_lists_the_projects_dependencies() -> None:
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
     listed = yaml.safe_load(Path("config/environment.yaml").read_text())["dependencies"][-1]["pip"]
