@@ -53,7 +53,7 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     values = yaml.safe_load((ROOT / "config/config.yaml").read_text())
     count = options.batch * options.steps
     values["student"]["model"], values["teacher"]["model"] = options.student, options.teacher
-    values["prompts"]["splits"] = {"examples": 4, "train": count, "dev": 0, "test": 0}
+    values["prompts"]["splits"] = {"examples": 4, "train": count, "dev": 0, "test": 1}
     values["rollouts"] |= {"rounds": 1, "prompts": count, "shard_size": options.batch}
     values["train"] |= {"batch_size": options.batch, "micro_batch_tokens": 4096}
     return values

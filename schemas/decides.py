@@ -142,7 +142,7 @@ def _only(config: Config, wanted: set[str]) -> Config:
 
 def _construct(kind: type[Part], values: dict[str, Any]) -> Part:
     """As `model_construct`, but without defaults for what is missing."""
-    made = kind.model_construct(_fields_set=set(values), **values)
+    made: Part = kind.model_construct(_fields_set=set(values), **values)
     for name in made.__dict__.keys() - values.keys():
         del made.__dict__[name]
     return made

@@ -32,6 +32,7 @@ from train.stream import batches, count_steps
 
 NO_KL: dict[str, Any] = {"reverse_kl": None, "sampled_kl": None, "kl_responses": 0, "kl_tokens": 0}
 """In place of `on_policy_kl` where the teacher isn't at hand."""
+NO_REFERENCE = "accuracy not measured (no reference answers)"
 
 
 def main(
@@ -51,27 +52,44 @@ def main(
     answers = greedy_answers(model, student, prompts, config, phase)
     with publish(folder / "answers.parquet") as temporary:
         answers.write_parquet(temporary)
-    right = int(answers["right"].sum())
     result: dict[str, Any] = {
         "checkpoint": checkpoint,
         "split": config.evaluate.split,
         "items": len(answers),
-        "right": right,
-        "accuracy": right / max(1, len(answers)),
-        "accuracy_95": wilson(right, len(answers)),
+        **accuracy(answers["right"]),
         "stopped": float(answers["stopped"].mean()),  # type: ignore[arg-type]
         **(on_policy_kl(model, student, config, phase) if layout.kl_items(config) else NO_KL),
     }
     write_text(folder / "result.json", json.dumps(result, indent=1) + "\n")
-    kl = result["reverse_kl"]
+    kl, share = result["reverse_kl"], result["accuracy"]
+    right = f"{result['right']}/{result['judged']} right ({100 * share:.1f} %)" if result["judged"] else NO_REFERENCE
     measured = "not measured" if kl is None else f"{kl:.3f} nats per token"
-    console.say(
-        f"{phase}: {right}/{len(answers)} right ({100 * result['accuracy']:.1f} %), on-policy reverse KL {measured}"
-    )
+    console.say(f"{phase}: {right}, on-policy reverse KL {measured}")
+
+
+def accuracy(right: pl.Series) -> dict[str, Any]:
+    """How many answers have a reference (`judged`), how many of these are right, their share and its interval.
+
+    Args:
+        right: bool, null where there is no reference.
+    Returns:
+        All but `judged` is None where no answer can be judged: not measured is not 0.
+    """
+    judged = right.drop_nulls()
+    if judged.is_empty():
+        return {"judged": 0, "right": None, "accuracy": None, "accuracy_95": None}
+    count = int(judged.sum())
+    return {
+        "judged": len(judged),
+        "right": count,
+        "accuracy": count / len(judged),
+        "accuracy_95": wilson(count, len(judged)),
+    }
 
 
 def greedy_answers(model: Any, student: Speaker, prompts: PromptTable, config: Config, phase: str) -> pl.DataFrame:
-    """One greedy response per held-out prompt: prompt_id, prompt, reference, response, answer, right, stopped."""
+    """One greedy response per held-out prompt: prompt_id, prompt, reference, response, answer, right (null without a
+    reference), stopped."""
     rows = prompts.split(config.evaluate.split)
     new = config.rollouts.max_new_tokens
     ids = student.renderer(prompts).ids(rows, student.context - new)
@@ -98,7 +116,8 @@ def greedy_answers(model: Any, student: Speaker, prompts: PromptTable, config: C
             "answer": given,
             "right": [is_right(a, row, config.prompts.source, config.evaluate.extract) for a, row in scored],
             "stopped": [response.stopped for response in responses],
-        }
+        },
+        schema_overrides={"reference": pl.String, "right": pl.Boolean},  # also where all are null
     )
 
 

@@ -94,7 +94,8 @@ def responses_of(config: Config, prompts: PromptTable, phase: str) -> list[tuple
         items = layout.kl_items(config)
         if len(held_out) < items:
             raise OpdError(
-                f"evaluate.kl_items is {items}, but prompts.splits.{config.evaluate.split} has {len(held_out)} prompts"
+                f"{prompts.shard.path}: holds {len(held_out)} prompts of split {config.evaluate.split}, but the config's "
+                f"evaluation takes {items}; run `python -m stages.prompts` again"
             )
         return [(row, 0) for row in held_out[:items]]
     train = prompts.split("train")

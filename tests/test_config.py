@@ -1,13 +1,15 @@
 """The config names what is wrong with it; its documentation is generated from it."""
 
+import re
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 
-from schemas.config import Config, load_config, parse_config
+from schemas.config import Config, Evaluate, Rollouts, Train, load_config, parse_config
 from schemas.errors import OpdError
+from stages.run import layout
 from stages.tools.cli import config_markdown
 
 MINIMAL = {"prompts": {"source": "p.jsonl"}, "student": {"model": "a/b"}, "teacher": {"model": "c/d"}}
@@ -16,6 +18,15 @@ MINIMAL = {"prompts": {"source": "p.jsonl"}, "student": {"model": "a/b"}, "teach
 def test_minimal_config_is_enough_and_survives_a_round_trip() -> None:
     config = parse_config(MINIMAL, "here")
     assert Config.model_validate(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config
+
+
+def test_kl_is_measured_on_what_the_split_holds() -> None:
+    def items(test: int, **more: object) -> int:
+        prompts = {"source": "p.jsonl", "splits": {"test": test}}
+        return layout.kl_items(parse_config({**MINIMAL, "prompts": prompts, **more}, "here"))
+
+    assert (items(8), items(100), items(300), items(300, evaluate={"kl_items": 7})) == (8, 100, 100, 7)
+    assert items(8, reuse=["runs/x"]) == 0
 
 
 def test_the_shipped_config_is_valid() -> None:
@@ -28,10 +39,60 @@ def test_config_readme_documents_every_key() -> None:
     )
 
 
+def test_the_readmes_python_lines_import_what_its_install_line_installs() -> None:
+    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    installed = {
+        re.split(r"[<>=\[]", name)[0] for name in (*project["dependencies"], *project["optional-dependencies"]["demo"])
+    }
+    text = Path("README.md").read_text()
+    assert "pip install -e '.[demo]' && snakemake" in text
+    lines = re.findall(r'^(.*)python -c "import (\w+)', text, re.MULTILINE)
+    assert [module for _, module in lines] == ["polars", "datasets", "duckdb"]
+    assert [m for before, m in lines if m not in installed and f"pip install {m} && " not in before] == []
+
+
 def test_the_conda_environment_lists_the_projects_dependencies() -> None:
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
     listed = yaml.safe_load(Path("config/environment.yaml").read_text())["dependencies"][-1]["pip"]
     assert sorted(listed) == sorted(project["dependencies"] + project["optional-dependencies"]["demo"])
+
+
+def test_three_lines_of_the_docs_are_enough_for_another_student(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they don't name is the reused run's: what it stored, with its scored rounds, and no KL, which takes a teacher."""
+    docs = [Path(name).read_text() for name in ("README.md", "docs/cache.md")]
+    printed = [re.findall(r"```yaml\n((?:(?!```).)*?^reuse:.*?)```", text, re.DOTALL | re.MULTILINE) for text in docs]
+    assert [len(blocks) for blocks in printed] == [1, 1]
+    default = load_config("config/config.yaml")
+    stored = default.model_dump(mode="json") | {"seed": 7, "evaluate": {"kl_items": 5, "extract": "whole"}}
+    stored["train"]["learning_rate"] = 1.0
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OpdError, match=r"comes from runs/default/config\.yaml, which isn't there"):
+        parse_config(yaml.safe_load(printed[0][0]), "other.yaml")
+    for r in range(2):
+        Path(f"runs/default/round-{r}/scores").mkdir(parents=True)
+        Path(f"runs/default/round-{r}/scores/000.parquet").touch()
+    Path("runs/default/config.yaml").write_text(yaml.safe_dump(stored))
+    for (text,) in printed:
+        Path("other.yaml").write_text(text)
+        config = load_config("other.yaml")
+        assert config.run == "other" and config.student.model != default.student.model
+        assert (config.prompts, config.teacher, config.scores) == (default.prompts, default.teacher, default.scores)
+        assert config.rollouts == default.rollouts.model_copy(update={"rounds": 2}) and config.seed == 7
+        assert config.evaluate == Evaluate(extract="whole") and config.train == Train()
+        # What the run itself leaves says all of it, and says the same without the reused run.
+        assert parse_config(config.model_dump(mode="json") | {"reuse": ["elsewhere"]}, "").teacher == config.teacher
+    assert parse_config(yaml.safe_load(text) | {"seed": 1, "rollouts": {"prompts": 3}}, "").rollouts == Rollouts(
+        prompts=3
+    )
+    # Another run's relative paths are told from here.
+    Path("own.jsonl").touch()
+    Path("runs/default/config.yaml").write_text(yaml.safe_dump(stored | {"prompts": {"source": "own.jsonl"}}))
+    Path("there").mkdir()
+    monkeypatch.chdir("there")
+    config = parse_config({"student": {"model": "a/b"}, "reuse": ["../runs/default"]}, "")
+    assert config.prompts.source == str(tmp_path / "own.jsonl") and config.teacher == default.teacher
 
 
 @pytest.mark.parametrize(
@@ -53,6 +114,11 @@ def test_the_conda_environment_lists_the_projects_dependencies() -> None:
         ),
         ({"student": {"model": "x", "dtype": "float16"}}, "`student.dtype`: float16 overflows in training"),
         ({"teacher": {"model": "x", "tuned_on": "y"}}, "`teacher.tuned_on: y` is a key of the student"),
+        ({"evaluate": {"split": "dev"}}, "`evaluate.split: dev` needs held-out prompts, but `prompts.splits.dev` is 0"),
+        (
+            {"evaluate": {"kl_items": 301}},
+            "`evaluate.kl_items: 301` is more than `prompts.splits.test` holds, which is 300",
+        ),
         ({"run": "../up"}, "`run`: string should match pattern"),
         ({"prompts": 3}, "`prompts`:"),
     ],

@@ -15,7 +15,10 @@ import pytest
 import yaml
 
 from pipeline.store.shards import open_shard
+from schemas.config import load_config
 from schemas.diagnostics import Diagnostics
+from stages import evaluate, prompts
+from stages.report import page as report
 
 ROOT = Path(__file__).parents[1]
 
@@ -134,6 +137,37 @@ def test_results_and_report(run: Run) -> None:
     assert page.count("<svg") == 6 and "<script" not in page and "http" not in page.split("<style>")[0]
     lines = [json.loads(line) for line in (run.run / "round-0/train/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2]
+
+
+def test_without_references_teacher_and_times_the_report_says_not_measured(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stages run as commands, which nobody times, on prompts without answers and with no teacher at hand."""
+    config = yaml.safe_load((run.run / "config.yaml").read_text())
+    config["prompts"]["answer_field"], config["evaluate"]["kl_items"] = None, 0
+    shutil.copytree(run.run, tmp_path / "runs/default", ignore=shutil.ignore_patterns("timings"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPD_CACHE", str(run.cache))
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    prompts.main(Path("config.yaml"))
+    for checkpoint in (0, 1):
+        evaluate.main(checkpoint, Path("config.yaml"))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "eval-1: accuracy not measured (no reference answers), on-policy reverse KL not measured" in said
+    result = json.loads(Path("runs/default/eval-1/result.json").read_text())
+    assert result["items"] == 8 and result["judged"] == 0
+    assert result["right"] is result["accuracy"] is result["accuracy_95"] is None
+    answers = pl.read_parquet("runs/default/eval-1/answers.parquet")
+    assert answers.schema["right"] == pl.Boolean and answers["right"].null_count() == 8
+    report.main(Path("config.yaml"))
+    report.print_summary(load_config("config.yaml"))
+    page = Path("runs/default/report.html").read_text()
+    assert page.count("not measured") >= 3 and page.count("<svg") == 4 and 'class="wrong"' not in page
+    assert "Times were not measured" in page
+    summary = json.loads(Path("runs/default/summary.json").read_text())
+    assert summary["fixed"] is None and summary["seconds"] == {}
+    shown = capsys.readouterr().err
+    assert shown.count("not measured") >= 4 and "fixed" not in shown
 
 
 def test_the_checkpoint_is_a_model(run: Run) -> None:

@@ -23,13 +23,15 @@ def extract(response: str, how: Literal["last_number", "whole"]) -> str:
     return found[-1] if found else ""
 
 
-def is_right(answer: str, row: Mapping[str, Any], source: str, how: Literal["last_number", "whole"]) -> bool:
-    """Whether an extracted answer is right.
+def is_right(answer: str, row: Mapping[str, Any], source: str, how: Literal["last_number", "whole"]) -> bool | None:
+    """Whether an extracted answer is right; None where the row has no reference to tell by.
 
     reasoning-gym tasks are scored by their own scorer (full marks only); other sources by equality with what
     `extract` finds in the reference.
     """
-    if not answer or row["answer"] is None:
+    if row["answer"] is None:
+        return None
+    if not answer:
         return False
     if source.startswith("reasoning-gym:"):
         scorer = importlib.import_module("reasoning_gym").get_score_answer_fn(source.partition(":")[2])

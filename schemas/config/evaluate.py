@@ -14,7 +14,7 @@ class Evaluate(Section):
     kl_items: int | None = Field(
         None,
         ge=0,
-        description="prompts of it on which the on-policy reverse KL is measured, which takes the teacher; null: 100, or 0 "
-        "with `reuse`",
+        description="prompts of it on which the on-policy reverse KL is measured, which takes the teacher; null: 100, or "
+        "all where it holds fewer, or 0 with `reuse`",
     )
     extract: Literal["last_number", "whole"] = Field("last_number", description="what of the response is the answer")

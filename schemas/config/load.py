@@ -6,19 +6,28 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from schemas.config.reuse import INHERITED, inherit, stored_config
 from schemas.config.root import Config
 from schemas.config.section import section
 from schemas.errors import OpdError
 
 
 def parse_config(values: Any, where: str) -> Config:
-    """Validate a mapping read from `where` (a file's name). Raises OpdError naming each wrong key."""
+    """Validate a mapping read from `where` (a file's name), with what it takes from the run that it reuses.
+
+    Raises OpdError naming each wrong key.
+    """
     if not isinstance(values, dict):
         raise OpdError(f"{where}: expected a mapping of keys, found {type(values).__name__}")
     try:
-        return Config.model_validate(values)
+        return Config.model_validate(inherit(values, where))
     except ValidationError as error:
-        raise OpdError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from error
+        wrong = [_explain(e) for e in error.errors()]
+        taken = [name for name in INHERITED if name not in values and any(f"`{name}" in text for text in wrong)]
+        if taken and (stored := stored_config(values)):
+            gone = "" if stored.is_file() else ", which isn't there"
+            wrong.append(f"what a run with `reuse` doesn't name comes from {stored}{gone}")
+        raise OpdError(f"{where}: " + "; ".join(wrong)) from error
 
 
 def load_config(path: str | Path) -> Config:

@@ -26,5 +26,8 @@ class Prompts(Section):
         default_factory=dict, description="options of the generator, or of `datasets.load_dataset` (name, split, ...)"
     )
     prompt_field: str = Field("prompt", description="field of the source that holds the question")
-    answer_field: str | None = Field("answer", description="field that holds the reference answer; null: there is none")
+    answer_field: str | None = Field(
+        "answer",
+        description="field that holds the reference answer; null: there is none, and accuracy is not measured",
+    )
     splits: Splits = Field(Splits(), description="how many rows go where")

@@ -25,7 +25,8 @@ class Config(Section):
     reuse: tuple[str, ...] = Field(
         (),
         description="folders of runs whose rollouts and teacher scores this run's first rounds take over, whatever the "
-        "student that sampled them; rounds beyond theirs are sampled and scored",
+        "student that sampled them; rounds beyond theirs are sampled and scored. Sections that are not named come from the "
+        "first one's config",
     )
     cache_remote: str | None = Field(
         None,
@@ -42,6 +43,26 @@ class Config(Section):
     weights: Weights = Weights()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+
+    @property
+    def held_out(self) -> int:
+        """How many prompts the held-out split has."""
+        return int(getattr(self.prompts.splits, self.evaluate.split))
+
+    @model_validator(mode="after")
+    def _there_is_something_to_evaluate(self) -> "Config":
+        split = f"prompts.splits.{self.evaluate.split}"
+        if not self.held_out:
+            raise ValueError(
+                f"`evaluate.split: {self.evaluate.split}` needs held-out prompts, but `{split}` is 0: give it some, or "
+                "evaluate on another split"
+            )
+        if (self.evaluate.kl_items or 0) > self.held_out:
+            raise ValueError(
+                f"`evaluate.kl_items: {self.evaluate.kl_items}` is more than `{split}` holds, which is {self.held_out}; lower "
+                "it, or leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _float16_cannot_train(self) -> "Config":

@@ -53,6 +53,7 @@ def summarise(config: Config) -> dict[str, Any]:
     """The run's figures: results of each evaluated checkpoint, diagnostics of each phase, seconds of each job."""
     run = layout.run_folder(config)
     results = [json.loads((run / f"eval-{c}" / "result.json").read_text()) for c in (0, config.rollouts.rounds)]
+    judged = bool(results[0]["judged"])
     phases = [diagnostics.read(config, phase) for phase in layout.phases(config)]
     both = pl.concat(
         [pl.read_parquet(run / f"eval-{r['checkpoint']}" / "answers.parquet") for r in results], how="vertical"
@@ -62,8 +63,8 @@ def summarise(config: Config) -> dict[str, Any]:
         "run": config.run,
         "before": results[0],
         "after": results[1],
-        "fixed": int((~before["right"] & after["right"]).sum()),
-        "broken": int((before["right"] & ~after["right"]).sum()),
+        "fixed": int((~before["right"] & after["right"]).sum()) if judged else None,
+        "broken": int((before["right"] & ~after["right"]).sum()) if judged else None,
         "reverse_kl_ratio": results[1]["reverse_kl"] / results[0]["reverse_kl"] if results[0]["reverse_kl"] else None,
         "phases": [phase.model_dump(mode="json") for phase in phases],
         "teacher_tokens": dict(sum((Counter(phase.teacher.tokens) for phase in phases), Counter())),
@@ -81,7 +82,7 @@ def examples(before: pl.DataFrame, after: pl.DataFrame, count: int = 8) -> list[
 
 
 def charts(config: Config, summary: dict[str, Any]) -> dict[str, str]:
-    """Inline SVG of each plot, by name."""
+    """Inline SVG of each plot, by name; none of what was not measured."""
     run = layout.run_folder(config)
     steps = pl.concat(
         [
@@ -119,9 +120,18 @@ def charts(config: Config, summary: dict[str, Any]) -> dict[str, str]:
         drift = drift + bound.mark_rule(color="#b42318").encode(y="ess:Q")
     ends = pl.DataFrame(
         [
-            {"when": when, "accuracy": r["accuracy"], "low": r["accuracy_95"][0], "high": r["accuracy_95"][1]}
-            | dict(
-                zip(("kl", "kl_low", "kl_high"), (r["reverse_kl"], *r.get("reverse_kl_95", (None, None))), strict=True)
+            dict(
+                zip(
+                    ("when", "accuracy", "low", "high", "kl", "kl_low", "kl_high"),
+                    (
+                        when,
+                        r["accuracy"],
+                        *(r["accuracy_95"] or (None, None)),
+                        r["reverse_kl"],
+                        *r.get("reverse_kl_95", (None, None)),
+                    ),
+                    strict=True,
+                )
             )
             for when, r in (("before", summary["before"]), ("after", summary["after"]))
         ]
@@ -170,10 +180,13 @@ def charts(config: Config, summary: dict[str, Any]) -> dict[str, str]:
             color=alt.Color("phase:N", title=None),
         )
     )
-    accuracy = accuracy.properties(width=170, height=200)
-    measured = summary["before"]["reverse_kl"] is not None
+    measured = [
+        chart.properties(width=170, height=200)
+        for name, chart in (("accuracy", accuracy), ("reverse_kl", kl))
+        if summary["before"][name] is not None
+    ]
     drawn = {
-        "accuracy": accuracy | kl.properties(width=170, height=200) if measured else accuracy,
+        "ends": alt.hconcat(*measured) if measured else None,
         "curve": curve.properties(width=330, height=200),
         "drift": drift.properties(width=330, height=200),
         "coverage": covered.properties(width=330),
@@ -187,7 +200,7 @@ def charts(config: Config, summary: dict[str, Any]) -> dict[str, str]:
             .encode(y=alt.Y("job:N", sort="-x", title=None), x=alt.X("seconds:Q", title="wall seconds"))
             .properties(width=400)
         )
-    return {name: svg(chart) for name, chart in drawn.items()}
+    return {name: svg(chart) for name, chart in drawn.items() if chart is not None}
 
 
 def svg(chart: alt.TopLevelMixin) -> str:
@@ -219,6 +232,8 @@ def print_summary(config: Config) -> None:
     before, after = summary["before"], summary["after"]
 
     def percent(result: dict[str, Any]) -> str:
+        if result["accuracy"] is None:
+            return "not measured"
         low, high = result["accuracy_95"]
         return f"{100 * result['accuracy']:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
@@ -228,14 +243,15 @@ def print_summary(config: Config) -> None:
         low, high = result["reverse_kl_95"]
         return f"{result['reverse_kl']:.3f} ({low:.3f} to {high:.3f})"
 
-    table.add_row(f"held-out accuracy, {before['items']} items", percent(before), percent(after))
+    table.add_row(f"held-out accuracy, {before['judged']} items", percent(before), percent(after))
     table.add_row("on-policy reverse KL, nats per token", nats(before), nats(after))
     table.add_row("answers that stop", f"{100 * before['stopped']:.0f} %", f"{100 * after['stopped']:.0f} %")
     console.console.print(table)
-    console.say(f"{summary['fixed']} answers fixed, {summary['broken']} broken")
+    if summary["fixed"] is not None:
+        console.say(f"{summary['fixed']} answers fixed, {summary['broken']} broken")
     by_origin = ", ".join(f"{count:,} {origin}" for origin, count in summary["teacher_tokens"].items())
     console.say(f"teacher tokens: {by_origin}")
-    if summary["seconds"]:
-        console.say(f"{sum(summary['seconds'].values()):.0f} s in {len(summary['seconds'])} jobs")
+    spent = summary["seconds"]
+    console.say(f"{sum(spent.values()):.0f} s in {len(spent)} jobs" if spent else "times: not measured")
     console.say(f"model:  {summary['checkpoint']}  (AutoModelForCausalLM.from_pretrained)")
     console.say(f"report: {summary['report']}")

@@ -12,9 +12,13 @@ from pathlib import Path
 
 from pipeline.store.shards import read_manifest
 from schemas.config import Config
+from schemas.config.reuse import scored_rounds
 from schemas.errors import OpdError
 
 PHASE = re.compile(r"eval-(?P<of_eval>\d+)|round-(?P<of_round>\d+)(@\d+)?")
+
+KL_ITEMS = 100
+"""Prompts that the on-policy reverse KL is measured on, at most, where the config doesn't say."""
 
 
 def run_folder(config: Config) -> Path:
@@ -114,7 +118,9 @@ def parse_phase(phase: str) -> tuple[str, int]:
 
 def kl_items(config: Config) -> int:
     """Prompts on which the on-policy reverse KL is measured; it takes a teacher, so none by default when scores are reused."""
-    return config.evaluate.kl_items if config.evaluate.kl_items is not None else 0 if config.reuse else 100
+    if config.evaluate.kl_items is not None:
+        return config.evaluate.kl_items
+    return 0 if config.reuse else min(KL_ITEMS, config.held_out)
 
 
 def needs_teacher(config: Config) -> bool:
@@ -147,9 +153,7 @@ def reused(config: Config) -> list[Source]:
     sources: list[Source] = []
     for given in config.reuse:
         run = Path(given).expanduser()
-        folders = sorted(run.glob("round-*"), key=lambda f: int(f.name.removeprefix("round-"))) or [run]
-        scored = [folder for folder in folders if list((folder / "scores").glob("*.parquet"))]
-        if not scored:
+        if not (scored := scored_rounds(run)):
             raise OpdError(f"reuse: {given}: no folder with scored rollouts (round-<r>/rollouts and round-<r>/scores)")
         sources += [Source(run, folder) for folder in scored]
     return sources[: config.rollouts.rounds]

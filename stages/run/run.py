@@ -9,6 +9,7 @@ checkpoint c. Both sample from checkpoint number <r> or <c>: 0 is the student as
     shard.units                     # opened: every byte against its manifest, and made from the rollouts that lie there
 """
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -20,8 +21,12 @@ from typing import Any
 from pipeline.store.cache import responses_digest
 from pipeline.store.shards import Shard, manifest_path, open_shard, read_manifest
 from schemas.config import Config, load_config
+from schemas.config.reuse import scored_rounds
 from schemas.decides import decided, settings
 from schemas.errors import OpdError
+
+KL_ITEMS = 100
+"""Prompts that the on-policy reverse KL is measured on, at most, where the config doesn't say."""
 
 PHASE = re.compile(r"eval-(?P<of_eval>\d+)|round-(?P<of_round>\d+)(@(?P<replayed>\d+))?")
 
@@ -101,9 +106,7 @@ class Run:
         sources: list[Source] = []
         for given in self.config.reuse:
             run = Path(given).expanduser()
-            folders = sorted(run.glob("round-*"), key=lambda f: int(f.name.removeprefix("round-"))) or [run]
-            scored = [folder for folder in folders if list((folder / "scores").glob("*.parquet"))]
-            if not scored:
+            if not (scored := scored_rounds(run)):
                 raise OpdError(
                     f"reuse: {given}: no folder with scored rollouts (round-<r>/rollouts and round-<r>/scores)"
                 )
@@ -136,8 +139,9 @@ class Run:
     @property
     def kl_items(self) -> int:
         """Prompts on which the on-policy reverse KL is measured; it takes a teacher, so none by default with `reuse`."""
-        asked = self.config.evaluate.kl_items
-        return asked if asked is not None else 0 if self.config.reuse else 100
+        if self.config.evaluate.kl_items is not None:
+            return self.config.evaluate.kl_items
+        return 0 if self.config.reuse else min(KL_ITEMS, self.config.held_out)
 
     @property
     def needs_teacher(self) -> bool:
@@ -197,7 +201,7 @@ class Phase:
     def __len__(self) -> int:
         if self.source:
             return self.source.shards
-        return -(-self.planned // self.run.config.rollouts.shard_size)
+        return math.ceil(self.planned / self.run.config.rollouts.shard_size)
 
     @property
     def planned(self) -> int:
