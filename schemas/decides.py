@@ -10,7 +10,7 @@ leave its result as it is, but for the last bits of a sum.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from schemas.config import Config, Section
 from schemas.manifest import digest
@@ -142,7 +142,7 @@ def _only(config: Config, wanted: set[str]) -> Config:
 
 def _construct(kind: type[Part], values: dict[str, Any]) -> Part:
     """As `model_construct`, but without defaults for what is missing."""
-    made: Part = kind.model_construct(_fields_set=set(values), **values)
+    made = cast(Part, kind.model_construct(_fields_set=set(values), **values))
     for name in made.__dict__.keys() - values.keys():
         del made.__dict__[name]
     return made

@@ -9,26 +9,26 @@ from rich.table import Table
 
 from pipeline.align.units import KINDS
 from pipeline.measure.coverage import CLASSES, measure, shares, shortfalls, sizes
-from pipeline.store.shards import open_shard, write_text
+from pipeline.store.shards import write_text
 from schemas.errors import OpdError
-from stages.run import console, layout
-from stages.run.context import DEFAULT_CONFIG, ConfigOption, PhaseOption, policy, read_config
+from stages.run import console
+from stages.run.context import DEFAULT_CONFIG, ConfigOption, PhaseOption, policy
+from stages.run.run import open_run
 
 
 def main(phase: PhaseOption, config_file: ConfigOption = DEFAULT_CONFIG) -> None:
     """Measure what of a phase can be compared, and refuse to go on below the configured thresholds."""
-    config = read_config(config_file)
-    _, number = layout.parse_phase(phase)
-    student = policy(config, number)
+    run = open_run(config_file, "coverage", phase)
+    part = run.phase(phase)
+    student = policy(run, part.number)
 
     def tables() -> Iterator[tuple[pa.Table, pa.Table]]:
-        for index in range(layout.shard_count(config, phase)):
-            shards = (open_shard(layout.shard_path(config, phase, name, index), name) for name in ("units", "rollouts"))
-            yield from zip(*(shard.row_groups() for shard in shards), strict=True)
+        for place in part:
+            yield from zip(place.units.row_groups(), place.rollouts.row_groups(), strict=True)
 
     measured = measure(tables(), student.vocabulary)
     found = shares(measured)
-    missing = shortfalls(found, config.coverage)
+    missing = shortfalls(found, run.settings.coverage)
     console.console.print(coverage_table(measured, phase))
     if missing:
         raise OpdError(
@@ -36,7 +36,7 @@ def main(phase: PhaseOption, config_file: ConfigOption = DEFAULT_CONFIG) -> None
             "(look at the table above and at `opd support`, or lower the threshold)"
         )
     result = {"phase": phase, **found, "by_class": measured.to_dicts(), "n_to_m": sizes(tables()).to_dicts()}
-    write_text(layout.coverage_path(config, phase), json.dumps(result, indent=1) + "\n")
+    write_text(part.coverage, json.dumps(result, indent=1) + "\n")
 
 
 def coverage_table(measured: pl.DataFrame, phase: str) -> Table:

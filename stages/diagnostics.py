@@ -44,45 +44,46 @@ Frames = tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame, pl.DataFrame]
 
 def main(phase: PhaseOption, config_file: ConfigOption = DEFAULT_CONFIG) -> None:
     """Write the figures of a phase's tables, what made them, and what they cost."""
-    config = read_config(config_file)
-    found = diagnose(config, phase)
-    write_text(layout.diagnostics_path(config, phase), found.model_dump_json(indent=1) + "\n")
+    run = open_run(config_file, "diagnostics", phase)
+    part = run.phase(phase)
+    found = diagnose(part)
+    write_text(part.diagnostics, found.model_dump_json(indent=1) + "\n")
     if found.teacher.warning:
         console.warn(found.teacher.warning)
 
 
-def read(config: Config, phase: str) -> Diagnostics:
+def read(phase: Phase) -> Diagnostics:
     """What was written. Raises OpdError when it is missing or damaged."""
-    path = layout.diagnostics_path(config, phase)
+    path = phase.diagnostics
     try:
         return Diagnostics.model_validate_json(path.read_text())
     except FileNotFoundError as error:
-        raise OpdError(f"{path}: missing; run `python -m stages.diagnostics --phase {phase}` first") from error
+        raise OpdError(f"{path}: missing; run `python -m stages.diagnostics --phase {phase.name}` first") from error
     except ValueError as error:
         raise OpdError(
-            f"{path}: damaged; delete it and run `python -m stages.diagnostics --phase {phase}` again"
+            f"{path}: damaged; delete it and run `python -m stages.diagnostics --phase {phase.name}` again"
         ) from error
 
 
-def diagnose(config: Config, phase: str) -> Diagnostics:
+def diagnose(phase: Phase) -> Diagnostics:
     """Everything about a phase. Raises OpdError when a shard is missing or was made from another one than lies there."""
-    shards = range(layout.shard_count(config, phase))
-    total = measure(chain.from_iterable(row_groups(config, phase, i) for i in shards), config.objective.clip)
-    rollouts, scores = (read_manifest(layout.shard_path(config, phase, name, 0)) for name in ("rollouts", "scores"))
-    sampling = sampling_of(config, phase, rollouts)
+    config = phase.run.settings
+    total = measure(chain.from_iterable(row_groups(place) for place in phase), config.objective.clip)
+    rollouts, scores = (read_manifest(phase[0].path(name)) for name in ("rollouts", "scores"))
+    sampling = sampling_of(phase, rollouts)
     return Diagnostics(
-        phase=phase,
+        phase=phase.name,
         texts=texts(total),
         loss=loss_of(config),
         support=support_of(scores),
         sampling=sampling,
-        teacher=teacher_of(config, phase, scores),
-        staleness=staleness_of(config, phase, sampling, total),
-        coverage=coverage_of(config, phase, total),
+        teacher=teacher_of(phase, scores),
+        staleness=staleness_of(phase, sampling, total),
+        coverage=coverage_of(phase, total),
         entropy=entropy(total, own=sampling.checkpoint is not None),
         credit=credit(total, CLIPPED.get(config.objective.recipe, ())),
-        training=training_of(config, phase),
-        seconds=seconds_of(config, phase),
+        training=training_of(phase),
+        seconds=seconds_of(phase),
     )
 
 

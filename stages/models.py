@@ -8,10 +8,10 @@ from pipeline.align.tokens import vocabulary_table
 from pipeline.align.vocabularies import end_ids, stop_ids
 from pipeline.models import generation_config, load_tokenizer, prepare, vocabulary
 from pipeline.store.shards import open_shard, open_writer, write_text
-from schemas.config import Config
 from schemas.errors import OpdError
-from stages.run import console, layout
-from stages.run.context import DEFAULT_CONFIG, ConfigOption, read_config, read_ref
+from stages.run import console
+from stages.run.context import DEFAULT_CONFIG, ConfigOption, read_ref
+from stages.run.run import Run, open_run
 
 
 def main(
@@ -19,38 +19,38 @@ def main(
     config_file: ConfigOption = DEFAULT_CONFIG,
 ) -> None:
     """Fetch and convert one model, check that its tokenizer can be aligned, write its reference."""
-    config = read_config(config_file)
-    wanted = config.student if role == "student" else config.teacher
-    if role == "teacher" and not layout.needs_teacher(config):
-        return take_over(config)
-    ref = prepare(wanted.model, layout.cache_folder(config), wanted.revision, console.say)
+    run = open_run(config_file, f"models {role}")
+    wanted = run.settings.student if role == "student" else run.settings.teacher
+    if role == "teacher" and not run.needs_teacher:
+        return take_over(run)
+    ref = prepare(wanted.model, run.cache, wanted.revision, console.say)
     tokenizer = load_tokenizer(ref.source, ref.path)
     tokens = vocabulary(ref.source, ref.path, tokenizer)
     stop = stop_ids(tokens, end_ids(tokenizer, generation_config(ref.path)), wanted.stop)
     identity = {"tokenizer": ref.tokenizer, "stop": list(wanted.stop)}
-    with open_writer(layout.vocabulary_path(config, role), "vocabulary", identity, {}) as writer:
+    with open_writer(run.vocabulary(role), "vocabulary", identity, {}) as writer:
         writer.write(vocabulary_table(tokens, stop))
     known = ref.model_copy(update={"tokenizer_class": type(tokenizer).__name__})
-    write_text(layout.model_file(config, role), known.model_dump_json(indent=1) + "\n")
+    write_text(run.model_file(role), known.model_dump_json(indent=1) + "\n")
     console.say(
         f"{role}: {ref.source}, {int(tokens.has_bytes.sum()):,} tokens with bytes, {len(stop)} that stop, in {ref.path}"
     )
 
 
-def take_over(config: Config) -> None:
+def take_over(run: Run) -> None:
     """What is needed of a teacher whose scores are all reused: its name and the bytes of its tokens, not its weights."""
-    models = layout.reused(config)[0].run / "models"
+    models = run.reused[0].run / "models"
     ref = read_ref(models / "teacher.json", "models", weights=False)
-    if ref.source != config.teacher.model:
+    if ref.source != run.settings.teacher.model:
         raise OpdError(
-            f"teacher.model is {config.teacher.model!r}, but the scores of {models.parent} are {ref.source!r}'s"
+            f"teacher.model is {run.settings.teacher.model!r}, but the scores of {models.parent} are {ref.source!r}'s"
         )
     given = open_shard(models / "teacher-vocabulary.parquet", "vocabulary")
     about = given.manifest
-    path = layout.vocabulary_path(config, "teacher")
+    path = run.vocabulary("teacher")
     with open_writer(path, "vocabulary", about.identity, about.inputs, about.origin) as writer:
         writer.write(given.read())
-    write_text(layout.model_file(config, "teacher"), ref.model_dump_json(indent=1) + "\n")
+    write_text(run.model_file("teacher"), ref.model_dump_json(indent=1) + "\n")
     console.say(f"teacher: {ref.source}, whose scores are reused; its weights are not needed")
 
 

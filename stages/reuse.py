@@ -4,9 +4,8 @@ from pipeline.align.retokenise import adopt
 from pipeline.align.tokens import from_table
 from pipeline.store.cache import link_shard, responses_digest
 from pipeline.store.shards import Shard, open_shard, open_writer
-from schemas.config import Config
 from schemas.errors import OpdError
-from stages.run import console, layout
+from stages.run import console
 from stages.run.context import (
     DEFAULT_CONFIG,
     ConfigOption,
@@ -15,53 +14,51 @@ from stages.run.context import (
     ShardOption,
     open_prompts,
     policy,
-    read_config,
 )
 from stages.run.provenance import write_provenance
+from stages.run.run import Place, Run, Source, open_run
 
 
 def main(phase: PhaseOption, shard: ShardOption = 0, config_file: ConfigOption = DEFAULT_CONFIG) -> None:
     """Tell a shard of another run's rollouts in this student's tokens, and link the scores that the teacher gave it."""
-    config = read_config(config_file)
-    kind, number = layout.parse_phase(phase)
-    sources = layout.reused(config)
-    if kind != "round" or number >= len(sources):
-        raise OpdError(f"--phase {phase}: `reuse` gives this run {len(sources)} rounds, numbered from 0")
-    source = sources[number]
+    run = open_run(config_file, "reuse", phase)
+    part = run.phase(phase)
+    source = part.source
+    if source is None:
+        raise OpdError(f"--phase {phase}: `reuse` gives this run {len(run.reused)} rounds, numbered from 0")
+    place = part[shard]
     given = open_shard(source.shard("rollouts", shard), "rollouts")
     scores = open_shard(source.shard("scores", shard), "scores", inputs={"responses": responses_digest(given)})
-    write_rollouts(config, phase, shard, source, given)
-    link = layout.shard_path(config, phase, "scores", shard)
-    link_shard(scores.path.resolve(), link)
-    write_provenance(link, scores.manifest, given.rows, f"reused from {source.folder}")
+    write_rollouts(place, source, given)
+    link_shard(scores.path.resolve(), place.path("scores"))
+    write_provenance(place, scores.manifest, given.rows, f"reused from {source.folder}")
 
 
-def write_rollouts(config: Config, phase: str, shard: int, source: layout.Source, given: Shard) -> None:
+def write_rollouts(place: Place, source: Source, given: Shard) -> None:
     """The responses in this student's tokens, with its own prompts and the foreign behaviour policy's log-probs."""
     prompts = PromptTable(open_shard(source.run / "prompts.parquet", "prompts"))
-    refuse_leaks(config, prompts, source)
+    run = place.phase.run
+    refuse_leaks(run, prompts, source)
     behavior = from_table(
         open_shard(source.run / "models/student-vocabulary.parquet", "vocabulary").read(), str(source.run)
     )
-    student = policy(config, 0)
+    student = policy(run, 0)
     renderer = student.renderer(prompts)
-    limit = student.context - config.rollouts.max_new_tokens
+    limit = student.context - run.settings.rollouts.max_new_tokens
     identity = {"student": student.ref.tokenizer, "prompt": renderer.identity, "stop_ids": student.stop.tolist()}
     inputs = {"rollouts": given.manifest.sha256, "prompts": prompts.shard.manifest.sha256}
     origin = {"reused": str(source.folder), **given.manifest.origin}
-    with open_writer(
-        layout.shard_path(config, phase, "rollouts", shard), "rollouts", identity, inputs, origin
-    ) as writer:
+    with open_writer(place.path("rollouts"), "rollouts", identity, inputs, origin) as writer:
         for group in given.row_groups():
             rows = [prompts.rows[name] for name in group["prompt_id"].to_pylist()]
             tokens = (student.vocabulary, student.stop)
             writer.write(adopt(group, behavior, tokens, student.text_tokenizer, renderer.ids(rows, limit)))
-    console.say(f"{phase}: {given.rows} responses and their scores reused from {source.folder}")
+    console.say(f"{place.phase.name}: {given.rows} responses and their scores reused from {source.folder}")
 
 
-def refuse_leaks(config: Config, prompts: PromptTable, source: layout.Source) -> None:
+def refuse_leaks(run: Run, prompts: PromptTable, source: Source) -> None:
     """Raise OpdError when the reused run trained on what this run holds out."""
-    mine = open_prompts(config)
+    mine = open_prompts(run)
     held_out = {row["prompt"] for name in ("dev", "test") for row in mine.split(name)}
     leaked = sum(row["prompt"] in held_out for row in prompts.split("train"))
     if leaked:

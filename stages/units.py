@@ -2,34 +2,27 @@
 
 from pipeline.align.student_view import student_view
 from pipeline.align.vocabularies import pair_ids
-from pipeline.store.cache import responses_digest
-from pipeline.store.shards import open_shard, open_writer
-from stages.run import console, layout
-from stages.run.context import DEFAULT_CONFIG, ConfigOption, PhaseOption, ShardOption, policy, read_config, teacher
+from pipeline.store.shards import open_writer
+from stages.run import console
+from stages.run.context import DEFAULT_CONFIG, ConfigOption, PhaseOption, ShardOption, policy, teacher
+from stages.run.run import open_run
 
 
 def main(phase: PhaseOption, shard: ShardOption = 0, config_file: ConfigOption = DEFAULT_CONFIG) -> None:
     """Find the aligned units of a shard and express the teacher's candidates in student ids."""
-    config = read_config(config_file)
-    _, number = layout.parse_phase(phase)
-    rollouts = open_shard(layout.shard_path(config, phase, "rollouts", shard), "rollouts")
-    student, scorer = policy(config, number), teacher(config)
-    scores = open_shard(
-        layout.shard_path(config, phase, "scores", shard),
-        "scores",
-        {"teacher": scorer.ref.identity(), "stop_ids": scorer.stop.tolist()},
-        {"responses": responses_digest(rollouts)},
-    )
+    run = open_run(config_file, "units", phase)
+    place = run.phase(phase)[shard]
+    student, scorer = policy(run, place.phase.number), teacher(run)
+    rollouts, scores = place.rollouts, place.scores
+    scores.expect({"teacher": scorer.ref.identity(), "stop_ids": scorer.stop.tolist()})
     pairs = pair_ids(scorer.vocabulary, student.vocabulary)
     identity = {
         "student_vocabulary": student.vocabulary_shard.manifest.sha256,
         "teacher_vocabulary": scorer.vocabulary_shard.manifest.sha256,
         "log_z": scores.manifest.identity["scores"]["log_z"],
     }
-    inputs = {"rollouts": rollouts.manifest.sha256, "scores": scores.manifest.sha256}
     counts: dict[str, int] = {}
-    path = layout.shard_path(config, phase, "units", shard)
-    with open_writer(path, "units", identity, inputs) as writer:
+    with open_writer(place.path("units"), "units", identity, place.inputs("units")) as writer:
         for sampled, scored in zip(rollouts.row_groups(), scores.row_groups(), strict=True):
             units = student_view(sampled, scored, student.vocabulary, student.stop, scorer.stop, pairs)
             for row in units.group_by("kind").aggregate([("s_len", "sum")]).to_pylist():

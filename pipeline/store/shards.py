@@ -186,6 +186,18 @@ class Shard:
         """Number of rows."""
         return self.manifest.rows
 
+    def expect(self, identity: dict[str, Any], inputs: dict[str, str] | None = None, **about: Any) -> None:
+        """Raise OpdError, with a field-by-field difference, where its manifest isn't that of what is asked for.
+
+        Fields that are not named are not compared.
+        """
+        wanted = {**about, "identity": identity, "inputs": inputs or {}}
+        found = {name: getattr(self.manifest, name) for name in wanted}
+        for name in ("identity", "inputs"):
+            found[name] = {key: value for key, value in found[name].items() if key in wanted[name]}
+        if different := list(differences(wanted, found)):
+            raise OpdError(f"{self.path}: this shard does not fit what was asked for: {'; '.join(different)}")
+
     def row_group_sizes(self) -> list[int]:
         """Rows of each row group, from the footer alone."""
         about = pq.read_metadata(self.path)
@@ -260,17 +272,10 @@ def open_shard(
     `identity` and `inputs` name the fields the reader depends on; fields it does not name are not compared.
     Raises OpdError for a missing, damaged or foreign shard, with a field-by-field difference.
     """
-    path = Path(path)
-    manifest = read_manifest(path)
-    asked: dict[str, Any] = {"format": FORMAT, "kind": kind}
-    found: dict[str, Any] = {"format": manifest.format, "kind": manifest.kind}
-    for name, wanted in (("identity", identity or {}), ("inputs", inputs or {})):
-        asked[name] = wanted
-        found[name] = {key: value for key, value in getattr(manifest, name).items() if key in wanted}
-    if different := list(differences(asked, found)):
-        raise OpdError(f"{path}: this shard does not fit what was asked for: {'; '.join(different)}")
-    check_content(path, manifest)
-    return Shard(path, manifest)
+    shard = Shard(Path(path), read_manifest(Path(path)))
+    shard.expect(identity or {}, inputs or {}, format=FORMAT, kind=kind)
+    check_content(shard.path, shard.manifest)
+    return shard
 
 
 def check_content(path: Path, manifest: Manifest) -> None:

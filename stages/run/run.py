@@ -219,7 +219,7 @@ class Phase:
 
     def __getitem__(self, shard: int) -> "Place":
         if not 0 <= shard < len(self):
-            raise IndexError(f"--shard {shard}: phase {self.name} has {len(self)} shards, numbered from 0")
+            raise OpdError(f"--shard {shard}: phase {self.name} has {len(self)} shards, numbered from 0")
         return Place(self, shard)
 
     def __iter__(self) -> Iterator["Place"]:
