@@ -32,13 +32,14 @@ from pipeline.align.vocabularies import pair_ids
 from pipeline.infer.forward import head
 from pipeline.infer.sample import sample, seed_of
 from pipeline.infer.score import hidden_rows, score
+from pipeline.prepared import PreparedModel
 from pipeline.store.shards import Shard, open_shard, open_writer
 from pipeline.weights.credit import weigh
 from schemas.config import Config, load_config
 from schemas.tables import arrow_schema
 from stages import models, prompts
 from stages.rollouts import _row
-from stages.run.context import Speaker, open_prompts, policy, teacher
+from stages.run.context import open_prompts, policy, teacher
 from stages.scores import Job, _table
 from train.loop import Progress, train_round, train_step
 from train.optimiser import MasterAdamW, learning_rate
@@ -118,7 +119,7 @@ def online(config: Config, steps: int) -> dict[str, Any]:
     }
 
 
-def generate(config: Config, model: Any, student: Speaker, renderer: Any, jobs: list[dict[str, Any]]) -> pa.Table:
+def generate(config: Config, model: Any, student: PreparedModel, renderer: Any, jobs: list[dict[str, Any]]) -> pa.Table:
     """Rollouts of the model that is trained, as the rollouts stage writes them."""
     options = config.rollouts
     ids = renderer.ids(jobs, student.context - options.max_new_tokens)

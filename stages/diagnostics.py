@@ -3,13 +3,12 @@
 import json
 from collections.abc import Iterator
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from pipeline.measure.diagnostics import Sums, compared, credit, entropy, kinds, measure, ratio, ratios, texts
-from pipeline.store.shards import open_shard, read_manifest, write_text
+from pipeline.store.shards import read_manifest, write_text
 from schemas.config import READS, Config, consistency
 from schemas.diagnostics import (
     Coverage,
@@ -26,8 +25,10 @@ from schemas.diagnostics import (
 from schemas.errors import OpdError
 from schemas.manifest import Manifest, digest
 from schemas.outcome import Outcome
-from stages.run import console, layout
-from stages.run.context import DEFAULT_CONFIG, ConfigOption, PhaseOption, read_config, read_ref
+from stages.run import console
+from stages.run.context import DEFAULT_CONFIG, ConfigOption, PhaseOption, read_ref
+from stages.run.results import timings
+from stages.run.run import Phase, Place, open_run
 
 NORMALISER = "the compared units of the optimiser step"
 """As `train.loop.train_step` does it."""
@@ -52,19 +53,6 @@ def main(phase: PhaseOption, config_file: ConfigOption = DEFAULT_CONFIG) -> None
         console.warn(found.teacher.warning)
 
 
-def read(phase: Phase) -> Diagnostics:
-    """What was written. Raises OpdError when it is missing or damaged."""
-    path = phase.diagnostics
-    try:
-        return Diagnostics.model_validate_json(path.read_text())
-    except FileNotFoundError as error:
-        raise OpdError(f"{path}: missing; run `python -m stages.diagnostics --phase {phase.name}` first") from error
-    except ValueError as error:
-        raise OpdError(
-            f"{path}: damaged; delete it and run `python -m stages.diagnostics --phase {phase.name}` again"
-        ) from error
-
-
 def diagnose(phase: Phase) -> Diagnostics:
     """Everything about a phase. Raises OpdError when a shard is missing or was made from another one than lies there."""
     config = phase.run.settings
@@ -87,20 +75,12 @@ def diagnose(phase: Phase) -> Diagnostics:
     )
 
 
-def row_groups(config: Config, phase: str, shard: int) -> Iterator[Frames]:
+def row_groups(place: Place) -> Iterator[Frames]:
     """Rollouts, scores, units and weights of the same responses, a row group at a time."""
-
-    def path(table: str) -> Path:
-        return layout.shard_path(config, phase, table, shard)
-
-    rollouts = open_shard(path("rollouts"), "rollouts")
-    scores = open_shard(path("scores"), "scores")
-    made_from = {"rollouts": rollouts.manifest.sha256}
-    units = open_shard(path("units"), "units", inputs={**made_from, "scores": scores.manifest.sha256})
-    weights = open_shard(path("weights"), "weights", inputs={**made_from, "units": units.manifest.sha256})
-    tables = zip(*(opened.row_groups() for opened in (rollouts, scores, units, weights)), strict=True)
-    for a, b, c, d in tables:
-        yield pl.DataFrame(a), pl.DataFrame(b), pl.DataFrame(c), pl.DataFrame(d)
+    tables = (place.rollouts, place.scores, place.units, place.weights)
+    for group in zip(*(shard.row_groups() for shard in tables), strict=True):
+        a, b, c, d = (pl.DataFrame(table) for table in group)
+        yield a, b, c, d
 
 
 def loss_of(config: Config) -> Loss:
@@ -126,16 +106,15 @@ def support_of(scores: Manifest) -> Support:
     return Support(of=kept["support"], min_p=kept["min_p"], mass=kept["mass"], k_max=kept["k_max"])
 
 
-def sampling_of(config: Config, phase: str, rollouts: Manifest) -> Sampling:
+def sampling_of(phase: Phase, rollouts: Manifest) -> Sampling:
     """Who sampled; where rollouts are reused, as the run they come from has it on record."""
-    _, number = layout.parse_phase(layout.sampled_in(phase))
-    reused = layout.is_reused(config, phase)
-    made = read_manifest(layout.reused(config)[number].shard("rollouts", 0)) if reused else rollouts
+    source = phase.source
+    made = read_manifest(source.shard("rollouts", 0)) if source else rollouts
     identity = made.identity
     policy: dict[str, str] = identity.get("policy", {})
     settings: dict[str, Any] = identity.get("sampling", {})
     return Sampling(
-        checkpoint=None if reused else layout.parse_phase(identity["phase"])[1],
+        checkpoint=None if source else phase.run.phase(identity["phase"]).number,
         source=made.origin.get("student"),
         weights=policy.get("weights"),
         tokenizer=policy.get("tokenizer"),
@@ -149,7 +128,7 @@ def sampling_of(config: Config, phase: str, rollouts: Manifest) -> Sampling:
     )
 
 
-def teacher_of(config: Config, phase: str, scores: Manifest) -> Teacher:
+def teacher_of(phase: Phase, scores: Manifest) -> Teacher:
     """Who scored, from the scores themselves, and whether the student was tuned on that teacher's samples."""
     return Teacher(
         source=scores.origin.get("teacher"),
@@ -159,22 +138,22 @@ def teacher_of(config: Config, phase: str, scores: Manifest) -> Teacher:
         reads=scores.identity["reads"],
         engine=scores.identity["engine"],
         dtype=scores.identity["dtype"],
-        tokens=teacher_tokens(config, phase),
-        student_tuned_on=config.student.tuned_on,
-        warning=consistency(config),
+        tokens=teacher_tokens(phase),
+        student_tuned_on=phase.run.settings.student.tuned_on,
+        warning=consistency(phase.run.config),
     )
 
 
-def teacher_tokens(config: Config, phase: str) -> dict[str, int]:
+def teacher_tokens(phase: Phase) -> dict[str, int]:
     """Teacher tokens by how the run came by their scores: `scored` by it, found in the `cache`, or `reused from <run>`.
 
     None for a replayed round, which has them already.
     """
     found: dict[str, int] = {}
-    if layout.sampled_in(phase) != phase:
+    if phase.sampled_in != phase:
         return found
-    for index in range(layout.shard_count(config, phase)):
-        path = layout.provenance_path(layout.shard_path(config, phase, "scores", index))
+    for place in phase:
+        path = place.provenance
         about: dict[str, Any] = {"origin": "unknown", "teacher_tokens": 0}
         if path.exists():
             about = json.loads(path.read_text())
@@ -182,10 +161,10 @@ def teacher_tokens(config: Config, phase: str) -> dict[str, int]:
     return found
 
 
-def staleness_of(config: Config, phase: str, sampling: Sampling, total: Sums) -> Staleness:
+def staleness_of(phase: Phase, sampling: Sampling, total: Sums) -> Staleness:
     """The policy that sampled against the checkpoint that the phase starts from."""
-    _, number = layout.parse_phase(phase)
-    trained = read_ref(layout.policy_file(config, number), "train" if number else "models", weights=False)
+    number = phase.number
+    trained = read_ref(phase.run.policy_file(number), "train" if number else "models", weights=False)
     units, responses, log_ratio = ratios(total)
     return Staleness(
         rounds_behind=None if sampling.checkpoint is None else number - sampling.checkpoint,
@@ -196,9 +175,9 @@ def staleness_of(config: Config, phase: str, sampling: Sampling, total: Sums) ->
     )
 
 
-def coverage_of(config: Config, phase: str, total: Sums) -> Coverage:
+def coverage_of(phase: Phase, total: Sums) -> Coverage:
     """Kinds of unit, and what the gate found where the phase has one."""
-    path = layout.coverage_path(config, phase)
+    path = phase.coverage
     gate: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return Coverage(
         kinds=kinds(total),
@@ -207,15 +186,14 @@ def coverage_of(config: Config, phase: str, total: Sums) -> Coverage:
     )
 
 
-def training_of(config: Config, phase: str) -> Training | None:
+def training_of(phase: Phase) -> Training | None:
     """First and last of the steps that the round has taken, and what ended it."""
-    metrics = layout.run_folder(config) / phase / "train" / "metrics.jsonl"
+    metrics = phase.states / "metrics.jsonl"
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     if not lines:
         return None
     first, last = json.loads(lines[0]), json.loads(lines[-1])
-    _, number = layout.parse_phase(phase)
-    outcome = layout.outcome_path(config, number)
+    outcome = phase.run.phase(f"round-{phase.number}").outcome
     ended = Outcome.model_validate_json(outcome.read_text()) if outcome.exists() else None
     return Training(
         steps=len(lines),
@@ -237,21 +215,13 @@ def ratios_of(step: dict[str, float]) -> Drift:
     )
 
 
-def seconds_of(config: Config, phase: str) -> dict[str, float]:
+def seconds_of(phase: Phase) -> dict[str, float]:
     """Wall seconds of each stage of a phase, summed over its shards."""
     found: dict[str, float] = {}
-    for job, seconds in timings(config, f"{phase}-").items():
-        stage = job.removeprefix(f"{phase}-").split("-")[0]
+    for job, seconds in timings(phase.run, f"{phase.name}-").items():
+        stage = job.removeprefix(f"{phase.name}-").split("-")[0]
         found[stage] = found.get(stage, 0.0) + seconds
     return found
-
-
-def timings(config: Config, *prefixes: str) -> dict[str, float]:
-    """Wall seconds of the jobs whose names start so, from Snakemake's benchmark files; empty when run by hand."""
-    files = sorted((layout.run_folder(config) / "timings").glob("*.tsv"))
-    return {
-        path.stem: float(pl.read_csv(path, separator="\t")["s"][0]) for path in files if path.stem.startswith(prefixes)
-    }
 
 
 if __name__ == "__main__":

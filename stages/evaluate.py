@@ -11,6 +11,7 @@ import typer
 from pipeline.infer.forward import check_head
 from pipeline.infer.sample import sample
 from pipeline.measure.answers import bootstrap_ratio, extract, is_right, wilson
+from pipeline.prepared import PreparedModel, PromptTable
 from pipeline.store.shards import publish, write_text
 from schemas.config import Config, Objective
 from stages.rollouts import response_text
@@ -18,8 +19,6 @@ from stages.run import console, layout
 from stages.run.context import (
     DEFAULT_CONFIG,
     ConfigOption,
-    PromptTable,
-    Speaker,
     ThreadsOption,
     open_prompts,
     policy,
@@ -87,9 +86,10 @@ def accuracy(right: pl.Series) -> dict[str, Any]:
     }
 
 
-def greedy_answers(model: Any, student: Speaker, prompts: PromptTable, config: Config, phase: str) -> pl.DataFrame:
-    """One greedy response per held-out prompt: prompt_id, prompt, reference, response, answer, right (null without a
-    reference), stopped."""
+def greedy_answers(
+    model: Any, student: PreparedModel, prompts: PromptTable, config: Config, phase: str
+) -> pl.DataFrame:
+    """One greedy response per held-out prompt: prompt_id, prompt, reference, response, answer, right, stopped."""
     rows = prompts.split(config.evaluate.split)
     new = config.rollouts.max_new_tokens
     ids = student.renderer(prompts).ids(rows, student.context - new)
@@ -122,7 +122,7 @@ def greedy_answers(model: Any, student: Speaker, prompts: PromptTable, config: C
 
 
 @torch.inference_mode()
-def on_policy_kl(model: Any, student: Speaker, config: Config, phase: str) -> dict[str, Any]:
+def on_policy_kl(model: Any, student: PreparedModel, config: Config, phase: str) -> dict[str, Any]:
     """Reverse KL of the checkpoint to the teacher on its own held-out rollouts, nats per comparable student token.
 
     `reverse_kl`: at 1:1 units and stops the KL over the teacher's candidates, the realised token and one class for the

@@ -2,6 +2,7 @@
 
 from pipeline.align.retokenise import adopt
 from pipeline.align.tokens import from_table
+from pipeline.prepared import PromptTable
 from pipeline.store.cache import link_shard, responses_digest
 from pipeline.store.shards import Shard, open_shard, open_writer
 from schemas.errors import OpdError
@@ -10,7 +11,6 @@ from stages.run.context import (
     DEFAULT_CONFIG,
     ConfigOption,
     PhaseOption,
-    PromptTable,
     ShardOption,
     open_prompts,
     policy,

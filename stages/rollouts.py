@@ -6,6 +6,7 @@ import pyarrow as pa
 
 from pipeline.align.texts import valid_prefix
 from pipeline.infer.sample import Response, seed_of
+from pipeline.prepared import PreparedModel, PromptTable
 from pipeline.store.shards import open_writer
 from schemas.config import Config
 from schemas.errors import OpdError
@@ -15,9 +16,7 @@ from stages.run.context import (
     DEFAULT_CONFIG,
     ConfigOption,
     PhaseOption,
-    PromptTable,
     ShardOption,
-    Speaker,
     ThreadsOption,
     open_prompts,
     policy,
@@ -110,7 +109,7 @@ def _row(
     job: tuple[dict[str, Any], int],
     prompt: Any,
     response: Response,
-    student: Speaker,
+    student: PreparedModel,
     warped: bool,
 ) -> dict[str, Any]:
     prompt_row, sample_number = job
@@ -130,7 +129,7 @@ def _row(
     }
 
 
-def response_text(student: Speaker, response: Response) -> str:
+def response_text(student: PreparedModel, response: Response) -> str:
     """The longest valid UTF-8 prefix of the response's bytes, up to the first special token."""
     ids = response.ids[: len(response.ids) - response.stopped]
     without_bytes = ~student.vocabulary.has_bytes[ids]

@@ -16,6 +16,7 @@ from pipeline.align.tokens import Spelling, spell
 from pipeline.align.vocabularies import pair_ids, same_ids
 from pipeline.infer.audit import choose, deltas, figures
 from pipeline.infer.score import Scores, score
+from pipeline.prepared import PreparedModel, PromptTable
 from pipeline.prompts import Renderer
 from pipeline.store.cache import fetch_or_make, lists_digest, responses_digest
 from pipeline.store.rounding import STATISTIC_BITS, candidates, rounded
@@ -28,9 +29,7 @@ from stages.run.context import (
     DEFAULT_CONFIG,
     ConfigOption,
     PhaseOption,
-    PromptTable,
     ShardOption,
-    Speaker,
     ThreadsOption,
     open_prompts,
     policy,
@@ -69,8 +68,8 @@ class Job:
     config: Config
     rollouts: Shard
     prompts: PromptTable
-    teacher: Speaker
-    student: Speaker
+    teacher: PreparedModel
+    student: PreparedModel
 
     @cached_property
     def reads_tokens(self) -> bool:

@@ -257,12 +257,12 @@ def test_two_thousand_flipped_bytes_are_found(scored: ScoredRun, monkeypatch: py
 
 def test_scores_of_a_moved_run_need_no_forward(scored: ScoredRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found in the cache: the teacher isn't even loaded."""
-    from stages.run.context import Speaker
+    from pipeline.prepared import PreparedModel
 
-    def never(self: Speaker) -> None:
+    def never(self: PreparedModel) -> None:
         raise AssertionError("the teacher was loaded")
 
-    monkeypatch.setattr(Speaker, "load", never)
+    monkeypatch.setattr(PreparedModel, "load", never)
     before = scored.shard(1).resolve().stat().st_mtime_ns
     scored.shard(1).unlink()
     scores.main("round-0", 1, scored.config, None)

@@ -21,9 +21,9 @@ from conftest import RealModel
 
 from pipeline.infer.sample import Response, _draw, seed_of
 from pipeline.infer.score import Scores, score
+from pipeline.prepared import PreparedModel
 from schemas.config import Model, parse_config
 from schemas.errors import OpdError
-from stages.run.context import Speaker
 from stages.run.engines import sampler, scorer
 
 ROOT = Path(__file__).parents[1]
@@ -39,9 +39,9 @@ def config(**sections: Any) -> Any:
     return parse_config({**minimal, **sections}, "test")
 
 
-def speaker(real: RealModel, engine: str, dtype: str, **options: Any) -> Speaker:
+def speaker(real: RealModel, engine: str, dtype: str, **options: Any) -> PreparedModel:
     settings = Model(model=real.ref.source, engine=engine, dtype=dtype, engine_options=options)  # type: ignore[arg-type]
-    return Speaker(real.ref, settings, None)  # type: ignore[arg-type]
+    return PreparedModel(real.ref, settings, None)  # type: ignore[arg-type]
 
 
 def figures(name: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -16,22 +16,22 @@ from pipeline.align.units import KINDS
 from pipeline.store.shards import write_text
 from schemas.config import Config, consistency
 from schemas.errors import OpdError
-from stages import diagnostics
 from stages.report import checklist
-from stages.run import console, layout
-from stages.run.context import DEFAULT_CONFIG, ConfigOption, read_config
+from stages.run import console
+from stages.run.context import DEFAULT_CONFIG, ConfigOption
+from stages.run.results import read_diagnostics, timings
+from stages.run.run import Run, open_run
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 
 def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
     """Write report.html and summary.json from what the run left."""
-    config = read_config(config_file)
-    run = layout.run_folder(config)
-    summary = summarise(config)
-    before, after = (pl.read_parquet(run / f"eval-{c}" / "answers.parquet") for c in (0, config.rollouts.rounds))
-    trained = [phase for r in range(config.rollouts.rounds) for phase in layout.trained_on(config, r)]
-    rounds = [diagnostics.read(config, phase) for phase in trained]
+    run = open_run(config_file, "report")
+    config = run.config
+    summary = summarise(run)
+    before, after = (pl.read_parquet(run.phase(f"eval-{c}").folder / "answers.parquet") for c in run.checkpoints)
+    rounds = [read_diagnostics(phase) for number in run.rounds for phase in run.trained_on(number)]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"percent": checklist.percent, "number": checklist.number}
     page = environment.from_string(TEMPLATE.read_text()).render(
@@ -39,28 +39,27 @@ def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
         config_text=config_text(config),
         summary=summary,
         examples=examples(before, after),
-        charts=charts(config, summary),
+        charts=charts(run, summary),
         warning=consistency(config),
         rounds=rounds,
         checklist=checklist.rows(rounds),
     )
-    write_text(run / "report.html", page)
-    write_text(run / "summary.json", json.dumps(summary, indent=1) + "\n")
-    console.say(f"report: {run / 'report.html'}")
+    write_text(run.root / "report.html", page)
+    write_text(run.root / "summary.json", json.dumps(summary, indent=1) + "\n")
+    console.say(f"report: {run.root / 'report.html'}")
 
 
-def summarise(config: Config) -> dict[str, Any]:
+def summarise(run: Run) -> dict[str, Any]:
     """The run's figures: results of each evaluated checkpoint, diagnostics of each phase, seconds of each job."""
-    run = layout.run_folder(config)
-    results = [json.loads((run / f"eval-{c}" / "result.json").read_text()) for c in (0, config.rollouts.rounds)]
+    results = [json.loads((run.phase(f"eval-{c}").folder / "result.json").read_text()) for c in run.checkpoints]
     judged = bool(results[0]["judged"])
-    phases = [diagnostics.read(config, phase) for phase in layout.phases(config)]
+    phases = [read_diagnostics(phase) for phase in run.phases]
     both = pl.concat(
-        [pl.read_parquet(run / f"eval-{r['checkpoint']}" / "answers.parquet") for r in results], how="vertical"
+        [pl.read_parquet(run.phase(f"eval-{r['checkpoint']}").folder / "answers.parquet") for r in results], how="vertical"
     )
     before, after = both.head(results[0]["items"]), both.tail(results[1]["items"])
     return {
-        "run": config.run,
+        "run": run.config.run,
         "before": results[0],
         "after": results[1],
         "fixed": int((~before["right"] & after["right"]).sum()) if judged else None,
@@ -69,9 +68,9 @@ def summarise(config: Config) -> dict[str, Any]:
         "phases": [phase.model_dump(mode="json") for phase in phases],
         "teacher_tokens": dict(sum((Counter(phase.teacher.tokens) for phase in phases), Counter())),
         # Files that a longer run left behind don't count.
-        "seconds": diagnostics.timings(config, "prompts", "models-", *(f"{phase.phase}-" for phase in phases)),
-        "checkpoint": str(layout.checkpoint_folder(config, config.rollouts.rounds - 1)),
-        "report": str(run / "report.html"),
+        "seconds": timings(run, "prompts", "models-", *(f"{phase.phase}-" for phase in phases)),
+        "checkpoint": str(run.checkpoint(run.rounds[-1])),
+        "report": str(run.root / "report.html"),
     }
 
 
@@ -81,13 +80,13 @@ def examples(before: pl.DataFrame, after: pl.DataFrame, count: int = 8) -> list[
     return joined.to_dicts()
 
 
-def charts(config: Config, summary: dict[str, Any]) -> dict[str, str]:
+def charts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
     """Inline SVG of each plot, by name; none of what was not measured."""
-    run = layout.run_folder(config)
+    config = run.config
     steps = pl.concat(
         [
-            pl.read_ndjson(run / f"round-{r}" / "train" / "metrics.jsonl", infer_schema_length=None)
-            for r in range(config.rollouts.rounds)
+            pl.read_ndjson(run.phase(f"round-{r}").states / "metrics.jsonl", infer_schema_length=None)
+            for r in run.rounds
         ]
     ).with_row_index("at")
     step = alt.X("at:Q", title="optimiser step", axis=alt.Axis(tickMinStep=1, format="d"))
@@ -215,17 +214,17 @@ def config_text(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def write_config(config: Config) -> None:
+def write_config(run: Run) -> None:
     """Put the resolved config into the run's folder, where its stages read it."""
-    write_text(layout.run_folder(config) / "config.yaml", config_text(config))
+    write_text(run.root / "config.yaml", config_text(run.config))
 
 
-def print_summary(config: Config) -> None:
+def print_summary(run: Run) -> None:
     """Before and after, and where the results are, on the terminal."""
     try:
-        summary = json.loads((layout.run_folder(config) / "summary.json").read_text())
+        summary = json.loads((run.root / "summary.json").read_text())
     except FileNotFoundError as error:
-        raise OpdError(f"{layout.run_folder(config)}: no summary.json yet; run the report stage") from error
+        raise OpdError(f"{run.root}: no summary.json yet; run the report stage") from error
     table = Table(title=f"{summary['run']}: before and after", title_justify="left")
     for heading in ("", "before", "after"):
         table.add_column(heading, justify="left" if not heading else "right")

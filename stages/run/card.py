@@ -10,10 +10,11 @@ import jinja2
 import polars as pl
 
 from pipeline.models import ModelRef
+from pipeline.prepared import PreparedModel
 from pipeline.store.shards import versions
 from schemas.config import READS, Config, Model, consistency
 from stages.run import layout
-from stages.run.context import Speaker, teacher
+from stages.run.context import teacher
 from train.stream import Triple
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -26,7 +27,7 @@ FRONT = {
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def model_card(config: Config, round_index: int, student: Speaker, shards: list[Triple], metrics: Path) -> str:
+def model_card(config: Config, round_index: int, student: PreparedModel, shards: list[Triple], metrics: Path) -> str:
     """The folder's README.md, in the hub's format.
 
     Args:

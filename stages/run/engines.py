@@ -7,14 +7,14 @@ from typing import Any
 
 from pipeline.infer import sample, score, vllm
 from pipeline.infer.forward import check_head, head
+from pipeline.prepared import PreparedModel
 from schemas.config import Config
 from stages.run import console
-from stages.run.context import Speaker
 
 
 @contextmanager
 def scorer(
-    speaker: Speaker, config: Config, longest: int
+    speaker: PreparedModel, config: Config, longest: int
 ) -> Iterator[tuple[Callable[..., Any], Callable[..., Any], Any | None]]:
     """What `pipeline.infer.score.score` needs of a model.
 
@@ -39,7 +39,7 @@ def scorer(
 
 
 @contextmanager
-def sampler(speaker: Speaker, config: Config, longest: int) -> Iterator[Callable[..., list[sample.Response]]]:
+def sampler(speaker: PreparedModel, config: Config, longest: int) -> Iterator[Callable[..., list[sample.Response]]]:
     """`pipeline.infer.sample.sample` without its first argument and its batch size; `longest` as in `scorer`."""
     size = config.rollouts.batch_size
     if speaker.config.engine == "transformers":

@@ -1,0 +1,113 @@
+"""What a run has prepared: a model with its vocabulary, and its prompts. Parts are loaded when first used."""
+
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from pipeline.align.tokens import TokenBytes, from_table, text_tokenizer
+from pipeline.models import ModelRef, load_model, load_tokenizer, model_config, native_dtype, reference
+from pipeline.prompts import Renderer
+from pipeline.store.shards import Shard
+from schemas.config import Model
+from schemas.errors import OpdError
+
+
+@dataclass(frozen=True)
+class PromptTable:
+    """The run's prompts: a shard of schema `prompts`."""
+
+    shard: Shard
+
+    @cached_property
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """Rows by prompt_id, in order."""
+        return {row["prompt_id"]: row for row in self.shard.read().to_pylist()}
+
+    def split(self, name: str) -> list[dict[str, Any]]:
+        """Rows of one split, in order."""
+        return [row for row in self.rows.values() if row["split"] == name]
+
+
+@dataclass(frozen=True)
+class PreparedModel:
+    """A model that lies in a local folder, how it is run and prompted, and the bytes of its tokens.
+
+    Attributes:
+        ref: its files and what identifies them.
+        config: the section `student` or `teacher`.
+        vocabulary_shard: schema `vocabulary`.
+    """
+
+    ref: ModelRef
+    config: Model
+    vocabulary_shard: Shard
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The `transformers` tokenizer."""
+        return load_tokenizer(self.ref.source, self.ref.path, self.ref.tokenizer_class)
+
+    @cached_property
+    def text_tokenizer(self) -> Tokenizer:
+        """Its copy for responses (see `pipeline.align.tokens.text_tokenizer`); copying a large vocabulary takes seconds."""
+        return text_tokenizer(self.tokenizer, self.ref.source)
+
+    @cached_property
+    def _vocabulary(self) -> tuple[TokenBytes, np.ndarray]:
+        return from_table(self.vocabulary_shard.read(), self.config.model)
+
+    @property
+    def vocabulary(self) -> TokenBytes:
+        """Bytes of every id."""
+        return self._vocabulary[0]
+
+    @property
+    def stop(self) -> np.ndarray:
+        """int32 ids that end a response."""
+        return self._vocabulary[1]
+
+    @property
+    def dtype(self) -> str:
+        """Name of the forward pass' dtype on this machine."""
+        return native_dtype() if self.config.dtype == "auto" else self.config.dtype
+
+    @property
+    def context(self) -> int:
+        """Positions the model has, tokens; unlimited when its config doesn't say."""
+        values = model_config(self.ref.path)
+        return values.get("max_position_embeddings") or values.get("text_config", {}).get(
+            "max_position_embeddings", sys.maxsize
+        )
+
+    def check(self) -> None:
+        """Raise OpdError when the model's files are no longer those that were prepared."""
+        if reference(self.ref.source, Path(self.ref.path)).identity() != self.ref.identity():
+            raise OpdError(
+                f"model {self.ref.source!r}: the files in {self.ref.path} changed after they were prepared; run the models "
+                "stage again"
+            )
+
+    def load(self, layers: bool = True, device: str | None = None) -> Any:
+        """The `transformers` model, checked, or what it is without its layers, on the GPU if there is one; each call loads
+        another (see `load_model`). Raises OpdError as `check` does, and when it can't be loaded."""
+        self.check()
+        return load_model(self.ref, self.dtype, layers, device)
+
+    @cached_property
+    def model(self) -> Any:
+        """The whole `transformers` model, loaded once for all who only read it."""
+        return self.load()
+
+    def take_model(self) -> Any:
+        """`model` for a caller who changes it: what is loaded already, so that memory holds no second one, or loaded now.
+        It is no longer ours then."""
+        return vars(self).pop("model", None) or self.load()
+
+    def renderer(self, prompts: PromptTable) -> Renderer:
+        """Renders prompts for this model, with as many worked examples as the run has."""
+        return Renderer(self.config, self.tokenizer, prompts.split("examples"))

@@ -1,0 +1,30 @@
+"""What stages left that others read: figures of a phase, times of jobs."""
+
+import polars as pl
+
+from schemas.diagnostics import Diagnostics
+from schemas.errors import OpdError
+from stages.run.run import Phase, Run
+
+
+def read_diagnostics(phase: Phase) -> Diagnostics:
+    """What was written. Raises OpdError when it is missing or damaged."""
+    path = phase.diagnostics
+    try:
+        return Diagnostics.model_validate_json(path.read_text())
+    except FileNotFoundError as error:
+        raise OpdError(f"{path}: missing; run `python -m stages.diagnostics --phase {phase.name}` first") from error
+    except ValueError as error:
+        raise OpdError(
+            f"{path}: damaged; delete it and run `python -m stages.diagnostics --phase {phase.name}` again"
+        ) from error
+
+
+def timings(run: Run, *prefixes: str) -> dict[str, float]:
+    """Wall seconds of the jobs whose names start so, from Snakemake's benchmark files; empty when run by hand."""
+    files = sorted((run.root / "timings").glob("*.tsv"))
+    return {
+        path.stem: float(pl.read_csv(path, separator="\t")["s"][0]) for path in files if path.stem.startswith(prefixes)
+    }
+
+
