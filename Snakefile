@@ -7,19 +7,30 @@ rule depends on beside its files is the digest of the config sections it reads (
 rate retrains but samples and scores nothing anew.
 """
 
-import os
 import sys
-from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.utils import min_version
 
 from pipeline.store.cache import relink
-from pipeline.models import IDENTITY_FILES, TOKENIZER_FILES
-from schemas.config import TRAIN_OPERATION, consistency, parse_config
+from schemas.config import consistency, parse_config
 from schemas.errors import OpdError
-from schemas.manifest import digest
-from stages.run import console, layout, resume
-from stages.report.page import print_summary, write_config
+from stages.run import console
+from stages.run.run import run_of, write_config
+from stages.run.workflow import (
+    fresh_phases,
+    hold,
+    local_files,
+    policy,
+    reads,
+    reused_phases,
+    shard_of,
+    shards,
+    tables,
+    weighed,
+)
+
+min_version("9.0")
 
 if not workflow.config_settings.configfiles:
 
@@ -27,97 +38,47 @@ if not workflow.config_settings.configfiles:
 
 
 try:
-    CONFIG = parse_config(config, " ".join(map(str, workflow.configfiles)))
+    RUN = run_of(parse_config(config, " ".join(map(str, workflow.configfiles))))
+    REUSED, FRESH = reused_phases(RUN), fresh_phases(RUN)
 except OpdError as error:
     sys.exit(f"error: {error}")
 
-RUN = layout.run_folder(CONFIG)
-try:
-    REUSED = layout.reused(CONFIG)
-except OpdError as error:
-    sys.exit(f"error: {error}")
-ROUNDS = range(CONFIG.rollouts.rounds)
-CHECKPOINTS = (0, len(ROUNDS))
-SETTINGS = f"{RUN}/config.yaml"  # the resolved config; no input, for its time stamp says nothing: see `reads`
-LOCK = resume.claim() if workflow.is_main_process else None
+CONFIG, FOLDER = RUN.config, RUN.root
+SETTINGS = f"{FOLDER}/config.yaml"  # the resolved config; no input, for its time stamp says nothing: see `reads`
 if workflow.is_main_process:
-    relink(layout.cache_folder(CONFIG), RUN)  # the cache may have been moved since
+    relink(RUN.cache, FOLDER)  # the cache may have been moved since
 try:
     CORES = workflow.cores
 except WorkflowError:  # a cluster run without --cores: its profile sets the threads of these rules
     CORES = 1
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning idle threads slow contended cores twentyfold
-
-
-def reads(*sections):
-    """Digest of what a rule reads of the config: `section` or `section.key`."""
-    beside = {role: {"engine_options", "tuned_on"} for role in ("student", "teacher")} | {"weights": {"scheduler"}}
-    values = CONFIG.model_dump(mode="json", exclude=beside)
-    for section in sections:
-        assert section.split(".")[0] in values, section
-    picked = {}
-    for section in sections:
-        value = values
-        for key in section.split("."):
-            value = value[key]
-        picked[section] = value
-    return digest(picked)
-
-
-def shards(table, phase):
-    """All shards of a table of a phase."""
-    return [layout.shard_path(CONFIG, phase, table, i) for i in range(layout.shard_count(CONFIG, phase))]
-
-
-def policy(wildcards):
-    """The checkpoint that a phase samples from."""
-    return layout.policy_file(CONFIG, layout.parse_phase(wildcards.phase)[1])
-
-
-def shard_of(table):
-    """The two files of a shard: the table and its manifest."""
-    return [f"{RUN}/{{phase}}/{table}/{{shard}}.{kind}" for kind in ("parquet", "json")]
-
-
-def local_files(source):
-    """The user's own files that a source names, so that an edit of them is seen; none for packages and the hub."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return sorted(file for pattern in (*IDENTITY_FILES, *TOKENIZER_FILES) for file in path.glob(pattern))
-    return [path] if path.is_file() else []
-
-
-REUSED_PHASES = "|".join(f"round-{r}" for r in range(len(REUSED))) or "none"
-"""Phases whose rollouts and scores come from another run (`reuse`)."""
-FRESH_PHASES = rf"(?!({REUSED_PHASES})\b)(round|eval)-\d+"
 
 
 wildcard_constraints:
     phase=r"(round|eval)-\d+(@\d+)?",
-    shard=r"\d{3}",
+    shard=r"\d\d\d+",
     role="student|teacher",
 
 
 rule all:
     input:
-        RUN / "report.html",
+        FOLDER / "report.html",
 
 
 rule prompts:
     input:
         local_files(CONFIG.prompts.source),
     output:
-        RUN / "prompts.parquet",
-        RUN / "prompts.json",
+        FOLDER / "prompts.parquet",
+        FOLDER / "prompts.json",
     log:
-        RUN / "logs/prompts.log",
+        FOLDER / "logs/prompts.log",
     benchmark:
-        RUN / "timings/prompts.tsv"
+        FOLDER / "timings/prompts.tsv"
     conda:
         "config/environment.yaml"
     params:
         config=SETTINGS,
-        reads=reads("prompts", "seed"),
+        reads=reads(RUN, "prompts"),
     shell:
         "python -m stages.prompts --config {params.config} 2>&1 | tee {log}"
 
@@ -126,21 +87,19 @@ rule models:
     input:
         lambda wildcards: local_files(getattr(CONFIG, wildcards.role).model),
     output:
-        RUN / "models/{role}.json",
-        RUN / "models/{role}-vocabulary.parquet",
-        RUN / "models/{role}-vocabulary.json",
+        FOLDER / "models/{role}.json",
+        FOLDER / "models/{role}-vocabulary.parquet",
+        FOLDER / "models/{role}-vocabulary.json",
     log:
-        RUN / "logs/models-{role}.log",
+        FOLDER / "logs/models-{role}.log",
     benchmark:
-        RUN / "timings/models-{role}.tsv"
+        FOLDER / "timings/models-{role}.tsv"
     conda:
         "config/environment.yaml"
     params:
         config=SETTINGS,
-        reads=lambda wildcards: reads(
-            *(f"{wildcards.role}.{key}" for key in ("model", "revision", "stop")),
-            *(("reuse",) if wildcards.role == "teacher" else ()),
-        ),
+        reads=reads(RUN, "models"),
+        prepared=lambda wildcards: wildcards.role == "student" or RUN.needs_teacher,
     shell:
         "python -m stages.models --config {params.config} --role {wildcards.role} 2>&1 | tee {log}"
 
@@ -148,42 +107,41 @@ rule models:
 rule reuse:
     input:
         lambda wildcards: [
-            REUSED[layout.parse_phase(wildcards.phase)[1]].shard(table, int(wildcards.shard))
-            for table in ("rollouts", "scores")
+            RUN.phase(wildcards.phase).source.shard(table, int(wildcards.shard)) for table in ("rollouts", "scores")
         ],
-        RUN / "prompts.parquet",
-        RUN / "models/student-vocabulary.parquet",
+        FOLDER / "prompts.parquet",
+        FOLDER / "models/student-vocabulary.parquet",
     output:
-        shard_of("rollouts"),
-        shard_of("scores"),
+        shard_of(RUN, "rollouts"),
+        shard_of(RUN, "scores"),
     log:
-        RUN / "logs/{phase}-reuse-{shard}.log",
+        FOLDER / "logs/{phase}-reuse-{shard}.log",
     benchmark:
-        RUN / "timings/{phase}-reuse-{shard}.tsv"
+        FOLDER / "timings/{phase}-reuse-{shard}.tsv"
     wildcard_constraints:
-        phase=REUSED_PHASES,
+        phase=REUSED,
     conda:
         "config/environment.yaml"
     params:
         config=SETTINGS,
-        reads=reads("student", "reuse", "rollouts.max_new_tokens"),
+        reads=reads(RUN, "reuse"),
     shell:
         "python -m stages.reuse --config {params.config} --phase {wildcards.phase} --shard {wildcards.shard} 2>&1 | tee {log}"
 
 
 rule rollouts:
     input:
-        RUN / "prompts.parquet",
-        RUN / "models/student-vocabulary.parquet",
-        policy,
+        FOLDER / "prompts.parquet",
+        FOLDER / "models/student-vocabulary.parquet",
+        policy(RUN),
     output:
-        shard_of("rollouts"),
+        shard_of(RUN, "rollouts"),
     log:
-        RUN / "logs/{phase}-rollouts-{shard}.log",
+        FOLDER / "logs/{phase}-rollouts-{shard}.log",
     benchmark:
-        RUN / "timings/{phase}-rollouts-{shard}.tsv"
+        FOLDER / "timings/{phase}-rollouts-{shard}.tsv"
     wildcard_constraints:
-        phase=FRESH_PHASES,
+        phase=FRESH,
     conda:
         "config/environment.yaml"
     threads: CORES
@@ -191,26 +149,7 @@ rule rollouts:
         model=1,
     params:
         config=SETTINGS,
-        reads=lambda wildcards: reads(
-            "student",
-            "seed",
-            *(
-                f"rollouts.{key}"
-                for key in (
-                    "max_new_tokens",
-                    "temperature",
-                    "top_p",
-                    "batch_size",
-                    "top_k",
-                    "shard_size",
-                )
-            ),
-            *(
-                ("rollouts.prompts", "rollouts.samples")
-                if wildcards.phase.startswith("round")
-                else ("evaluate.split", "evaluate.kl_items")
-            ),
-        ),
+        reads=reads(RUN, "rollouts"),
     shell:
         "python -m stages.rollouts --config {params.config} --phase {wildcards.phase} --shard {wildcards.shard}"
         " --threads {threads} 2>&1 | tee {log}"
@@ -218,19 +157,19 @@ rule rollouts:
 
 rule scores:
     input:
-        shard_of("rollouts"),
-        RUN / "prompts.parquet",
-        RUN / "models/teacher.json",
-        RUN / "models/teacher-vocabulary.parquet",
-        RUN / "models/student-vocabulary.parquet",
+        shard_of(RUN, "rollouts"),
+        FOLDER / "prompts.parquet",
+        FOLDER / "models/teacher.json",
+        FOLDER / "models/teacher-vocabulary.parquet",
+        FOLDER / "models/student-vocabulary.parquet",
     output:
-        shard_of("scores"),
+        shard_of(RUN, "scores"),
     log:
-        RUN / "logs/{phase}-scores-{shard}.log",
+        FOLDER / "logs/{phase}-scores-{shard}.log",
     benchmark:
-        RUN / "timings/{phase}-scores-{shard}.tsv"
+        FOLDER / "timings/{phase}-scores-{shard}.tsv"
     wildcard_constraints:
-        phase=FRESH_PHASES,
+        phase=FRESH,
     conda:
         "config/environment.yaml"
     threads: CORES
@@ -238,9 +177,7 @@ rule scores:
         model=1,
     params:
         config=SETTINGS,
-        reads=reads(
-            "teacher", "scores.support", "scores.min_p", "scores.mass", "scores.k_max", "rollouts.max_new_tokens"
-        ),
+        reads=reads(RUN, "scores"),
     shell:
         "python -m stages.scores --config {params.config} --phase {wildcards.phase} --shard {wildcards.shard}"
         " --threads {threads} 2>&1 | tee {log}"
@@ -248,34 +185,35 @@ rule scores:
 
 rule units:
     input:
-        shard_of("rollouts"),
-        shard_of("scores"),
-        RUN / "models/student-vocabulary.parquet",
-        RUN / "models/teacher-vocabulary.parquet",
+        shard_of(RUN, "rollouts"),
+        shard_of(RUN, "scores"),
+        FOLDER / "models/student-vocabulary.parquet",
+        FOLDER / "models/teacher-vocabulary.parquet",
     output:
-        shard_of("units"),
+        shard_of(RUN, "units"),
     log:
-        RUN / "logs/{phase}-units-{shard}.log",
+        FOLDER / "logs/{phase}-units-{shard}.log",
     benchmark:
-        RUN / "timings/{phase}-units-{shard}.tsv"
+        FOLDER / "timings/{phase}-units-{shard}.tsv"
     conda:
         "config/environment.yaml"
     params:
         config=SETTINGS,
+        reads=reads(RUN, "units"),
     shell:
         "python -m stages.units --config {params.config} --phase {wildcards.phase} --shard {wildcards.shard} 2>&1 | tee {log}"
 
 
 rule policy:
     input:
-        lambda wildcards: shards("rollouts", wildcards.phase)[int(wildcards.shard)],
-        policy,
+        lambda wildcards: RUN.phase(wildcards.phase)[int(wildcards.shard)].path("rollouts"),
+        policy(RUN),
     output:
-        shard_of("policy"),
+        shard_of(RUN, "policy"),
     log:
-        RUN / "logs/{phase}-policy-{shard}.log",
+        FOLDER / "logs/{phase}-policy-{shard}.log",
     benchmark:
-        RUN / "timings/{phase}-policy-{shard}.tsv"
+        FOLDER / "timings/{phase}-policy-{shard}.tsv"
     conda:
         "config/environment.yaml"
     threads: CORES
@@ -283,79 +221,69 @@ rule policy:
         model=1,
     params:
         config=SETTINGS,
-        reads=reads("student"),
+        reads=reads(RUN, "policy"),
     shell:
         "python -m stages.policy --config {params.config} --phase {wildcards.phase} --shard {wildcards.shard}"
         " --threads {threads} 2>&1 | tee {log}"
 
 
-# A rule for each phase, since phases differ in how many shards they have: estimators may compare all responses of a phase.
-for PHASE in layout.phases(CONFIG):
-
-    rule:
-        name:
-            f"weights_{PHASE.replace('-', '_').replace('@', '_of_')}"
-        input:
-            shards("rollouts", PHASE),
-            shards("units", PHASE),
-            # Rollouts of another policy need the log-probs of the one that is trained.
-            shards("policy", PHASE) if layout.is_foreign(CONFIG, PHASE) else [],
-        output:
-            shards("weights", PHASE),
-            [path.with_suffix(".json") for path in shards("weights", PHASE)],
-        log:
-            RUN / f"logs/{PHASE}-weights.log",
-        benchmark:
-            RUN / f"timings/{PHASE}-weights.tsv"
-        conda:
-            "config/environment.yaml"
-        params:
-            config=SETTINGS,
-            phase=PHASE,
-            reads=reads("weights"),
-        shell:
-            "python -m stages.weights --config {params.config} --phase {params.phase} 2>&1 | tee {log}"
-
-
-rule coverage:
+# One job a phase: estimators may compare all of its responses.
+rule weights:
     input:
-        lambda wildcards: [path for table in ("rollouts", "units") for path in shards(table, wildcards.phase)],
-        RUN / "models/student-vocabulary.parquet",
+        weighed(RUN),
     output:
-        RUN / "{phase}/coverage.json",
+        FOLDER / "{phase}/weights.json",
     log:
-        RUN / "logs/{phase}-coverage.log",
+        FOLDER / "logs/{phase}-weights.log",
     benchmark:
-        RUN / "timings/{phase}-coverage.tsv"
+        FOLDER / "timings/{phase}-weights.tsv"
     conda:
         "config/environment.yaml"
     params:
         config=SETTINGS,
-        reads=reads("coverage"),
+        reads=reads(RUN, "weights"),
+    shell:
+        "python -m stages.weights --config {params.config} --phase {wildcards.phase} 2>&1 | tee {log}"
+
+
+rule coverage:
+    input:
+        tables(RUN, "rollouts", "units"),
+        FOLDER / "models/student-vocabulary.parquet",
+    output:
+        FOLDER / "{phase}/coverage.json",
+    log:
+        FOLDER / "logs/{phase}-coverage.log",
+    benchmark:
+        FOLDER / "timings/{phase}-coverage.tsv"
+    conda:
+        "config/environment.yaml"
+    params:
+        config=SETTINGS,
+        reads=reads(RUN, "coverage"),
     shell:
         "python -m stages.coverage --config {params.config} --phase {wildcards.phase} 2>&1 | tee {log}"
 
 
 rule train:
     input:
-        ancient(RUN / "round-{round}/coverage.json"),  # a gate: that it was passed matters, not when
+        ancient(FOLDER / "round-{round}/coverage.json"),  # a gate: that it was passed matters, not when
         lambda wildcards: [
             path
-            for phase in layout.trained_on(CONFIG, int(wildcards.round))
-            for table in ("rollouts", "units", "weights")
-            for path in shards(table, phase)
+            for phase in RUN.trained_on(int(wildcards.round))
+            for path in shards(RUN, phase.name, "rollouts", "units", "weights")
         ],
-        lambda wildcards: layout.policy_file(CONFIG, int(wildcards.round)),
+        lambda wildcards: RUN.policy_file(int(wildcards.round)),
         # What earlier rounds left of their steps is this one's.
-        lambda wildcards: [layout.outcome_path(CONFIG, r) for r in range(int(wildcards.round))],
+        lambda wildcards: [RUN.phase(f"round-{r}").outcome for r in range(int(wildcards.round))],
     output:
-        RUN / "round-{round}/checkpoint.json",
-        RUN / "round-{round}/train/result.json",
-        RUN / "round-{round}/checkpoint/config.json",
+        FOLDER / "round-{round}/checkpoint.json",
+        FOLDER / "round-{round}/train/result.json",
+        FOLDER / "round-{round}/checkpoint/config.json",
     log:
-        RUN / "logs/round-{round}-train.log",
+        FOLDER / "logs/round-{round}-train.log",
     benchmark:
-        RUN / "timings/round-{round}-train.tsv"
+        FOLDER / "timings/round-{round}-train.tsv"
     conda:
         "config/environment.yaml"
     threads: CORES
@@ -365,13 +293,7 @@ rule train:
         parallel="ddp",
     params:
         config=SETTINGS,
-        reads=reads(
-            "objective",
-            *(f"train.{key}" for key in type(CONFIG.train).model_fields if key not in TRAIN_OPERATION),
-            "seed",
-            "rollouts.rounds",
-            "rollouts.replay",
-        ),
+        reads=reads(RUN, "train"),
     shell:
         "launcher='{resources.torchrun}'; python -m ${{launcher:+torch.distributed.run $launcher -m}} stages.train"
         " --config {params.config} --round {wildcards.round} --threads {threads} --parallel {resources.parallel}"
@@ -380,51 +302,44 @@ rule train:
 
 rule diagnostics:
     input:
-        lambda wildcards: [
-            path for table in ("rollouts", "scores", "units", "weights") for path in shards(table, wildcards.phase)
-        ],
-        policy,
+        tables(RUN, "rollouts", "scores", "units", "weights"),
+        policy(RUN),
         # A round's figures tell of its gate and its training too.
         lambda wildcards: (
             [
-                RUN / wildcards.phase / "coverage.json",
-                layout.policy_file(CONFIG, layout.parse_phase(wildcards.phase)[1] + 1),
+                FOLDER / wildcards.phase / "coverage.json",
+                RUN.policy_file(RUN.phase(wildcards.phase).number + 1),
             ]
             if wildcards.phase.startswith("round") and "@" not in wildcards.phase
             else []
         ),
     output:
-        RUN / "{phase}/diagnostics.json",
+        FOLDER / "{phase}/diagnostics.json",
     log:
-        RUN / "logs/{phase}-diagnostics.log",
+        FOLDER / "logs/{phase}-diagnostics.log",
     benchmark:
-        RUN / "timings/{phase}-diagnostics.tsv"
+        FOLDER / "timings/{phase}-diagnostics.tsv"
     conda:
         "config/environment.yaml"
     params:
         config=SETTINGS,
-        reads=reads("objective", "weights", "teacher.model"),
-        tuned_on=CONFIG.student.tuned_on,
+        reads=reads(RUN, "diagnostics"),
     shell:
         "python -m stages.diagnostics --config {params.config} --phase {wildcards.phase} 2>&1 | tee {log}"
 
 
 rule evaluate:
     input:
-        lambda wildcards: [
-            path
-            for table in ("rollouts", "units", "weights")
-            for path in shards(table, f"eval-{wildcards.checkpoint}")
-        ],
-        lambda wildcards: layout.policy_file(CONFIG, int(wildcards.checkpoint)),
-        RUN / "prompts.parquet",
+        lambda wildcards: shards(RUN, f"eval-{wildcards.checkpoint}", "rollouts", "units", "weights"),
+        lambda wildcards: RUN.policy_file(int(wildcards.checkpoint)),
+        FOLDER / "prompts.parquet",
     output:
-        RUN / "eval-{checkpoint}/result.json",
-        RUN / "eval-{checkpoint}/answers.parquet",
+        FOLDER / "eval-{checkpoint}/result.json",
+        FOLDER / "eval-{checkpoint}/answers.parquet",
     log:
-        RUN / "logs/eval-{checkpoint}.log",
+        FOLDER / "logs/eval-{checkpoint}.log",
     benchmark:
-        RUN / "timings/eval-{checkpoint}-answers.tsv"
+        FOLDER / "timings/eval-{checkpoint}-answers.tsv"
     conda:
         "config/environment.yaml"
     threads: CORES
@@ -432,7 +347,7 @@ rule evaluate:
         model=1,
     params:
         config=SETTINGS,
-        reads=reads("evaluate", "student", "rollouts.max_new_tokens"),
+        reads=reads(RUN, "evaluate"),
     shell:
         "python -m stages.evaluate --config {params.config} --checkpoint {wildcards.checkpoint} --threads {threads}"
         " 2>&1 | tee {log}"
@@ -440,30 +355,36 @@ rule evaluate:
 
 rule report:
     input:
-        [RUN / f"eval-{c}/result.json" for c in CHECKPOINTS],
-        [layout.policy_file(CONFIG, r + 1) for r in ROUNDS],
-        [layout.diagnostics_path(CONFIG, phase) for phase in layout.phases(CONFIG)],
+        [FOLDER / f"eval-{c}/result.json" for c in RUN.checkpoints],
+        [RUN.policy_file(r + 1) for r in RUN.rounds],
+        [phase.diagnostics for phase in RUN.phases],
     output:
-        RUN / "report.html",
-        RUN / "summary.json",
+        FOLDER / "report.html",
+        FOLDER / "summary.json",
     log:
-        RUN / "logs/report.log",
+        FOLDER / "logs/report.log",
     conda:
         "config/environment.yaml"
     params:
         config=SETTINGS,
-        reads=reads(*(name for name in type(CONFIG).model_fields if name != "cache")),
-        tuned_on=CONFIG.student.tuned_on,
+        reads=reads(RUN, "report"),
     shell:
         "python -m stages.report --config {params.config} 2>&1 | tee {log}"
 
 
 onstart:
-    write_config(CONFIG)
+    global held
+    try:
+        held = hold(RUN)
+        write_config(RUN)
+    except OpdError as error:
+        sys.exit(f"error: {error}")
     if warning := consistency(CONFIG):
         console.warn(warning)
 
 
 onsuccess:
-    if (RUN / "summary.json").exists():
-        print_summary(CONFIG)
+    from stages.report.page import print_summary
+
+    if (FOLDER / "summary.json").exists():
+        print_summary(RUN)

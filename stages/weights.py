@@ -1,5 +1,9 @@
 """Weights: advantages, credit and importance weights of a phase, as tables."""
 
+import json
+from dataclasses import asdict
+
+from pipeline.store.shards import read_manifest, write_text
 from pipeline.weights.phase import Part, compute
 from stages.run import console
 from stages.run.context import DEFAULT_CONFIG, ConfigOption, PhaseOption
@@ -9,7 +13,10 @@ from stages.run.run import Place, open_run
 def main(phase: PhaseOption, config_file: ConfigOption = DEFAULT_CONFIG) -> None:
     """Recompute the weights of a phase's shards, all of which estimators may compare; needs no model."""
     run = open_run(config_file, "weights", phase)
-    figures = compute([part(place) for place in run.phase(phase)], run.settings.weights)
+    whole = run.phase(phase)
+    figures = compute([part(place) for place in whole], run.settings.weights)
+    digests = {path.stem: read_manifest(path).sha256 for path in whole.paths("weights")}
+    write_text(whole.weights, json.dumps({**asdict(figures), "shards": digests}, indent=1) + "\n")
     console.say(
         f"{phase} weights: {figures.units:,} units, mean advantage {figures.advantage_mean:.3f} nats, "
         f"effective sample size {100 * figures.ess:.1f} %"

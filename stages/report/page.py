@@ -9,7 +9,6 @@ from typing import Any
 import altair as alt
 import jinja2
 import polars as pl
-import yaml
 from rich.table import Table
 
 from pipeline.align.units import KINDS
@@ -20,7 +19,7 @@ from stages.report import checklist
 from stages.run import console
 from stages.run.context import DEFAULT_CONFIG, ConfigOption
 from stages.run.results import read_diagnostics, timings
-from stages.run.run import Run, open_run
+from stages.run.run import Run, config_text, open_run
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
@@ -207,16 +206,6 @@ def svg(chart: alt.TopLevelMixin) -> str:
     out = io.StringIO()
     chart.save(out, format="svg")
     return out.getvalue()
-
-
-def config_text(config: Config) -> str:
-    """The resolved config as YAML."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def write_config(run: Run) -> None:
-    """Put the resolved config into the run's folder, where its stages read it."""
-    write_text(run.root / "config.yaml", config_text(run.config))
 
 
 def print_summary(run: Run) -> None:

@@ -18,8 +18,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from pipeline.store.cache import responses_digest
-from pipeline.store.shards import Shard, manifest_path, open_shard, read_manifest
+from pipeline.store.shards import Shard, manifest_path, open_shard, read_manifest, write_text
 from schemas.config import Config, load_config
 from schemas.config.reuse import scored_rounds
 from schemas.decides import decided, settings
@@ -235,6 +237,11 @@ class Phase:
         return self.folder / "coverage.json"
 
     @property
+    def weights(self) -> Path:
+        """What was found when its weights were made; it is there once all of their shards are."""
+        return self.folder / "weights.json"
+
+    @property
     def diagnostics(self) -> Path:
         """Its figures."""
         return self.folder / "diagnostics.json"
@@ -317,3 +324,13 @@ def open_run(config_file: Path, stage: str = "", phase: str = "") -> Run:
 def cache_root(configured: str) -> Path:
     """The configured cache, unless OPD_CACHE says otherwise."""
     return Path(os.environ.get("OPD_CACHE", configured)).expanduser().absolute()
+
+
+def config_text(config: Config) -> str:
+    """The resolved config as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def write_config(run: Run) -> None:
+    """Put the resolved config into the run's folder, where its stages read it."""
+    write_text(run.root / "config.yaml", config_text(run.config))

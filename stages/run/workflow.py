@@ -1,0 +1,91 @@
+"""What the Snakefile asks: parameters and inputs of its rules, and that a run has one live process at a time."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from pipeline.models import IDENTITY_FILES, TOKENIZER_FILES
+from schemas.decides import decision
+from schemas.errors import OpdError
+from stages.run.run import Run
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning idle threads slow contended cores twentyfold
+
+
+def reads(run: Run, stage: str) -> Callable[[Any], str]:
+    """A rule's parameter: the digest of what of the config decides the stage's result, by the rule's wildcards."""
+
+    def of(wildcards: Any) -> str:
+        named = f"{stage} {wildcards.role}" if stage == "models" else stage
+        return decision(run.config, named, getattr(wildcards, "phase", ""))
+
+    return of
+
+
+def shard_of(run: Run, table: str) -> list[str]:
+    """The two files of a shard: the table and its manifest, by the wildcards `phase` and `shard`."""
+    return [f"{run.root}/{{phase}}/{table}/{{shard}}.{kind}" for kind in ("parquet", "json")]
+
+
+def tables(run: Run, *names: str) -> Callable[[Any], list[Path]]:
+    """A rule's input: all shards of some tables of its phase; of `weights` the file that tells of them all."""
+
+    def of(wildcards: Any) -> list[Path]:
+        return shards(run, wildcards.phase, *names)
+
+    return of
+
+
+def shards(run: Run, phase: str, *names: str) -> list[Path]:
+    """All shards of some tables of a phase, likewise."""
+    part = run.phase(phase)
+    return [path for name in names for path in ([part.weights] if name == "weights" else part.paths(name))]
+
+
+def weighed(run: Run) -> Callable[[Any], list[Path]]:
+    """What the weights of a phase are made from: rollouts of another policy need the log-probs of the one that is trained."""
+
+    def of(wildcards: Any) -> list[Path]:
+        foreign = run.phase(wildcards.phase).is_foreign
+        return shards(run, wildcards.phase, "rollouts", "units", *(["policy"] if foreign else []))
+
+    return of
+
+
+def policy(run: Run) -> Callable[[Any], Path]:
+    """The checkpoint that a phase samples from."""
+    return lambda wildcards: run.policy_file(run.phase(wildcards.phase).number)
+
+
+def local_files(source: str) -> list[Path]:
+    """The user's own files that a source names, so that an edit of them is seen; none for packages and the hub."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return sorted(file for pattern in (*IDENTITY_FILES, *TOKENIZER_FILES) for file in path.glob(pattern))
+    return [path] if path.is_file() else []
+
+
+def reused_phases(run: Run) -> str:
+    """Pattern of the phases whose rollouts and scores come from another run (`reuse`)."""
+    return "|".join(f"round-{r}" for r in range(len(run.reused))) or "none"
+
+
+def fresh_phases(run: Run) -> str:
+    """Pattern of the phases that are sampled and scored."""
+    return rf"(?!({reused_phases(run)})\b)(round|eval)-\d+"
+
+
+def hold(run: Run) -> FileLock:
+    """Take the run for this process, for as long as the returned lock lives. Raises OpdError when another live one has it."""
+    lock = FileLock(run.root / ".snakemake.lock")
+    try:
+        run.root.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise OpdError(f"{run.root}: another snakemake is at work on this run; wait for it, or give `run` another name") from error
+    except OSError as error:
+        raise OpdError(f"{run.root}: cannot write here: {error.strerror}") from error
+    return lock
