@@ -1,7 +1,9 @@
 """Forward passes of a causal language model in two parts, body and head, so that only the rows that matter get logits."""
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,28 @@ def head(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     logits = model.get_output_embeddings()(hidden)
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+@cache
+def _cache_name(kind: Any) -> str:
+    """What a model's class calls the keys and values of earlier positions: `cache` since transformers 5.24, which drops
+    `past_key_values` in 5.40; that name alone in what vLLM runs with (below 5.20), where `cache` would be ignored."""
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
+
+
+def body(model: Any, ids: torch.Tensor, kept: Any = None, **inputs: Any) -> tuple[torch.Tensor, Any]:
+    """The model without its head, on new positions.
+
+    Args:
+        ids: int64 (rows, positions).
+        kept: keys and values of the positions before, which an earlier call returned; None at the start.
+        inputs: what else its forward takes.
+    Returns:
+        Last hidden states (rows, positions, d); keys and values, None without `use_cache`.
+    """
+    name = _cache_name(model.base_model.__class__)
+    out = model.base_model(input_ids=ids, **{name: kept}, **inputs)
+    return out.last_hidden_state, out.get(name)
 
 
 @torch.inference_mode()
@@ -92,12 +116,12 @@ def common_start(rows: Sequence[np.ndarray]) -> int:
 def prefix_cache(model: Any, prefix: np.ndarray) -> Any:
     """Keys and values of a prefix that many rows share, computed once. See `expand`."""
     ids = torch.from_numpy(np.asarray(prefix, np.int64))[None].to(model.device)
-    return model.base_model(input_ids=ids, use_cache=True).past_key_values
+    return body(model, ids, use_cache=True)[1]
 
 
-def expand(cache: Any, rows: int) -> Any:
+def expand(kept: Any, rows: int) -> Any:
     """A private copy of a prefix cache for a batch of `rows`."""
-    private = copy.deepcopy(cache)
+    private = copy.deepcopy(kept)
     private.batch_repeat_interleave(rows)
     return private
 

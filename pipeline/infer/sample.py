@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.infer.forward import halving, head, pad
+from pipeline.infer.forward import body, halving, head, pad
 from pipeline.infer.forward import top_k as likeliest
 
 
@@ -89,11 +89,8 @@ def _sample_batch(
     cache = None
     for step in range(steps):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        out = model.base_model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        )
-        cache = out.past_key_values
-        logits = head(model, out.last_hidden_state[:, -1])
+        hidden, cache = body(model, ids, cache, attention_mask=mask, position_ids=positions, use_cache=True)
+        logits = head(model, hidden[:, -1])
         draws = draw(logits, uniforms[live.cpu(), step].to(device), stop_index, temperature, top_p, top_k)
         at = live.cpu().numpy()
         drawn[at, step], top_id[at, step] = draws.token.cpu().numpy(), draws.top_id.cpu().numpy()

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.infer.forward import batches, common_start, expand, halving, pad, prefix_cache, top_k
+from pipeline.infer.forward import batches, body, common_start, expand, halving, pad, prefix_cache, top_k
 from pipeline.infer.logit_stats import GROUP, row_statistics
 
 CHUNK_BYTES = 512 << 20
@@ -105,11 +105,8 @@ def hidden_rows(
         # Padded on the right and causal, so no mask: what a token attends to lies before it. Without one, attention
         # takes its causal path, which neither reads a mask nor repeats grouped keys.
         ids, _ = pad([inputs[i] for i in batch])
-        return model.base_model(
-            input_ids=ids.to(model.device),
-            past_key_values=expand(cache, len(batch)) if cache is not None else None,
-            use_cache=cache is not None,
-        ).last_hidden_state
+        kept = expand(cache, len(batch)) if cache is not None else None
+        return body(model, ids.to(model.device), kept, use_cache=cache is not None)[0]
 
     for batch, hidden in halving(batches([len(i) for i in inputs], batch_tokens), forward, say):
         ends = [len(inputs[i]) for i in batch]
