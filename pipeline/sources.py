@@ -170,4 +170,4 @@ SOURCES: dict[str, Source] = {
     "own": Source(OWN_CODE, _own, digest=own_code.source_digest),
     "hub": Source(re.compile(r".*", re.DOTALL), _hub),
 }
-"""Kinds of sources, the first that fits first."""
+"""Kinds of sources; the first that fits is taken, and `hub`, the last, takes anything."""
