@@ -9,7 +9,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import get_args
 
 import memory
 import numpy as np
@@ -19,17 +18,13 @@ from pipeline.store.rounding import CANDIDATE_BITS, rounded
 from pipeline.store.shards import open_shard, open_writer
 from pipeline.weights.phase import Part, compute
 from schemas.config import Weights
+from schemas.config.weights import CREDITS, SCHEMES
 from schemas.tables import STOP_ID
 
 SHARDS, RESPONSES, LENGTH, CANDIDATES, VOCABULARY = 8, 250, 500, 20, 50_000
 GROUP = 50  # responses of a row group
 SMALL = 50  # responses of a shard where memory is measured
 TIMES = 10  # more shards there
-
-
-def choices(key: str) -> tuple[str, ...]:
-    """What a key of the section takes."""
-    return get_args(Weights.model_fields[key].annotation)
 
 
 def fabricate(folder: Path, index: int, responses: int) -> Part:
@@ -121,8 +116,8 @@ def speed(folder: Path) -> None:
     """Print units per second of every credit and of every scheme."""
     parts = [fabricate(folder, i, RESPONSES) for i in range(SHARDS)]
     print("| | units/s | seconds |\n|---|---|---|")
-    for key in ("credit", "scheme"):
-        for value in choices(key):
+    for key, options_of in (("credit", CREDITS), ("scheme", SCHEMES)):
+        for value in options_of:
             options = Weights(**{"scheme": "uniform", key: value})  # type: ignore[arg-type]
             seconds = []
             for _ in range(2):

@@ -1,24 +1,19 @@
-"""Prompts: read them from any source, split them without overlap, and render them for a model."""
+"""Prompts: de-duplicate and split what a source gives, without overlap, and render it for a model."""
 
-import importlib
-import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jinja2
 import jinja2.sandbox
 import numpy as np
 import pyarrow as pa
-import zstandard
 
+from pipeline.sources import kind_of
 from schemas.config import Model, Prompts
 from schemas.errors import OpdError
 from schemas.tables import arrow_schema
 
-GENERATED_SEED_SPACING = 1_000_003
-"""reasoning-gym seeds item i with seed + i, so neighbouring seeds would share items."""
 RESERVED = ("prompt", "answer", "examples")
 
 
@@ -33,11 +28,12 @@ def collect(config: Prompts, seed: int) -> pa.Table:
     """
     wanted = config.splits
     need = wanted.examples + wanted.test + wanted.dev + wanted.train
+    kind = kind_of(config.source)
     rows: dict[str, dict[str, Any]] = {}
-    for row in _read(config, seed, need):
+    for row in kind.rows(config.source, config.options, seed, need):
         item = _item(row, config)
         rows.setdefault(item["prompt"], item)
-        if config.source.startswith("reasoning-gym:") and len(rows) == need:
+        if kind.shuffled and len(rows) == need:
             break
     if not rows:
         raise OpdError(f"prompts: {config.source} holds no prompts")
@@ -46,9 +42,8 @@ def collect(config: Prompts, seed: int) -> pa.Table:
             f"prompts: {config.source} holds {len(rows)} different prompts, but prompts.splits asks for {need} "
             f"(examples {wanted.examples} + train {wanted.train} + dev {wanted.dev} + test {wanted.test})"
         )
-    # A generator's items are in random order already, and taking them as they come keeps the splits when `train` grows.
-    generated = config.source.startswith("reasoning-gym:")
-    order = np.arange(need) if generated else np.random.default_rng(seed).permutation(len(rows))[:need]
+    # Taking what is in random order already as it comes keeps the splits when `train` grows.
+    order = np.arange(need) if kind.shuffled else np.random.default_rng(seed).permutation(len(rows))[:need]
     items = list(rows.values())
     names = [
         split
@@ -88,78 +83,6 @@ def _item(row: Mapping[str, Any], config: Prompts) -> dict[str, Any]:
     }
 
 
-def _read(config: Prompts, seed: int, need: int) -> Iterator[Mapping[str, Any]]:
-    source, path = config.source, Path(config.source).expanduser()
-    if source.startswith("reasoning-gym:"):
-        yield from _generate(source.partition(":")[2], config.options, seed, need)
-    elif path.name.endswith((".jsonl", ".jsonl.zst", ".parquet")):
-        if not path.is_file():
-            raise OpdError(f"prompts: {source}: no such file")
-        if config.options:
-            raise OpdError(f"prompts: {source} is a file, which takes no prompts.options, found {config.options}")
-        yield from _parquet(path) if path.suffix == ".parquet" else _jsonl(path)
-    else:
-        yield from _hub(source, config.options)
-
-
-def _generate(name: str, options: dict[str, Any], seed: int, need: int) -> Iterator[dict[str, Any]]:
-    try:
-        gym = importlib.import_module("reasoning_gym")
-    except ImportError as error:
-        raise OpdError(f"prompts: reasoning-gym:{name} needs a package: pip install 'offline-opd[demo]'") from error
-    try:
-        # Duplicates are dropped later, so draw a few times more than needed.
-        dataset = gym.create_dataset(name, seed=(seed + 1) * GENERATED_SEED_SPACING, size=4 * need, **options)
-    except (ValueError, TypeError, AssertionError) as error:
-        raise OpdError(f"prompts: reasoning-gym:{name} with options {options}: {error}") from error
-    for item in dataset:
-        nested = item["metadata"]
-        yield {"prompt": item["question"], "answer": item["answer"], **nested, "metadata": nested}
-
-
-def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open("rb") as raw:
-        stream: Any = zstandard.ZstdDecompressor().stream_reader(raw) if path.suffix == ".zst" else raw
-        try:
-            for number, line in enumerate(io.TextIOWrapper(stream, encoding="utf-8"), 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise OpdError(f"prompts: {path}, line {number}: not JSON: {error}") from error
-                if not isinstance(row, dict):
-                    raise OpdError(f"prompts: {path}, line {number}: expected an object, found {type(row).__name__}")
-                yield row
-        except UnicodeDecodeError as error:
-            raise OpdError(f"prompts: {path}: not UTF-8: {error}") from error
-        except zstandard.ZstdError as error:
-            raise OpdError(f"prompts: {path}: not zstandard data: {error}") from error
-
-
-def _parquet(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet as pq  # noqa: PLC0415
-
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise OpdError(f"prompts: {path}: not readable as Parquet: {error}") from error
-
-
-def _hub(source: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    import datasets  # noqa: PLC0415
-
-    try:
-        yield from datasets.load_dataset(source, **{"split": "train", **options})
-    except (OSError, ValueError, KeyError) as error:
-        text = " ".join(str(error).split())[:300]
-        raise OpdError(
-            f"prompts: {source!r} is neither a .jsonl, .jsonl.zst or .parquet file nor a dataset the hub gives us: {text}"
-        ) from error
-
-
 class Renderer:
     """Renders prompts for one model: its Jinja prompt, its own chat template, and BOS exactly once."""
 
@@ -172,7 +95,7 @@ class Renderer:
             raise OpdError(f"model {config.model}: `system` needs a chat template, and its tokenizer has none")
         self._name = config.model
         self._tokenizer = tokenizer
-        self._examples = [_variables(row) for row in examples]
+        self._examples = [variables(row) for row in examples]
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False
         )
@@ -194,7 +117,7 @@ class Renderer:
 
     def text(self, row: Mapping[str, Any]) -> str:
         """The rendered prompt of a `prompts` row."""
-        values = {**_variables(row), "examples": self._examples}
+        values = {**variables(row), "examples": self._examples}
         try:
             prompt = self._prompt.render(values)
             system = self._system.render(values) if self._system else None
@@ -234,6 +157,7 @@ class Renderer:
         return out
 
 
-def _variables(row: Mapping[str, Any]) -> dict[str, Any]:
+def variables(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What templates know of a `prompts` row: its prompt, its answer, and the source's other fields."""
     fields = {k: v for k, v in json.loads(row["fields"]).items() if k not in RESERVED}
     return {**fields, "prompt": row["prompt"], "answer": row["answer"]}

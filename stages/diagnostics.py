@@ -22,7 +22,6 @@ from schemas.diagnostics import (
     Teacher,
     Training,
 )
-from schemas.errors import OpdError
 from schemas.manifest import Manifest, digest
 from schemas.outcome import Outcome
 from stages.run import console

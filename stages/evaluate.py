@@ -10,7 +10,8 @@ import typer
 
 from pipeline.infer.forward import check_head
 from pipeline.infer.sample import sample
-from pipeline.measure.answers import bootstrap_ratio, extract, is_right, wilson
+from pipeline.measure.answers import bootstrap_ratio, wilson
+from pipeline.measure.scorers import identity, scorer
 from pipeline.prepared import PreparedModel, PromptTable
 from pipeline.store.shards import publish, write_text
 from schemas.config import Config, Objective
@@ -54,6 +55,7 @@ def main(
     result: dict[str, Any] = {
         "checkpoint": checkpoint,
         "split": config.evaluate.split,
+        **identity(config.evaluate),
         "items": len(answers),
         **accuracy(answers["right"]),
         "stopped": float(answers["stopped"].mean()),  # type: ignore[arg-type]
@@ -89,7 +91,9 @@ def accuracy(right: pl.Series) -> dict[str, Any]:
 def greedy_answers(
     model: Any, student: PreparedModel, prompts: PromptTable, config: Config, phase: str
 ) -> pl.DataFrame:
-    """One greedy response per held-out prompt: prompt_id, prompt, reference, response, answer, right, stopped."""
+    """One greedy response per held-out prompt: prompt_id, prompt, reference, response, answer, right (null where it can't be
+    told), stopped."""
+    score = scorer(config.evaluate, config.prompts.source)
     rows = prompts.split(config.evaluate.split)
     new = config.rollouts.max_new_tokens
     ids = student.renderer(prompts).ids(rows, student.context - new)
@@ -105,16 +109,15 @@ def greedy_answers(
             advance=advance,
         )
     texts = [response_text(student, response) for response in responses]
-    given = [extract(text, config.evaluate.extract) for text in texts]
-    scored = zip(given, rows, strict=True)
+    scored = [score(text, row) for text, row in zip(texts, rows, strict=True)]
     return pl.DataFrame(
         {
             "prompt_id": [row["prompt_id"] for row in rows],
             "prompt": [row["prompt"] for row in rows],
             "reference": [row["answer"] for row in rows],
             "response": texts,
-            "answer": given,
-            "right": [is_right(a, row, config.prompts.source, config.evaluate.extract) for a, row in scored],
+            "answer": [answer for answer, _ in scored],
+            "right": [right for _, right in scored],
             "stopped": [response.stopped for response in responses],
         },
         schema_overrides={"reference": pl.String, "right": pl.Boolean},  # also where all are null

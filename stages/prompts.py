@@ -1,5 +1,6 @@
 """Prompts: read the source, split it, write prompts.parquet."""
 
+from pipeline import sources
 from pipeline.prompts import collect
 from pipeline.store.shards import open_writer
 from stages.run import console
@@ -12,7 +13,8 @@ def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
     run = open_run(config_file, "prompts")
     config = run.settings
     table = collect(config.prompts, config.seed)
-    with open_writer(run.prompts, "prompts", run.decided, {}) as writer:
+    identity = run.decided | sources.identity(config.prompts.source)
+    with open_writer(run.prompts, "prompts", identity, {}) as writer:
         writer.write(table)
     counts = ", ".join(f"{n['counts']} {n['values']}" for n in table["split"].value_counts().to_pylist())
     console.say(f"prompts: {counts} from {config.prompts.source}")

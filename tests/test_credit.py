@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.measure.answers import bootstrap_ratio, extract, is_right, wilson
+from pipeline.measure.answers import bootstrap_ratio, extract, wilson
 from pipeline.weights.credit import Summary, advantages, summary, weigh
 from pipeline.weights.importance import iw_opd
 from schemas.config import Weights
@@ -158,14 +158,6 @@ def test_summary_of_nothing_to_learn_and_of_nothing() -> None:
 )
 def test_extract(response: str, how: str, answer: str) -> None:
     assert extract(response, how) == answer
-
-
-@pytest.mark.parametrize(
-    ("answer", "given_answer", "right"),
-    [("42", " 42\n", True), ("42", "43", False), ("", "", False), ("42", None, None), ("1234", "so 1,234", True)],
-)
-def test_plain_sources_are_right_by_equality(answer: str, given_answer: str | None, right: bool | None) -> None:
-    assert is_right(answer, {"answer": given_answer}, "rows.jsonl", "last_number") is right
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from pipeline.weights.credit import (
 from pipeline.weights.cross_fitting import FOLDS, add, sums_by, values
 from pipeline.weights.importance import iw_opd, prefix, signed
 from schemas.config import Weights
+from schemas.config.weights import CREDITS, SCHEMES
 from schemas.errors import OpdError
 
 
@@ -115,6 +116,12 @@ def in_shards(responses: Sequence[Response], size: int, options: Weights) -> pl.
     tables_of = [tables(responses[at : at + size], first=at) for at in range(0, len(responses), size)]
     sums = reduce(add, (partial_sums(*shard, options) for shard in tables_of))
     return pl.concat([weigh(*shard, options, sums) for shard in tables_of])
+
+
+def reading(key: str, name: str, **values: float) -> Weights:
+    """`name` with those of `values` that it reads; the others are refused."""
+    read = {"credit": CREDITS, "scheme": SCHEMES}[key][name].reads
+    return Weights(**{key: name}, **{k: v for k, v in values.items() if k in read})  # type: ignore[arg-type]
 
 
 def flat(rows: Sequence[Sequence[float]]) -> list[float]:
@@ -217,7 +224,7 @@ def test_credit(responses: list[Response], gamma: float, lam: float, size: int) 
         "residual": residuals_of(responses),
     }
     for credit, rows in expected.items():
-        options = Weights(credit=credit, discount=gamma, gae_lambda=lam)  # type: ignore[arg-type]
+        options = reading("credit", credit, discount=gamma, gae_lambda=lam)
         table = in_shards(responses, size, options)
         close(table["credit"], rows, scale)
         close(table["advantage"], a)
@@ -269,7 +276,7 @@ def test_baseline_and_value_ignore_the_response_itself(credit: str) -> None:
     responses = [told(n) for n in (3, 5, 2, 4)]
     changed = [[Unit(-9.0, ((-0.5, -0.5),)), *responses[0][1:]], *responses[1:]]
     # With lambda and discount 1 gae is the return to go less the value.
-    options = Weights(credit=credit, discount=1.0, gae_lambda=1.0)  # type: ignore[arg-type]
+    options = reading("credit", credit, discount=1.0, gae_lambda=1.0)
     taken = []
     for rows in (responses, changed):
         table = weigh(*tables(rows), options)
@@ -307,7 +314,8 @@ def test_weights(
     expected = {"iw_opd": unsigned, "signed": with_sign, "ideal": ideal, "prefix": first}
     expected["uniform"] = [[1.0] * len(row) for row in a]
     for scheme, rows in expected.items():
-        options = Weights(scheme=scheme, gamma=gamma, alpha=alpha, prefix_share=share, truncate=truncate)  # type: ignore[arg-type]
+        options = reading("scheme", scheme, gamma=gamma, alpha=alpha, prefix_share=share)
+        options = options.model_copy(update={"truncate": truncate})
         if truncate is not None:
             rows = [  # noqa: PLW2901
                 [w * min(u.ratio, truncate) for w, u in zip(row, told, strict=True)]

@@ -1,10 +1,7 @@
-"""Is a response right? Extraction of an answer and the task's own scorer; and intervals for what is measured."""
+"""The answer that a response gives, and intervals for what is measured."""
 
-import importlib
-import json
 import re
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -21,23 +18,6 @@ def extract(response: str, how: Literal["last_number", "whole"]) -> str:
         return response.strip()
     found = NUMBER.findall(THOUSANDS.sub("", response))
     return found[-1] if found else ""
-
-
-def is_right(answer: str, row: Mapping[str, Any], source: str, how: Literal["last_number", "whole"]) -> bool | None:
-    """Whether an extracted answer is right; None where the row has no reference to tell by.
-
-    reasoning-gym tasks are scored by their own scorer (full marks only); other sources by equality with what
-    `extract` finds in the reference.
-    """
-    if row["answer"] is None:
-        return None
-    if not answer:
-        return False
-    if source.startswith("reasoning-gym:"):
-        scorer = importlib.import_module("reasoning_gym").get_score_answer_fn(source.partition(":")[2])
-        entry = {"question": row["prompt"], "answer": row["answer"], "metadata": json.loads(row["fields"])["metadata"]}
-        return float(scorer(answer, entry)) == 1.0
-    return answer == extract(row["answer"], how)
 
 
 def wilson(right: int, total: int, z: float = 1.959963984540054) -> tuple[float, float]:

@@ -6,6 +6,7 @@ the definition gives there, and no loss ever reads it.
 """
 
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import polars as pl
@@ -22,7 +23,8 @@ from pipeline.weights.cross_fitting import (
     value_sums,
     values,
 )
-from pipeline.weights.importance import ideal, iw_opd, prefix, prefix_ratio, signed, truncated, uniform
+from pipeline.weights.estimator import Estimator
+from pipeline.weights.importance import SCHEMES, truncated
 from schemas.config import Weights
 from schemas.errors import OpdError
 from schemas.tables import WEIGHTS
@@ -136,7 +138,7 @@ def baseline() -> pl.Expr:
 
     The baseline leaves the response itself out, so it is independent of what was sampled there and leaves the estimate
     unbiased. It is by position, not by prompt, since one response per prompt is the usual case. Reads the columns
-    `return_to_go`, and `count` and `return_to_go_sum` of the position (`estimates.position_sums`).
+    `return_to_go`, and `count` and `return_to_go_sum` of the position (`cross_fitting.position_sums`).
     """
     own, others = pl.col("return_to_go"), pl.col("count") - 1
     mean = pl.when(others > 0).then((pl.col("return_to_go_sum") - own) / others).otherwise(0.0)
@@ -147,16 +149,57 @@ def gae(gamma: float, lam: float) -> pl.Expr:
     """GAE: sum of (gamma lam)^(k-t) delta_k for k >= t, delta_t = A_t + gamma V_(t+1) - V_t, and V = 0 after the last unit.
 
     Schulman et al. 2016 (arXiv 1506.02438), eq. 16; for distillation a hypothesis of the survey arXiv 2606.22793 without
-    experiments. Reads `advantage` and `value` (`estimates.values`); lam 0 is delta_t, lam 1 the discounted return less V_t.
+    experiments. Reads `advantage` and `value` (`cross_fitting.values`); lam 0 is delta_t, lam 1 the discounted return less V_t.
     """
     after = pl.col("value").shift(-1, fill_value=0.0)
     delta = pl.col("advantage") + gamma * after - pl.col("value")
     return _discounted(delta, gamma * lam).over("rollout_id")
 
 
+CREDITS: dict[str, Estimator] = {
+    "immediate": Estimator(lambda options: immediate()),
+    "return_to_go": Estimator(lambda options: return_to_go()),
+    "discounted": Estimator(lambda options: discounted(options.discount)),
+    "baseline": Estimator(
+        lambda options: baseline(),
+        prepare=lambda units, rollouts, options: units.with_columns(return_to_go=return_to_go()),
+        by_position=("return_to_go",),
+    ),
+    "gae": Estimator(
+        lambda options: gae(options.discount, options.gae_lambda),
+        prepare=lambda units, rollouts, options: value_features(
+            units.with_columns(folds_of(units["rollout_id"]), target=discounted(options.discount))
+        ),
+        sums=value_sums,
+        estimate=values,
+        units=("cand_logp", "tail_logp"),
+    ),
+    "residual": Estimator(
+        lambda options: pl.col("residual"),
+        prepare=lambda units, rollouts, options: residual_keys(units, rollouts),
+        sums=residual_sums,
+        estimate=residual,
+        rollouts=("response_ids",),
+    ),
+}
+"""What computes each `weights.credit`; its meaning and the keys it reads are in `schemas.config.weights.CREDITS`."""
+
+
+def _estimators(options: Weights) -> dict[str, Estimator]:
+    """The estimator of each column of the weights table that has one."""
+    return {"credit": CREDITS[options.credit], "weight": SCHEMES[options.scheme]}
+
+
 def compares_responses(options: Weights) -> bool:
     """Whether a response's weights depend on other responses, so that `weigh` needs sums."""
-    return options.credit in ("baseline", "gae", "residual") or options.scheme == "ideal"
+    return any(estimator.compares_responses for estimator in _estimators(options).values())
+
+
+def columns_read(options: Weights) -> tuple[list[str], list[str]]:
+    """The columns of units and of rollouts that `weigh` takes beside those of advantages."""
+    estimators = _estimators(options).values()
+    units, rollouts = ([*e.units] for e in estimators), ([*e.rollouts] for e in estimators)
+    return list(dict.fromkeys(chain(*units))), list(dict.fromkeys(chain(*rollouts)))
 
 
 def partial_sums(units: pl.DataFrame, rollouts: pl.DataFrame, options: Weights) -> Sums:
@@ -164,81 +207,52 @@ def partial_sums(units: pl.DataFrame, rollouts: pl.DataFrame, options: Weights) 
 
     Arguments and errors are those of `weigh`.
     """
-    return _sums(_estimands(units, rollouts, options), options)
+    return _sums(_prepare(units, rollouts, options), options)
 
 
 def weigh(units: pl.DataFrame, rollouts: pl.DataFrame, options: Weights, sums: Sums | None = None) -> pl.DataFrame:
     """Second pass: the weights table of a shard (schema `weights`).
 
     Args:
-        units: schema `units`, whole responses; `cand_logp` and `tail_logp` only for gae.
-        rollouts: as `advantages` takes it; `response_ids` only for residual.
+        units: schema `units`, whole responses; of what only some estimators read, the columns that `columns_read` names.
+        rollouts: as `advantages` takes it, and likewise.
         options: section `weights` of the config.
         sums: `partial_sums` of all shards that are compared, added; None: `units` are all there are.
     Raises:
         OpdError: a log-prob of a unit that is not masked is missing, NaN or infinite; names column, rollout and count.
     """
-    table = _estimands(units, rollouts, options)
+    table = _prepare(units, rollouts, options)
     sums = _sums(table, options) if sums is None else sums
     if "position" in sums:
         table = table.join(sums["position"], on="unit", how="left", maintain_order="left")
-    table = _weight(_credit(table, sums, options), options)
+    for name, estimator in _estimators(options).items():
+        if estimator.estimate:
+            table = table.with_columns(estimator.estimate(table, sums))
+        table = table.with_columns(estimator.value(options).alias(name))
+    if options.truncate is not None:
+        table = table.with_columns(weight=pl.col("weight") * truncated(options.truncate))
     floats = [c.name for c in WEIGHTS if c.name not in ("rollout_id", "unit")]
     return table.select("rollout_id", "unit", pl.col(floats).cast(pl.Float32))
 
 
-def _estimands(units: pl.DataFrame, rollouts: pl.DataFrame, options: Weights) -> pl.DataFrame:
-    """Units with advantages and the columns that are summed over responses."""
+def _prepare(units: pl.DataFrame, rollouts: pl.DataFrame, options: Weights) -> pl.DataFrame:
+    """Units with advantages and the columns that estimators add to them."""
     table = advantages(units, rollouts)
-    if options.credit == "baseline":
-        table = table.with_columns(return_to_go=return_to_go())
-    elif options.credit == "gae":
-        table = value_features(table.with_columns(folds_of(table["rollout_id"]), target=discounted(options.discount)))
-    elif options.credit == "residual":
-        table = residual_keys(table, rollouts)
-    if options.scheme == "ideal":
-        table = table.with_columns(prefix_ratio=prefix_ratio(options.alpha))
+    for estimator in _estimators(options).values():
+        if estimator.prepare:
+            table = estimator.prepare(table, rollouts, options)
     return table
 
 
 def _sums(table: pl.DataFrame, options: Weights) -> Sums:
+    estimators = _estimators(options).values()
     sums: Sums = {}
-    if by_position := [name for name in ("return_to_go", "prefix_ratio") if name in table.columns]:
+    if by_position := [name for estimator in estimators for name in estimator.by_position]:
         sums["position"] = position_sums(table, by_position)
-    if options.credit == "gae":
-        sums["value"] = value_sums(table)
-    elif options.credit == "residual":
-        sums |= residual_sums(table)
+    for estimator in estimators:
+        if estimator.sums:
+            sums |= estimator.sums(table)
     return sums
-
-
-def _credit(table: pl.DataFrame, sums: Sums, options: Weights) -> pl.DataFrame:
-    if options.credit == "gae":
-        table = table.with_columns(values(table, sums["value"]))
-    elif options.credit == "residual":
-        return table.with_columns(residual(table, sums).alias("credit"))
-    estimates = {
-        "immediate": immediate,
-        "return_to_go": return_to_go,
-        "discounted": lambda: discounted(options.discount),
-        "baseline": baseline,
-        "gae": lambda: gae(options.discount, options.gae_lambda),
-    }
-    return table.with_columns(credit=estimates[options.credit]())
-
-
-def _weight(table: pl.DataFrame, options: Weights) -> pl.DataFrame:
-    schemes = {
-        "uniform": uniform,
-        "iw_opd": lambda: iw_opd(options.gamma),
-        "signed": lambda: signed(options.gamma),
-        "prefix": lambda: prefix(options.prefix_share),
-        "ideal": ideal,
-    }
-    table = table.with_columns(weight=schemes[options.scheme]())
-    if options.truncate is None:
-        return table
-    return table.with_columns(weight=pl.col("weight") * truncated(options.truncate))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ estimate at a response depends on that response.
 """
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import polars as pl
@@ -19,14 +19,12 @@ SURPRISAL_EDGES = (0.01, 0.1, 0.5, 1.0, 2.0, 4.0, 8.0)
 RIDGE = 1.0
 """Pseudo-units of the value model's penalty."""
 FEATURES = ("one", "log_position", "entropy", "tail", "previous_advantage", "previous_surprisal", "mean_advantage")
-SUM_KEYS: dict[str, tuple[str, ...]] = {
-    "position": ("unit",),
-    "value": ("fold",),
+RESIDUAL_KEYS: dict[str, tuple[str, ...]] = {
     "token": ("fold", "token_id"),
     "bin": ("fold", "position_bin", "surprisal_bin"),
     "all": ("fold",),
 }
-"""The kinds of sums and what each is keyed by."""
+"""The residual's kinds of sums and what each is keyed by."""
 
 Sums = dict[str, pl.DataFrame]
 """Counts and sums of a shard or of several, by kind: what `sums_by` gives for its keys."""
@@ -83,11 +81,12 @@ def add(left: Sums, right: Sums) -> Sums:
 
     Floating-point sums depend on their order: add shards from the first to the last, and it is always the same bits.
     """
-    return {kind: _add(left[kind], right[kind], SUM_KEYS[kind]) for kind in left}
+    return {kind: _add(left[kind], right[kind]) for kind in left}
 
 
-def _add(left: pl.DataFrame, right: pl.DataFrame, keys: Sequence[str]) -> pl.DataFrame:
-    values = [name for name in left.columns if name not in keys]
+def _add(left: pl.DataFrame, right: pl.DataFrame) -> pl.DataFrame:
+    at = left.columns.index("count")  # keys, count, sums: as `sums_by` has them
+    keys, values = left.columns[:at], left.columns[at:]
     both = left.join(right, on=keys, how="full", coalesce=True)
     added = [(pl.col(name).fill_null(0.0) + pl.col(f"{name}_right").fill_null(0.0)).alias(name) for name in values]
     # One chunk, for a sum over several is of chunks.
@@ -123,8 +122,8 @@ def value_features(units: pl.DataFrame) -> pl.DataFrame:
     return units.with_columns(**columns).with_columns(pl.col(FEATURES).cast(pl.Float64).fill_null(0.0))
 
 
-def value_sums(table: pl.DataFrame) -> pl.DataFrame:
-    """Sums of the value model's normal equations by `fold`: `xx_<i>_<j>_sum` and `xy_<i>_sum`.
+def value_sums(table: pl.DataFrame) -> Sums:
+    """Sums of the value model's normal equations, kind `value`, by `fold`: `xx_<i>_<j>_sum` and `xy_<i>_sum`.
 
     Args:
         table: FEATURES, `fold`, and `target`, the discounted return to go in nats.
@@ -132,10 +131,10 @@ def value_sums(table: pl.DataFrame) -> pl.DataFrame:
     n = range(len(FEATURES))
     xx = {f"xx_{i}_{j}": pl.col(FEATURES[i]) * pl.col(FEATURES[j]) for i in n for j in n if i <= j}
     xy = {f"xy_{i}": pl.col(FEATURES[i]) * pl.col("target") for i in n}
-    return sums_by(table.select("fold", **xx, **xy), ["fold"], [*xx, *xy])
+    return {"value": sums_by(table.select("fold", **xx, **xy), ["fold"], [*xx, *xy])}
 
 
-def values(table: pl.DataFrame, sums: pl.DataFrame) -> pl.Series:
+def values(table: pl.DataFrame, sums: Sums) -> pl.Series:
     """V_t of every unit, nats: ridge regression of the return to go on FEATURES, fitted on the other folds' responses.
 
     In closed form, beta = (X'X + RIDGE I)^-1 X'y over the other folds' sums (`value_sums`). With no other fold V is 0.
@@ -143,7 +142,7 @@ def values(table: pl.DataFrame, sums: pl.DataFrame) -> pl.Series:
     n = range(len(FEATURES))
     beta = np.zeros((FOLDS, len(FEATURES)))
     for fold in range(FOLDS):  # a handful of small systems
-        others = sums.filter(pl.col("fold") != fold).sum()
+        others = sums["value"].filter(pl.col("fold") != fold).sum()
         if not others["count"].item():
             continue
         xx = np.array([[others[f"xx_{min(i, j)}_{max(i, j)}_sum"].item() for j in n] for i in n])
@@ -178,15 +177,15 @@ def _bin(value: pl.Expr, edges: Sequence[float]) -> pl.Expr:
 
 
 def residual_sums(table: pl.DataFrame) -> Sums:
-    """First pass of the residual over a shard: counts and sums of d by `token`, `bin` and `all` of SUM_KEYS.
+    """First pass of the residual over a shard: counts and sums of d by `token`, `bin` and `all` of RESIDUAL_KEYS.
 
     `table` is what `residual_keys` gives; d = advantage; masked units are left out.
     """
     compared = table.filter(pl.col("kind") != "masked")
-    return {kind: sums_by(compared, SUM_KEYS[kind], ["advantage"]) for kind in ("token", "bin", "all")}
+    return {kind: sums_by(compared, keys, ["advantage"]) for kind, keys in RESIDUAL_KEYS.items()}
 
 
-def residual(table: pl.DataFrame, sums: Mapping[str, pl.DataFrame]) -> pl.Series:
+def residual(table: pl.DataFrame, sums: Sums) -> pl.Series:
     """Second pass: d - (mean d by token id + mean d by (position bin, surprisal bin)) / 2, nats; 0 when masked.
 
     d = log pi_T - log pi_ref. The cross-fitted residual of Lightning OPD 2.0 (arXiv 2607.28449), whose bins we chose: it
@@ -198,8 +197,8 @@ def residual(table: pl.DataFrame, sums: Mapping[str, pl.DataFrame]) -> pl.Series
         sums: what `residual_sums` gives, of this shard or added over many.
     """
     means = []
-    for kind in ("token", "bin", "all"):
-        keys, part = SUM_KEYS[kind], sums[kind]
+    for kind, keys in RESIDUAL_KEYS.items():
+        part = sums[kind]
         rest = [key for key in keys if key != "fold"]
         over = [pl.col(name).sum().over(rest) if rest else pl.col(name).sum() for name in ("advantage_sum", "count")]
         # Sums without the fold itself; a key that one fold alone has seen has none.

@@ -6,6 +6,8 @@ advantage; its own weight is what the definition gives there and multiplies no l
 
 import polars as pl
 
+from pipeline.weights.estimator import Estimator
+
 MAX_LOG_WEIGHT = 300.0
 """nats; prefix ratios to the power alpha are clipped to e^+-300, so that their sums stay finite in float64."""
 
@@ -68,7 +70,7 @@ def ideal() -> pl.Expr:
     """r_t^alpha over its mean at the same position: the ideal weight of arXiv 2606.22600.
 
     Reads the columns `prefix_ratio`, and `count` and `prefix_ratio_sum` of the unit's position among the responses that have
-    it (`estimates.position_sums`). The weights of one position average 1.
+    it (`cross_fitting.position_sums`). The weights of one position average 1.
     """
     return pl.col("prefix_ratio") * pl.col("count") / pl.col("prefix_ratio_sum")
 
@@ -85,3 +87,17 @@ def ess(count: float, total: float, squared: float) -> float | None:
     """Effective sample size of weights w as a share, (sum w)^2 / (n sum w^2); None when there is no weight."""
     whole = count * squared
     return total * total / whole if whole else None
+
+
+SCHEMES: dict[str, Estimator] = {
+    "uniform": Estimator(lambda options: uniform()),
+    "iw_opd": Estimator(lambda options: iw_opd(options.gamma)),
+    "signed": Estimator(lambda options: signed(options.gamma)),
+    "prefix": Estimator(lambda options: prefix(options.prefix_share)),
+    "ideal": Estimator(
+        lambda options: ideal(),
+        prepare=lambda units, rollouts, options: units.with_columns(prefix_ratio=prefix_ratio(options.alpha)),
+        by_position=("prefix_ratio",),
+    ),
+}
+"""What computes each `weights.scheme`; its meaning and the keys it reads are in `schemas.config.weights.SCHEMES`."""

@@ -17,7 +17,15 @@ import pyarrow as pa
 from dask.delayed import Delayed, delayed
 
 from pipeline.store.shards import Shard, open_shard, open_writer, read_manifest
-from pipeline.weights.credit import Summary, check_candidates, compares_responses, partial_sums, summary, weigh
+from pipeline.weights.credit import (
+    Summary,
+    check_candidates,
+    columns_read,
+    compares_responses,
+    partial_sums,
+    summary,
+    weigh,
+)
 from pipeline.weights.cross_fitting import Sums, add
 from schemas.config import Weights
 from schemas.errors import OpdError
@@ -87,14 +95,14 @@ def compute(parts: Sequence[Part], options: Weights) -> Summary:
 
 
 def _sums(part: Part, options: Weights) -> Sums:
-    read = _read(part, options, with_candidates=options.credit == "gae")
+    read = _read(part, options)
     with _naming(part.units):
         return partial_sums(read.units, read.rollouts, options)
 
 
 def _write(part: Part, options: Weights, sums: Sums | None, phase: str | None) -> Summary:
     """Publish the weights of a shard; `phase` is the digest of all that `sums` were made of."""
-    read = _read(part, options, with_candidates=True)
+    read = _read(part, options, check=True)
     with _naming(part.units):
         table = weigh(read.units, read.rollouts, options, sums)
     inputs = read.inputs | ({"phase": phase} if phase else {})
@@ -116,19 +124,23 @@ class _Read:
     inputs: dict[str, str]
 
 
-def _read(part: Part, options: Weights, with_candidates: bool) -> _Read:
-    """Open and read a shard. Candidates are checked where they are read, but only gae computes with them."""
+def _read(part: Part, options: Weights, check: bool = False) -> _Read:
+    """Open and read a shard. Candidates are read to `check` them, and checked where they are read; only some estimators
+    compute with them."""
+    of_units, of_rollouts = columns_read(options)
+    check = check or not set(CANDIDATE_COLUMNS).isdisjoint(of_units)
+    kept = [*UNIT_COLUMNS, *of_units]
+    read = [*kept, *(name for name in CANDIDATE_COLUMNS if check and name not in kept)]
     rollouts = open_shard(part.rollouts, "rollouts")
     made_from = {"rollouts": rollouts.manifest.sha256}
     units = open_shard(part.units, "units", inputs=made_from)
     groups = []
-    for group in _groups(units, [*UNIT_COLUMNS, *(CANDIDATE_COLUMNS if with_candidates else ())]):
-        if with_candidates:
+    for group in _groups(units, read):
+        if check:
             with _naming(part.units):
                 check_candidates(group)
-        groups.append(group if options.credit == "gae" else group.select(UNIT_COLUMNS))
-    columns = ["rollout_id", "behavior_logp", *(["response_ids"] if options.credit == "residual" else [])]
-    sampled = pl.concat(_groups(rollouts, columns))
+        groups.append(group.select(kept))
+    sampled = pl.concat(_groups(rollouts, ["rollout_id", "behavior_logp", *of_rollouts]))
     inputs = made_from | {"units": units.manifest.sha256}
     if part.policy:
         policy = open_shard(part.policy, "policy", inputs=made_from)

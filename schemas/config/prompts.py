@@ -20,10 +20,13 @@ class Prompts(Section):
     """Where prompts come from."""
 
     source: str = Field(
-        description="`reasoning-gym:<dataset>`, a .jsonl, .jsonl.zst or .parquet file, or a dataset id of the hub"
+        description="`reasoning-gym:<dataset>`, a .jsonl, .jsonl.zst or .parquet file, a dataset id of the hub, or "
+        "`module:function` of your own, called with (options, seed, how many different prompts are wanted), which gives "
+        "rows as dicts and ends; all of them are shuffled"
     )
     options: dict[str, Any] = Field(
-        default_factory=dict, description="options of the generator, or of `datasets.load_dataset` (name, split, ...)"
+        default_factory=dict,
+        description="options of the generator, of `datasets.load_dataset` (name, split, ...) or of your own function",
     )
     prompt_field: str = Field("prompt", description="field of the source that holds the question")
     answer_field: str | None = Field(

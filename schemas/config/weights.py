@@ -1,22 +1,46 @@
 """Importance weights and credit of units."""
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from schemas.config.options import Option, describe, one_of, refuse_unread
 from schemas.config.section import Section
+
+SCHEMES = {
+    "uniform": Option("all 1"),
+    "iw_opd": Option("arXiv 2606.22600, less weight the more |advantage| lies before", ("gamma",)),
+    "signed": Option("likewise, but advantages before cancel", ("gamma",)),
+    "ideal": Option(
+        "(teacher's over student's prob. of all before)^alpha, over its mean at the same unit index in all shards of the phase",
+        ("alpha",),
+    ),
+    "prefix": Option("1 on the first `prefix_share` of the units, 0 after", ("prefix_share",)),
+}
+"""What `weights.scheme` takes; `pipeline.weights.importance.SCHEMES` computes them."""
+
+CREDITS = {
+    "immediate": Option("a unit's own advantage"),
+    "return_to_go": Option("the sum from it on"),
+    "discounted": Option("likewise, by `discount` a unit", ("discount",)),
+    "baseline": Option("return_to_go less the mean of the phase's other responses at the same unit index"),
+    "gae": Option(
+        "generalised advantages with a value cross-fitted over the phase's responses (a hypothesis of arXiv 2606.22793)",
+        ("discount", "gae_lambda"),
+    ),
+    "residual": Option(
+        "a unit's own advantage less what is usual for its token id and for its position and surprisal, cross-fitted likewise "
+        "(Lightning OPD 2.0, arXiv 2607.28449; for a student that was fine-tuned on another teacher's samples)"
+    ),
+}
+"""What `weights.credit` takes; `pipeline.weights.credit.CREDITS` computes them."""
 
 
 class Weights(Section):
     """Importance weights and credit of units."""
 
-    scheme: Literal["uniform", "iw_opd", "signed", "ideal", "prefix"] = Field(
-        "iw_opd",
-        description="uniform: all 1 | iw_opd: arXiv 2606.22600, less weight the more |advantage| lies before | signed: "
-        "likewise, but advantages before cancel | ideal: (teacher's over student's prob. of all before)^alpha, over its mean "
-        "at the same unit index in all shards of the phase | prefix: 1 on the first `prefix_share` of the units, 0 after",
-    )
+    scheme: Annotated[str, AfterValidator(one_of(SCHEMES))] = Field("iw_opd", description=describe(SCHEMES))
     gamma: float = Field(0.5, ge=0, description="strength of iw_opd and signed; 0 is uniform")
     alpha: float = Field(0.05, ge=0, description="exponent of ideal; 0 is uniform, 0.1 collapses within tens of tokens")
     prefix_share: float = Field(
@@ -29,14 +53,10 @@ class Weights(Section):
         "with the pi_theta that the round starts from; matters to `reuse`d and replayed rollouts; not with "
         "`objective.ratio_clip`, whose loss has the ratio already; null: no factor",
     )
-    credit: Literal["immediate", "return_to_go", "discounted", "baseline", "gae", "residual"] = Field(
+    credit: Annotated[str, AfterValidator(one_of(CREDITS))] = Field(
         "immediate",
-        description="what the sampled path of hybrid, sampled, lightning and iw_opd multiplies log-probs by. immediate: a "
-        "unit's own advantage | return_to_go: the sum from it on | discounted: likewise, by `discount` a unit | baseline: "
-        "return_to_go less the mean of the phase's other responses at the same unit index | gae: generalised advantages "
-        "with a value cross-fitted over the phase's responses (a hypothesis of arXiv 2606.22793) | residual: a unit's own "
-        "advantage less what is usual for its token id and for its position and surprisal, cross-fitted likewise (Lightning "
-        "OPD 2.0, arXiv 2607.28449; for a student that was fine-tuned on another teacher's samples)",
+        description="what the sampled path of hybrid, sampled, lightning and iw_opd multiplies log-probs by. "
+        + describe(CREDITS),
     )
     discount: float = Field(0.99, ge=0, le=1, description="of discounted and gae, per unit; 1: none")
     gae_lambda: float = Field(0.95, ge=0, le=1, description="of gae; 0: one step and the value, 1: all and the value")
@@ -52,6 +72,12 @@ class Weights(Section):
         if value != "local" and not re.fullmatch(r"tcp://([^\s/:\[\]]+|\[[0-9a-fA-F:]+\]):\d{1,5}", value):
             raise ValueError("takes `local` or the address of a dask scheduler, tcp://<host>:<port>")
         return value
+
+    @model_validator(mode="after")
+    def _keys_mean_something(self) -> "Weights":
+        refuse_unread(self, "scheme", SCHEMES)
+        refuse_unread(self, "credit", CREDITS)
+        return self
 
     def identity(self) -> dict[str, Any]:
         """What of it determines the weights."""

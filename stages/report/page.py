@@ -13,7 +13,7 @@ from rich.table import Table
 
 from pipeline.align.units import KINDS
 from pipeline.store.shards import write_text
-from schemas.config import Config, consistency
+from schemas.config import consistency
 from schemas.errors import OpdError
 from stages.report import checklist
 from stages.run import console
@@ -54,7 +54,8 @@ def summarise(run: Run) -> dict[str, Any]:
     judged = bool(results[0]["judged"])
     phases = [read_diagnostics(phase) for phase in run.phases]
     both = pl.concat(
-        [pl.read_parquet(run.phase(f"eval-{r['checkpoint']}").folder / "answers.parquet") for r in results], how="vertical"
+        [pl.read_parquet(run.phase(f"eval-{r['checkpoint']}").folder / "answers.parquet") for r in results],
+        how="vertical",
     )
     before, after = both.head(results[0]["items"]), both.tail(results[1]["items"])
     return {
@@ -83,10 +84,7 @@ def charts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
     """Inline SVG of each plot, by name; none of what was not measured."""
     config = run.config
     steps = pl.concat(
-        [
-            pl.read_ndjson(run.phase(f"round-{r}").states / "metrics.jsonl", infer_schema_length=None)
-            for r in run.rounds
-        ]
+        [pl.read_ndjson(run.phase(f"round-{r}").states / "metrics.jsonl", infer_schema_length=None) for r in run.rounds]
     ).with_row_index("at")
     step = alt.X("at:Q", title="optimiser step", axis=alt.Axis(tickMinStep=1, format="d"))
     curve = (

@@ -26,5 +26,3 @@ def timings(run: Run, *prefixes: str) -> dict[str, float]:
     return {
         path.stem: float(pl.read_csv(path, separator="\t")["s"][0]) for path in files if path.stem.startswith(prefixes)
     }
-
-

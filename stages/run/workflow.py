@@ -85,7 +85,9 @@ def hold(run: Run) -> FileLock:
         run.root.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise OpdError(f"{run.root}: another snakemake is at work on this run; wait for it, or give `run` another name") from error
+        raise OpdError(
+            f"{run.root}: another snakemake is at work on this run; wait for it, or give `run` another name"
+        ) from error
     except OSError as error:
         raise OpdError(f"{run.root}: cannot write here: {error.strerror}") from error
     return lock
