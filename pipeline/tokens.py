@@ -1,6 +1,7 @@
 """The one place that turns token ids into bytes."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +20,8 @@ SPACE_MARK = "▁"  # SentencePiece's stand-in for a space
 class TokenBytes:
     """The bytes that each id of one tokenizer contributes to a text.
 
-    `bytes` is a binary array of shape (vocab,), null where an id has no bytes: special tokens, ids past the
-    tokenizer's vocabulary (a model's embedding is often padded) and strings that the tokenizer can never produce.
+    `bytes` is a binary array of shape (vocab,), null where an id has no bytes: special tokens, the unknown token and
+    ids past the tokenizer's vocabulary (a model's embedding is often padded).
     """
 
     name: str
@@ -121,7 +122,7 @@ def _spell(
 
 
 def token_bytes(tokenizer: Any, name: str, vocab_size: int) -> TokenBytes:
-    """Read the bytes of every id from a tokenizer's own decoder.
+    """Bytes of every id, as the tokenizer's own decoder makes them of its string, added tokens included.
 
     Args:
         tokenizer: a fast `transformers` tokenizer (anything with `backend_tokenizer`), or a `tokenizers.Tokenizer`.
@@ -146,7 +147,7 @@ def token_bytes(tokenizer: Any, name: str, vocab_size: int) -> TokenBytes:
             spelled[index] = spell(token)
     for index, token in added.items():
         special[index] = token["special"]
-        spelled[index] = None if token["special"] else token["content"].encode()
+        spelled[index] = None if token["special"] else spell(token["content"])
     return TokenBytes(name, pa.array(spelled, pa.large_binary()), special, _canonical(spelled, vocab))
 
 
@@ -254,8 +255,8 @@ def _byte_level_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 
-def _speller(spec: dict[str, Any], name: str) -> Any:
-    """The function from a vocabulary string to its bytes (None: no text yields it), chosen by the tokenizer's decoder."""
+def _speller(spec: dict[str, Any], name: str) -> Callable[[str], bytes]:
+    """The function from a token's string to its bytes within a text, chosen by the tokenizer's decoder."""
     decoder = spec["decoder"] or {}
     steps = decoder.get("decoders", [decoder])
     kinds = {step.get("type") for step in steps}
@@ -263,11 +264,11 @@ def _speller(spec: dict[str, Any], name: str) -> Any:
     if "ByteLevel" in kinds:
         alphabet = _byte_level_alphabet()
 
-        def byte_level(token: str) -> bytes | None:
+        def byte_level(token: str) -> bytes:
             try:
                 return bytes(map(alphabet.__getitem__, token))
-            except KeyError:
-                return None
+            except KeyError:  # added as text, so the decoder leaves it as it is
+                return token.encode()
 
         return byte_level
     marks_spaces = "Metaspace" in kinds or any(
@@ -277,7 +278,7 @@ def _speller(spec: dict[str, Any], name: str) -> Any:
     if marks_spaces and model.get("byte_fallback"):
         fallback = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
 
-        def sentencepiece(token: str) -> bytes | None:
+        def sentencepiece(token: str) -> bytes:
             return fallback.get(token) or token.replace(SPACE_MARK, " ").encode()
 
         return sentencepiece

@@ -12,7 +12,7 @@ from hard_texts import CUT_BYTES, HARD_TEXTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_units import Unit, agreed_bytes, reference_units
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from pipeline.tokens import (
     TokenBytes,
@@ -645,6 +645,20 @@ def test_the_unknown_token_of_bpe_has_no_bytes() -> None:
 
 def test_the_unknown_token_of_unigram_has_no_bytes() -> None:
     assert not token_bytes(unigram(byte_fallback=True), "small", 0).has_bytes[0]
+
+
+@pytest.mark.parametrize("kind", ["byte level", "space marks"])
+def test_added_tokens_have_the_bytes_that_the_decoder_gives(kind: str) -> None:
+    """Gemma 3 adds runs of ▁ that stand for indentation; all that byte level can't mean as bytes is text."""
+    tokenizer = byte_level() if kind == "byte level" else spaced_bpe("always")
+    added = ["▁▁▁▁", "<think>", "a b", "\t\t", "naïve", "中", "Ġx", "<0x41>", "end▁of"]
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in added])
+    frame, vocabulary = tokenizer.token_to_id("b"), token_bytes(tokenizer, "small", 0)
+    for token in added:
+        index = tokenizer.token_to_id(token)
+        wanted = tokenizer.decode([frame, index, frame], skip_special_tokens=False)
+        found = vocabulary.concatenate(np.array([frame, index, frame]))[0].tobytes()
+        assert found.decode(errors="replace") == wanted, token
 
 
 def test_a_special_token_typed_as_text_is_read_byte_by_byte() -> None:
