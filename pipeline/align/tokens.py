@@ -1,6 +1,7 @@
 """The one place that turns token ids into bytes."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +20,8 @@ SPACE_MARK = "▁"  # SentencePiece's stand-in for a space
 class TokenBytes:
     """The bytes that each id of one tokenizer contributes to a text.
 
-    `bytes` is a binary array of shape (vocab,), null where an id has no bytes: special tokens, ids past the
-    tokenizer's vocabulary (a model's embedding is often padded) and strings that the tokenizer can never produce.
+    `bytes` is a binary array of shape (vocab,), null where an id has no bytes: special tokens, the unknown token and
+    ids past the tokenizer's vocabulary (a model's embedding is often padded).
     """
 
     name: str
@@ -73,7 +74,7 @@ class TokenBytes:
         text, text_starts = flat_bytes(texts)
         skip = np.zeros(len(texts), np.int64) if skip is None else skip
         ends, exact = np.empty(len(ids), np.int64), np.empty(len(texts), np.int64)
-        _spell(ids, offsets, starts, data, words(data), text, text_starts, words(text), skip, ends, exact)
+        _spell(ids, offsets, starts, data, text, text_starts, skip, ends, exact)
         return ends, exact
 
 
@@ -89,47 +90,19 @@ def flat_bytes(values: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     return flat, starts - first
 
 
-WORD = 8  # bytes
-UNALIGNED = np.dtype([("word", np.uint64)])
-"""A word at any address: numba takes plain numbers to lie at multiples of their size, but not a packed record."""
-MASKS = np.tril(np.full((WORD + 1, WORD), 0xFF, np.uint8), -1).view(np.uint64).ravel()
-"""uint64 (9,): mask of the first n bytes of a word, by n, in the machine's own byte order."""
-
-
-def words(flat: np.ndarray) -> np.ndarray:
-    """UNALIGNED (bytes - 7,), read-only: the eight bytes from each byte on, as an overlapping view without a copy."""
-    if len(flat) <= WORD:  # two words at least, so that every view is strided and one compilation fits all
-        flat = np.concatenate([flat, np.zeros(WORD + 1, np.uint8)])
-    view = np.ndarray(len(flat) - WORD + 1, UNALIGNED, flat, strides=(1,))
-    view.flags.writeable = False
-    return view
-
-
-@numba.njit(cache=True, nogil=True)
-def _agree(ours: np.ndarray, i: int, theirs: np.ndarray, j: int, length: int) -> bool:
-    """Whether `length` bytes of two `words` are equal. False too next to an end, where the last word would be cut."""
-    if i + length >= len(ours) or j + length >= len(theirs):
-        return False
-    while length > WORD and ours[i].word == theirs[j].word:
-        i, j, length = i + WORD, j + WORD, length - WORD
-    return (ours[i].word ^ theirs[j].word) & MASKS[min(length, WORD)] == 0
-
-
 @numba.njit(cache=True, nogil=True)
 def _spell(
     ids: np.ndarray,
     offsets: np.ndarray,
     starts: np.ndarray,
     data: np.ndarray,
-    data_words: np.ndarray,
     text: np.ndarray,
     text_starts: np.ndarray,
-    text_words: np.ndarray,
     skip: np.ndarray,
     ends: np.ndarray,
     exact: np.ndarray,
 ) -> None:
-    """`TokenBytes.ends`, compiled: one walk over all tokens, a word at a time where it can."""
+    """`TokenBytes.ends`, compiled: one walk over all tokens, byte by byte until the first difference."""
     vocabulary = len(starts) - 1
     for row in range(len(exact)):
         begin, size = text_starts[row], text_starts[row + 1] - text_starts[row]
@@ -138,22 +111,18 @@ def _spell(
             token = ids[position]
             if 0 <= token < vocabulary:
                 first, length = starts[token], starts[token + 1] - starts[token]
-                inside = at >= 0 and at + length <= size
-                if same and inside and _agree(data_words, first, text_words, begin + at, length):
-                    agreed = at + length
-                else:  # next to an edge, or where the two part: byte by byte, to know how far they agree
-                    for k in range(max(0, -at), length):
-                        same = same and at + k < size and data[first + k] == text[begin + at + k]
-                        if not same:
-                            break
-                        agreed = at + k + 1
+                k = max(0, -at)
+                while same and k < length:
+                    same = at + k < size and data[first + k] == text[begin + at + k]
+                    agreed = at + k + same
+                    k += 1
                 at += length
             ends[position] = max(at, 0)
         exact[row] = agreed
 
 
 def token_bytes(tokenizer: Any, name: str, vocab_size: int) -> TokenBytes:
-    """Read the bytes of every id from a tokenizer's own decoder.
+    """Bytes of every id, as the tokenizer's own decoder makes them of its string, added tokens included.
 
     Args:
         tokenizer: a fast `transformers` tokenizer (anything with `backend_tokenizer`), or a `tokenizers.Tokenizer`.
@@ -178,7 +147,7 @@ def token_bytes(tokenizer: Any, name: str, vocab_size: int) -> TokenBytes:
             spelled[index] = spell(token)
     for index, token in added.items():
         special[index] = token["special"]
-        spelled[index] = None if token["special"] else token["content"].encode()
+        spelled[index] = None if token["special"] else spell(token["content"])
     return TokenBytes(name, pa.array(spelled, pa.large_binary()), special, _canonical(spelled, vocab))
 
 
@@ -286,8 +255,8 @@ def _byte_level_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 
-def _speller(spec: dict[str, Any], name: str) -> Any:
-    """The function from a vocabulary string to its bytes (None: no text yields it), chosen by the tokenizer's decoder."""
+def _speller(spec: dict[str, Any], name: str) -> Callable[[str], bytes]:
+    """The function from a token's string to its bytes within a text, chosen by the tokenizer's decoder."""
     decoder = spec["decoder"] or {}
     steps = decoder.get("decoders", [decoder])
     kinds = {step.get("type") for step in steps}
@@ -295,11 +264,11 @@ def _speller(spec: dict[str, Any], name: str) -> Any:
     if "ByteLevel" in kinds:
         alphabet = _byte_level_alphabet()
 
-        def byte_level(token: str) -> bytes | None:
+        def byte_level(token: str) -> bytes:
             try:
                 return bytes(map(alphabet.__getitem__, token))
-            except KeyError:
-                return None
+            except KeyError:  # added as text, so the decoder leaves it as it is
+                return token.encode()
 
         return byte_level
     marks_spaces = "Metaspace" in kinds or any(
@@ -309,7 +278,7 @@ def _speller(spec: dict[str, Any], name: str) -> Any:
     if marks_spaces and model.get("byte_fallback"):
         fallback = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
 
-        def sentencepiece(token: str) -> bytes | None:
+        def sentencepiece(token: str) -> bytes:
             return fallback.get(token) or token.replace(SPACE_MARK, " ").encode()
 
         return sentencepiece
