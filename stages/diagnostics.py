@@ -1,6 +1,7 @@
 """Diagnostics: what a report of on-policy distillation should say of a phase, in one JSON file."""
 
 import json
+import math
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -10,7 +11,7 @@ import polars as pl
 
 from pipeline.measure.diagnostics import Sums, compared, credit, entropy, kinds, measure, ratio, ratios, texts
 from pipeline.store.shards import open_shard, read_manifest, write_text
-from schemas.config import READS, Config, consistency
+from schemas.config import Candidates, Config, Own, SampledPath, consistency
 from schemas.diagnostics import (
     Coverage,
     Diagnostics,
@@ -31,13 +32,6 @@ from stages.run.context import DEFAULT_CONFIG, ConfigOption, PhaseOption, read_c
 
 NORMALISER = "the compared units of the optimiser step"
 """As `train.loop.train_step` does it."""
-CLIPPED = {
-    "hybrid": ("n:m",),
-    "sampled": ("1:1", "n:m", "stop"),
-    "lightning": ("1:1", "n:m", "stop"),
-    "iw_opd": ("1:1", "n:m", "stop"),
-}
-"""Kinds of unit whose credit a recipe clips; others clip tokens or other values, which the weights table doesn't hold."""
 
 Frames = tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame, pl.DataFrame]
 
@@ -67,7 +61,8 @@ def read(config: Config, phase: str) -> Diagnostics:
 def diagnose(config: Config, phase: str) -> Diagnostics:
     """Everything about a phase. Raises OpdError when a shard is missing or was made from another one than lies there."""
     shards = range(layout.shard_count(config, phase))
-    total = measure(chain.from_iterable(row_groups(config, phase, i) for i in shards), config.objective.clip)
+    clip = config.objective.clip if isinstance(config.objective, SampledPath) else math.inf
+    total = measure(chain.from_iterable(row_groups(config, phase, i) for i in shards), clip)
     rollouts, scores = (read_manifest(layout.shard_path(config, phase, name, 0)) for name in ("rollouts", "scores"))
     sampling = sampling_of(config, phase, rollouts)
     return Diagnostics(
@@ -80,7 +75,7 @@ def diagnose(config: Config, phase: str) -> Diagnostics:
         staleness=staleness_of(config, phase, sampling, total),
         coverage=coverage_of(config, phase, total),
         entropy=entropy(total, own=sampling.checkpoint is not None),
-        credit=credit(total, CLIPPED.get(config.objective.recipe, ())),
+        credit=credit(total, config.objective.clips),
         training=training_of(config, phase),
         seconds=seconds_of(config, phase),
     )
@@ -105,13 +100,15 @@ def row_groups(config: Config, phase: str, shard: int) -> Iterator[Frames]:
 def loss_of(config: Config) -> Loss:
     """What the config has the trainer minimise."""
     objective, weights = config.objective, config.weights
-    reads = READS[objective.recipe]
-    parts = {"candidates": bool(reads & {"support", "unit_score", "direction"}), "sampled path": "clip" in reads}
+    direction: str | None = None if isinstance(objective, Own) else "reverse"
+    tail: str | None = None
+    if isinstance(objective, Candidates):
+        direction, tail = objective.direction, objective.tail
     return Loss(
         recipe=objective.recipe,
-        direction=objective.direction,
-        estimator=" and ".join(name for name, present in parts.items() if present),
-        tail=objective.support if parts["candidates"] else None,
+        direction=direction,
+        estimator=objective.estimator,
+        tail=tail,
         normaliser=NORMALISER,
         credit=weights.credit,
         weights=weights.scheme,
