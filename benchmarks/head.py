@@ -21,7 +21,7 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from pipeline.infer.forward import head
-from schemas.config import Objective
+from schemas.config import Hybrid
 from schemas.tables import STOP_ID
 from train.batch import Batch
 from train.policy import UnitLogps, unit_logps
@@ -107,7 +107,7 @@ def batch_of(tokens: int) -> Batch:
 def step(model: Any, batch: Batch, way: str) -> float:
     """Forward, loss and backward; gradients are added to those that lie on the model."""
     found = (whole if way == "whole" else unit_logps)(model, batch, STOP)
-    scored = losses(found, batch, Objective())
+    scored = losses(found, batch, Hybrid())
     loss = (batch.weight * scored.loss).sum() / len(batch.unit_row)
     loss.backward()
     return float(loss.detach())

@@ -29,13 +29,16 @@ class Loss(Section):
     """What is minimised."""
 
     recipe: str = Field(description="`objective.recipe`")
-    direction: str = Field(description="of the KL: reverse is KL(student || teacher); the sampled path estimates that")
+    direction: str | None = Field(
+        description="of the KL: reverse is KL(student || teacher); the sampled path estimates that; null: a recipe of one's own"
+    )
     estimator: str = Field(
         description="candidates: a sum over the support | sampled path: the log-ratio of what was sampled | both: candidates "
-        "on 1:1 and stop units, sampled path on longer ones"
+        "on 1:1 and stop units, sampled path on longer ones | a function of one's own"
     )
     tail: str | None = Field(
-        description="mass outside the candidates: renormalise leaves it out, bucket has a class for it; null: no candidates"
+        description="mass outside the candidates: renormalise leaves it out, bucket has a class for it; null: no candidates, "
+        "or a recipe of one's own"
     )
     normaliser: str = Field(description="what the sum of the units' weighted losses is divided by")
     credit: str = Field(description="`weights.credit`")

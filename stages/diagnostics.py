@@ -1,6 +1,7 @@
 """Diagnostics: what a report of on-policy distillation should say of a phase, in one JSON file."""
 
 import json
+import math
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
@@ -9,7 +10,7 @@ import polars as pl
 
 from pipeline.measure.diagnostics import Sums, compared, credit, entropy, kinds, measure, ratio, ratios, texts
 from pipeline.store.shards import read_manifest, write_text
-from schemas.config import READS, Config, consistency
+from schemas.config import Candidates, Config, Own, SampledPath, consistency
 from schemas.diagnostics import (
     Coverage,
     Diagnostics,
@@ -31,13 +32,6 @@ from stages.run.run import Phase, Place, open_run
 
 NORMALISER = "the compared units of the optimiser step"
 """As `train.loop.train_step` does it."""
-CLIPPED = {
-    "hybrid": ("n:m",),
-    "sampled": ("1:1", "n:m", "stop"),
-    "lightning": ("1:1", "n:m", "stop"),
-    "iw_opd": ("1:1", "n:m", "stop"),
-}
-"""Kinds of unit whose credit a recipe clips; others clip tokens or other values, which the weights table doesn't hold."""
 
 Frames = tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame, pl.DataFrame]
 
@@ -55,7 +49,8 @@ def main(phase: PhaseOption, config_file: ConfigOption = DEFAULT_CONFIG) -> None
 def diagnose(phase: Phase) -> Diagnostics:
     """Everything about a phase. Raises OpdError when a shard is missing or was made from another one than lies there."""
     config = phase.run.settings
-    total = measure(chain.from_iterable(row_groups(place) for place in phase), config.objective.clip)
+    clip = config.objective.clip if isinstance(config.objective, SampledPath) else math.inf
+    total = measure(chain.from_iterable(row_groups(place) for place in phase), clip)
     rollouts, scores = (read_manifest(phase[0].path(name)) for name in ("rollouts", "scores"))
     sampling = sampling_of(phase, rollouts)
     return Diagnostics(
@@ -68,7 +63,7 @@ def diagnose(phase: Phase) -> Diagnostics:
         staleness=staleness_of(phase, sampling, total),
         coverage=coverage_of(phase, total),
         entropy=entropy(total, own=sampling.checkpoint is not None),
-        credit=credit(total, CLIPPED.get(config.objective.recipe, ())),
+        credit=credit(total, config.objective.clips),
         training=training_of(phase),
         seconds=seconds_of(phase),
     )
@@ -85,13 +80,15 @@ def row_groups(place: Place) -> Iterator[Frames]:
 def loss_of(config: Config) -> Loss:
     """What the config has the trainer minimise."""
     objective, weights = config.objective, config.weights
-    reads = READS[objective.recipe]
-    parts = {"candidates": bool(reads & {"support", "unit_score", "direction"}), "sampled path": "clip" in reads}
+    direction: str | None = None if isinstance(objective, Own) else "reverse"
+    tail: str | None = None
+    if isinstance(objective, Candidates):
+        direction, tail = objective.direction, objective.tail
     return Loss(
         recipe=objective.recipe,
-        direction=objective.direction,
-        estimator=" and ".join(name for name, present in parts.items() if present),
-        tail=objective.support if parts["candidates"] else None,
+        direction=direction,
+        estimator=objective.estimator,
+        tail=tail,
         normaliser=NORMALISER,
         credit=weights.credit,
         weights=weights.scheme,

@@ -14,7 +14,7 @@ from pipeline.measure.answers import bootstrap_ratio, wilson
 from pipeline.measure.scorers import identity, scorer
 from pipeline.prepared import PreparedModel, PromptTable
 from pipeline.store.shards import publish, write_text
-from schemas.config import Config, Objective
+from schemas.config import Config, Strict1to1
 from stages.rollouts import response_text
 from stages.run import console, layout
 from stages.run.context import (
@@ -135,7 +135,7 @@ def on_policy_kl(model: Any, student: PreparedModel, config: Config, phase: str)
     stop = torch.from_numpy(student.stop.astype(np.int64)).to(model.device)
     shards, size = open_shards(config, phase), config.train.batch_size
     steps = batches(shards, size, config.train.micro_batch_tokens, config.seed, range(count_steps(shards, size)))
-    exact = Objective(recipe="strict_1to1", direction="reverse", support="bucket")
+    exact = Strict1to1(tail="bucket")
     sums: dict[str, list[float]] = {"kl": [], "sampled": [], "tokens": []}
     for step in steps:
         for part in (part.to(model.device) for part in step.parts):

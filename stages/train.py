@@ -13,12 +13,13 @@ from filelock import FileLock
 
 from pipeline.infer.forward import check_head
 from pipeline.store.shards import Shard, open_shard, write_text
-from schemas.config import TRAIN_OPERATION, Config, Objective
+from schemas.config import TRAIN_OPERATION, Candidates, Config, Objective
 from schemas.errors import OpdError
 from schemas.outcome import Outcome
 from stages.run import console, layout
 from stages.run.card import model_card
 from stages.run.context import DEFAULT_CONFIG, ConfigOption, ThreadsOption, policy, read_config
+from train import recipes
 from train.adapters import attach
 from train.checkpoint import export, final_state, trained
 from train.distributed import processes, rank, ranks_here, shard, wait_for_all
@@ -68,7 +69,7 @@ def main(
             "student": student.ref.identity(),
             "dtype": student.dtype,
             "weights": [weights.manifest.sha256 for _, _, weights in shards],
-            "objective": config.objective.model_dump(mode="json"),
+            "objective": recipes.identity(config.objective),
             "train": config.train.model_dump(mode="json", exclude=TRAIN_OPERATION),
             "rounds": config.rollouts.rounds,
             "budget": progress.budget,
@@ -200,7 +201,8 @@ def detail(figures: dict[str, float]) -> str:
 
 def check_log_z(objective: Objective, units: Shard) -> None:
     """Raise OpdError when the objective reads raw logits, and the scores, another run's perhaps, have no log Z."""
-    if objective.unit_score == "mean_logit" and not units.manifest.identity["log_z"]:
+    raw = isinstance(objective, Candidates) and objective.unit_score == "mean_logit"
+    if raw and not units.manifest.identity["log_z"]:
         raise OpdError(
             f"{units.path}: `objective.unit_score: mean_logit` reads the column t_log_z, which is null here: the scores were "
             "made without `scores.log_z: true`; score these rollouts with it, or choose another `objective.recipe`"

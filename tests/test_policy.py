@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from schemas.config import Objective
 from schemas.tables import STOP_ID
 from train import policy
 from train.batch import Batch, Response, collate
@@ -207,7 +207,7 @@ def test_each_response_is_the_same_alone_and_in_any_company() -> None:
 @pytest.mark.parametrize("recipe", ["hybrid", "simct", "sampled"])
 def test_masked_tokens_leak_nowhere(recipe: str) -> None:
     """Other tokens in a masked tail: no unit, candidate, loss or gradient moves."""
-    model, config = model_of("llama"), Objective(recipe=recipe)
+    model, config = model_of("llama"), tiny.objective(recipe=recipe)
 
     def with_tail(tail: tuple[int, ...]) -> tuple[UnitLogps, torch.Tensor, list[torch.Tensor]]:
         units = (Unit((27, 28), (29, STOP_ID)), Unit((33,), (33, 34, 35)), Unit(tail, (), masked=True))
@@ -251,7 +251,7 @@ def test_loss_and_gradients_are_those_of_all_logits_at_once(
     name: str, recipe: str, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_rows(monkeypatch, rows)
-    model, batch, config = model_of(name), batch_of(TOLD), Objective(recipe=recipe)
+    model, batch, config = model_of(name), batch_of(TOLD), tiny.objective(recipe=recipe)
     ours, theirs = (
         (batch.weight * losses(found, batch, config).loss).sum()
         for found in (unit_logps(model, batch, STOP), whole(model, batch))

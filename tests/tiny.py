@@ -6,13 +6,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from pydantic import TypeAdapter
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.store.shards import open_shard, open_writer
+from schemas.config import Objective
 from schemas.tables import STOP_ID, arrow_schema
 from train.stream import Triple
 
 VOCAB, STOP = 97, np.array([2, 3], np.int32)
+
+
+def objective(**keys: Any) -> Objective:
+    """The section `objective` with these keys."""
+    return TypeAdapter(Objective).validate_python(keys)
 
 
 def model(seed: int = 0, dtype: torch.dtype = torch.float32, tied: bool = True) -> Any:

@@ -1,12 +1,15 @@
-"""Recipes: which objective applies to which unit. The functions themselves are in `objectives`, presets in `schemas.config`."""
+"""Recipes: which objective applies to which unit. Formulas are in `objectives`, keys in `schemas.config.objective`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from typing import Any, Protocol
 
 import torch
 
-from schemas.config import Objective
+from pipeline import own_code
+from schemas.config import objective as config
+from schemas.errors import OpdError
 from train import objectives
 from train.batch import Batch
 from train.policy import UnitLogps
@@ -20,37 +23,71 @@ class Scored:
     used: torch.Tensor
 
 
-Part = Callable[[UnitLogps, Batch, Objective, torch.Tensor], torch.Tensor]
-"""The losses (U,) of some units, given which (bool (U,)); elsewhere finite and without meaning."""
+Part = Callable[[UnitLogps, Batch, Any, torch.Tensor], torch.Tensor]
+"""The losses (U,) of some units under a recipe's section, given which (bool (U,)); elsewhere finite and without meaning."""
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Parts:
     """The part for units of one token on both sides (stops included), and the one for longer units; None: no loss there."""
 
     single: Part
     longer: Part | None
 
 
-def losses(student: UnitLogps, batch: Batch, config: Objective) -> Scored:
-    """The unweighted loss of every unit under the configured recipe."""
-    recipe, one = RECIPES[config.recipe], one_to_one(batch)
+class Divergence(Protocol):
+    """What `candidate_kl` reads of a recipe's section; see there."""
+
+    @property
+    def direction(self) -> config.Direction: ...
+    @property
+    def tail(self) -> config.Tail: ...
+    @property
+    def tau(self) -> float: ...
+    @property
+    def beta(self) -> float: ...
+    @property
+    def unit_score(self) -> config.UnitScore: ...
+    @property
+    def mask_first(self) -> bool: ...
+
+
+def losses(student: UnitLogps, batch: Batch, objective: config.Objective) -> Scored:
+    """The unweighted loss of every unit under the configured recipe. Raises OpdError when one's own makes no such losses."""
+    parts, one = parts_of(objective), one_to_one(batch)
     every = torch.ones_like(one)
-    if recipe.longer is recipe.single:
-        scored = Scored(recipe.single(student, batch, config, every), every)
-    elif recipe.longer is None:
-        scored = Scored(torch.where(one, recipe.single(student, batch, config, one), 0.0), one)
+    if parts.longer is parts.single:
+        scored = Scored(parts.single(student, batch, objective, every), every)
+    elif parts.longer is None:
+        scored = Scored(torch.where(one, parts.single(student, batch, objective, one), 0.0), one)
     else:
-        single, longer = recipe.single(student, batch, config, one), recipe.longer(student, batch, config, ~one)
+        single, longer = parts.single(student, batch, objective, one), parts.longer(student, batch, objective, ~one)
         scored = Scored(torch.where(one, single, longer), every)
     kept = every
-    if config.max_unit is not None:
-        kept = kept & (torch.maximum(batch.s_len, batch.t_len) <= config.max_unit)
-    if config.trust_region is not None:
-        on_path = every if recipe.single is _path else ~one
-        outside = objectives.outside_trust_region(student.unit, batch.behavior_logp, config.trust_region)
+    if isinstance(objective, config.Limited) and objective.max_unit is not None:
+        kept = kept & (torch.maximum(batch.s_len, batch.t_len) <= objective.max_unit)
+    if isinstance(objective, config.SampledPath) and objective.trust_region is not None:
+        on_path = every if parts.single is sampled_path else ~one
+        outside = objectives.outside_trust_region(student.unit, batch.behavior_logp, objective.trust_region)
         kept = kept & ~(on_path & outside)
     return Scored(torch.where(kept, scored.loss, 0.0), scored.used & kept)
+
+
+def parts_of(objective: config.Objective) -> Parts:
+    """Of a recipe by its section. Raises OpdError when one's own can't be loaded."""
+    if isinstance(objective, config.Own):
+        part = _own(objective.recipe)
+        return Parts(part, part)
+    return RECIPES[type(objective)]
+
+
+def identity(objective: config.Objective) -> dict[str, Any]:
+    """What of it determines training: the keys, and the source of a recipe of one's own, which need not be loaded for it.
+
+    Raises OpdError when there is no such source.
+    """
+    source = {"source": own_code.source_digest(objective.recipe)} if isinstance(objective, config.Own) else {}
+    return objective.model_dump(mode="json") | source
 
 
 def one_to_one(batch: Batch) -> torch.Tensor:
@@ -58,7 +95,7 @@ def one_to_one(batch: Batch) -> torch.Tensor:
     return (batch.s_len == 1) & (batch.t_len == 1)
 
 
-def candidate_kl(student: UnitLogps, batch: Batch, config: Objective, where: torch.Tensor) -> torch.Tensor:
+def candidate_kl(student: UnitLogps, batch: Batch, divergence: Divergence, where: torch.Tensor) -> torch.Tensor:
     """The configured divergence over the teacher's candidates and the realised unit; meaningful at `where`.
 
     The unit's score is the sum or the mean of its log-probs (SimCT eq. 6, arXiv 2605.07711), or, as in the authors' release,
@@ -67,15 +104,15 @@ def candidate_kl(student: UnitLogps, batch: Batch, config: Objective, where: tor
     its tokens than at the first one.
     """
     s_unit, t_unit = student.unit, batch.teacher_logp
-    if config.unit_score != "sum":
+    if divergence.unit_score != "sum":
         s_unit, t_unit = s_unit / batch.s_len, t_unit / batch.t_len
-    if config.unit_score == "mean_logit":
+    if divergence.unit_score == "mean_logit":
         s_unit, t_unit = s_unit + _log_z_above_start(student, batch), t_unit + batch.t_log_z
     # The realised unit joins the support unless it is a single token that is a candidate already.
     listed = ((batch.cand_id == _first_target(batch)[:, None]) & (batch.cand_logp > -torch.inf)).any(1)
     outside = ~(listed & one_to_one(batch))
     unused = batch.cand_logp == -torch.inf
-    if config.mask_first:
+    if divergence.mask_first:
         unused = unused | (~one_to_one(batch)[:, None] & (batch.cand_id == _first_target(batch)[:, None]))
     s_score = torch.cat([student.cand.masked_fill(unused, -torch.inf), s_unit[:, None]], 1)
     t_score = torch.cat([batch.cand_logp.masked_fill(unused, -torch.inf), t_unit[:, None]], 1)
@@ -83,7 +120,7 @@ def candidate_kl(student: UnitLogps, batch: Batch, config: Objective, where: tor
         [torch.ones_like(unused), torch.zeros_like(outside[:, None])], 1
     )
     return _divergence(
-        s_score.masked_fill(drop, -torch.inf), t_score.masked_fill(drop, -torch.inf), config, batch.teacher_entropy
+        s_score.masked_fill(drop, -torch.inf), t_score.masked_fill(drop, -torch.inf), divergence, batch.teacher_entropy
     )
 
 
@@ -94,36 +131,40 @@ def _log_z_above_start(student: UnitLogps, batch: Batch) -> torch.Tensor:
     return total / batch.s_len - student.log_z[batch.unit_row]
 
 
-def _divergence(s: torch.Tensor, t: torch.Tensor, config: Objective, teacher_entropy: torch.Tensor) -> torch.Tensor:
-    if config.direction == "jsd":
+def _divergence(
+    s: torch.Tensor, t: torch.Tensor, divergence: Divergence, teacher_entropy: torch.Tensor
+) -> torch.Tensor:
+    if divergence.direction == "jsd":
         classes = (
-            partial(objectives.renormalised, tau=config.tau)
-            if config.support == "renormalise"
+            partial(objectives.renormalised, tau=divergence.tau)
+            if divergence.tail == "renormalise"
             else objectives.with_rest
         )
-        return objectives.jsd(classes(s), classes(t), config.beta)
+        return objectives.jsd(classes(s), classes(t), divergence.beta)
     kl: Callable[..., torch.Tensor] = (
-        partial(objectives.support_kl, tau=config.tau) if config.support == "renormalise" else objectives.bucket_kl
+        partial(objectives.support_kl, tau=divergence.tau) if divergence.tail == "renormalise" else objectives.bucket_kl
     )
-    if config.direction == "entropy_gated":
+    if divergence.direction == "entropy_gated":
         return objectives.entropy_gate(kl(s, t, "forward"), kl(s, t, "reverse"), teacher_entropy)
-    return kl(s, t, config.direction)
+    return kl(s, t, divergence.direction)
 
 
-def _path(student: UnitLogps, batch: Batch, config: Objective, _: torch.Tensor) -> torch.Tensor:
+def sampled_path(student: UnitLogps, batch: Batch, objective: config.SampledPath, _: torch.Tensor) -> torch.Tensor:
     # The unit's own advantage under the model as it is now, and what credit assignment added when the weights were made.
     teacher = batch.teacher_logp + batch.credit_shift
-    if config.ratio_clip is None:
-        return objectives.clipped_sampled_path(student.unit, teacher, config.clip)
-    return objectives.ratio_clipped(student.unit, teacher, batch.behavior_logp, config.clip, *config.ratio_clip)
+    if objective.ratio_clip is None:
+        return objectives.clipped_sampled_path(student.unit, teacher, objective.clip)
+    return objectives.ratio_clipped(student.unit, teacher, batch.behavior_logp, objective.clip, *objective.ratio_clip)
 
 
-def _vopd(student: UnitLogps, batch: Batch, config: Objective, _: torch.Tensor) -> torch.Tensor:
+def _vopd(student: UnitLogps, batch: Batch, objective: config.Vopd, _: torch.Tensor) -> torch.Tensor:
     policy = student.cand.detach().masked_fill(batch.cand_logp == -torch.inf, -torch.inf)
-    return objectives.vopd(student.unit, batch.teacher_logp, objectives.bucket_kl(policy, batch.cand_logp), config.clip)
+    return objectives.vopd(
+        student.unit, batch.teacher_logp, objectives.bucket_kl(policy, batch.cand_logp), objective.clip
+    )
 
 
-def _cr_opd(student: UnitLogps, batch: Batch, config: Objective, _: torch.Tensor) -> torch.Tensor:
+def _cr_opd(student: UnitLogps, batch: Batch, objective: config.CrOpd, _: torch.Tensor) -> torch.Tensor:
     # A longer unit is known by its first token here: other tokens that spell a part of it count as alternatives.
     others = batch.cand_id != _first_target(batch)[:, None]
     return objectives.cr_opd(
@@ -132,20 +173,22 @@ def _cr_opd(student: UnitLogps, batch: Batch, config: Objective, _: torch.Tensor
         student.cand,
         batch.cand_logp,
         others,
-        config.clip,
-        config.cr_alpha,
-        config.cr_eps,
+        objective.clip,
+        objective.cr_alpha,
+        objective.cr_eps,
     )
 
 
 def _dpca(credit: Callable[..., torch.Tensor]) -> Part:
     """The sampled path token by token, with a unit's advantage spread over its tokens by `credit` and then clipped."""
 
-    def part(student: UnitLogps, batch: Batch, config: Objective, _: torch.Tensor) -> torch.Tensor:
+    def part(
+        student: UnitLogps, batch: Batch, objective: config.Dpca | config.DpcaAdditive, _: torch.Tensor
+    ) -> torch.Tensor:
         compared = batch.token_unit < len(batch.unit_row)
         unit, token = batch.token_unit[compared], student.token[compared]
         advantage = credit(token, student.unit[unit], batch.teacher_logp[unit], batch.s_len[unit])
-        loss = -advantage.clamp(-config.clip, config.clip) * token
+        loss = -advantage.clamp(-objective.clip, objective.clip) * token
         return torch.zeros_like(student.unit).index_add(0, unit, loss)
 
     return part
@@ -153,23 +196,40 @@ def _dpca(credit: Callable[..., torch.Tensor]) -> Part:
 
 _multiplicative, _additive = _dpca(objectives.dpca_multiplicative), _dpca(objectives.dpca_additive)
 
-RECIPES: dict[str, Recipe] = {
-    "hybrid": Recipe(candidate_kl, _path),
-    "simct": Recipe(candidate_kl, candidate_kl),
-    "simct_released": Recipe(candidate_kl, candidate_kl),
-    "strict_1to1": Recipe(candidate_kl, None),
-    "forward_kl": Recipe(candidate_kl, None),
-    "jsd": Recipe(candidate_kl, None),
-    "kbucket": Recipe(candidate_kl, None),
-    "sampled": Recipe(_path, _path),
-    "lightning": Recipe(_path, _path),
-    "iw_opd": Recipe(_path, _path),
-    "vopd": Recipe(_vopd, _vopd),
-    "dpca": Recipe(_multiplicative, _multiplicative),
-    "dpca_additive": Recipe(_additive, _additive),
-    "cr_opd": Recipe(_cr_opd, _cr_opd),
+RECIPES: dict[type[config.Recipe], Parts] = {
+    config.Hybrid: Parts(candidate_kl, sampled_path),
+    config.Simct: Parts(candidate_kl, candidate_kl),
+    config.SimctReleased: Parts(candidate_kl, candidate_kl),
+    config.Strict1to1: Parts(candidate_kl, None),
+    config.ForwardKl: Parts(candidate_kl, None),
+    config.Jsd: Parts(candidate_kl, None),
+    config.Kbucket: Parts(candidate_kl, None),
+    config.Sampled: Parts(sampled_path, sampled_path),
+    config.Lightning: Parts(sampled_path, sampled_path),
+    config.IwOpd: Parts(sampled_path, sampled_path),
+    config.Vopd: Parts(_vopd, _vopd),
+    config.Dpca: Parts(_multiplicative, _multiplicative),
+    config.DpcaAdditive: Parts(_additive, _additive),
+    config.CrOpd: Parts(_cr_opd, _cr_opd),
 }
-"""By name in the config; `schemas.config.PRESETS` holds the values that a recipe brings along."""
+"""By the section that holds a recipe's keys."""
+
+
+@cache
+def _own(reference: str) -> Part:
+    function = own_code.load(reference, "objective.recipe")
+
+    def part(student: UnitLogps, batch: Batch, objective: config.Own, _: torch.Tensor) -> torch.Tensor:
+        loss = function(student, batch, objective.options)
+        found = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+        if found != tuple(student.unit.shape):
+            raise OpdError(
+                f"objective.recipe: {reference}: expected the loss of each of {len(student.unit)} units, a tensor of shape "
+                f"({len(student.unit)},), found {found}"
+            )
+        return loss
+
+    return part
 
 
 def _first_target(batch: Batch) -> torch.Tensor:

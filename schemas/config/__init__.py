@@ -3,36 +3,41 @@
 from schemas.config.evaluate import Evaluate
 from schemas.config.load import load_config, parse_config
 from schemas.config.model import VLLM_OPTIONS, Model
-from schemas.config.objective import PRESETS, READS, Objective
+from schemas.config.objective import Candidates, Hybrid, Objective, Own, Recipe, SampledPath, Strict1to1
 from schemas.config.prompts import Prompts, Splits
 from schemas.config.rollouts import Rollouts
 from schemas.config.root import Config, consistency
 from schemas.config.scores import Audit, Coverage, Scores
-from schemas.config.section import Section, section
+from schemas.config.section import Section, section, variants
 from schemas.config.train import TRAIN_OPERATION, Lora, Train
 from schemas.config.weights import Weights
 
 __all__ = [
-    "PRESETS",
-    "READS",
     "TRAIN_OPERATION",
     "VLLM_OPTIONS",
     "Audit",
+    "Candidates",
     "Config",
     "Coverage",
     "Evaluate",
+    "Hybrid",
     "Lora",
     "Model",
     "Objective",
+    "Own",
     "Prompts",
+    "Recipe",
     "Rollouts",
+    "SampledPath",
     "Scores",
     "Section",
     "Splits",
+    "Strict1to1",
     "Train",
     "Weights",
     "consistency",
     "load_config",
     "parse_config",
     "section",
+    "variants",
 ]

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from schemas.config.reuse import INHERITED, inherit, stored_config
 from schemas.config.root import Config
-from schemas.config.section import section
+from schemas.config.section import Section, section, variants
 from schemas.errors import OpdError
 
 
@@ -42,16 +42,47 @@ def load_config(path: str | Path) -> Config:
     return parse_config(values, str(path))
 
 
+RENAMED = {"objective.support": "tail"}
+"""Keys of earlier versions, and what they are called in the same section now."""
+
+
 def _explain(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"])
+    key, holder, recipe = _place(error["loc"])
     if error["type"] == "extra_forbidden":
-        known = Config
-        for part in error["loc"][:-1]:
-            known = section(known.model_fields[part].annotation)  # type: ignore[assignment]
-        return f"unknown key `{key}`; known keys here: {', '.join(known.model_fields)}"
+        name = RENAMED.get(key)
+        now = f", which is `{name}` now" if name in holder.model_fields else ""
+        here = f"here, with `recipe: {recipe}`" if recipe else "here"
+        return f"unknown key `{key}`{now}; known keys {here}: {', '.join(holder.model_fields)}"
     if error["type"] == "missing":
         return f"`{key}` is missing"
-    message = error["msg"].removeprefix("Value error, ")
+    message, found = error["msg"].removeprefix("Value error, "), error["input"]
+    if error["type"] == "union_tag_invalid":
+        key, message, found = (
+            f"{key}.recipe",
+            f"input should be {error['ctx']['expected_tags']}",
+            error["ctx"]["tag"],
+        )
     if not key:
         return message
-    return f"`{key}`: {message[:1].lower()}{message[1:]}, found {error['input']!r}"
+    return f"`{key}`: {message[:1].lower()}{message[1:]}, found {found!r}"
+
+
+def _place(loc: tuple[Any, ...]) -> tuple[str, type[Section], str | None]:
+    """A key as one writes it, the section that it belongs into, and the recipe if that is the section of one.
+
+    Pydantic lists a recipe's tag among the keys.
+    """
+    names: list[str] = []
+    holder: type[Section] = Config
+    inside: type[Section] | None = Config
+    choices: dict[str, type[Section]] = {}
+    recipe = None
+    for part in loc:
+        if part in choices:
+            inside, choices, recipe = choices[part], {}, part
+            continue
+        names.append(str(part))
+        if inside is not None:
+            holder, field = inside, inside.model_fields.get(part)
+            inside, choices = (section(field.annotation), variants(field.annotation)) if field else (None, {})
+    return ".".join(names), holder, recipe

@@ -4,11 +4,11 @@ from pydantic import Field, model_validator
 
 from schemas.config.evaluate import Evaluate
 from schemas.config.model import Model
-from schemas.config.objective import Objective
+from schemas.config.objective import Candidates, Hybrid, IwOpd, Objective, Recipe, SampledPath
 from schemas.config.prompts import Prompts
 from schemas.config.rollouts import Rollouts
 from schemas.config.scores import Audit, Coverage, Scores
-from schemas.config.section import Section
+from schemas.config.section import Section, variants
 from schemas.config.train import Train
 from schemas.config.weights import Weights
 
@@ -39,7 +39,7 @@ class Config(Section):
     scores: Scores = Scores()
     audit: Audit = Audit()
     coverage: Coverage = Field(Coverage(), description="gate before training")
-    objective: Objective = Objective()
+    objective: Objective = Hybrid()
     weights: Weights = Weights()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
@@ -82,7 +82,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _iw_opd_weighs(self) -> "Config":
-        if self.objective.recipe == "iw_opd" and self.weights.scheme == "uniform":
+        if isinstance(self.objective, IwOpd) and self.weights.scheme == "uniform":
             raise ValueError(
                 "`weights.scheme: uniform` makes `objective.recipe: iw_opd` the plain sampled path; weigh by iw_opd, or use "
                 "`recipe: sampled`"
@@ -90,8 +90,20 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _credit_is_read(self) -> "Config":
+        if self.weights.credit != "immediate" and not self.objective.reads_credit:
+            recipes = variants(type(self).model_fields["objective"].annotation)
+            readers = [name for name, kind in recipes.items() if issubclass(kind, Recipe) and kind.reads_credit]
+            raise ValueError(
+                f"`weights.credit: {self.weights.credit}` means nothing to `objective.recipe: {self.objective.recipe}`; it is "
+                f"read by {', '.join(readers)}; use one of these or `weights.credit: immediate`"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_ratio(self) -> "Config":
-        if self.objective.ratio_clip is not None and self.weights.truncate is not None:
+        ratio_clip = self.objective.ratio_clip if isinstance(self.objective, SampledPath) else None
+        if ratio_clip is not None and self.weights.truncate is not None:
             raise ValueError(
                 f"`objective.ratio_clip` and `weights.truncate: {self.weights.truncate:g}` would both multiply the loss by "
                 "pi_theta / pi_behavior; set one of them to null"
@@ -100,7 +112,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _raw_logits_need_log_z(self) -> "Config":
-        if self.objective.unit_score == "mean_logit" and not self.scores.log_z:
+        raw = isinstance(self.objective, Candidates) and self.objective.unit_score == "mean_logit"
+        if raw and not self.scores.log_z:
             raise ValueError(
                 f"`objective.recipe: {self.objective.recipe}` with `unit_score: mean_logit` scores units by raw logits, which "
                 "take the teacher's log Z beside its log-probs: set `scores.log_z: true`"

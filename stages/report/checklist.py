@@ -56,9 +56,9 @@ def _per_token(value: float | None, per_byte: float | None) -> str:
 
 ROWS: dict[str, dict[str, Cell]] = {
     "Objective": {
-        "KL direction, estimator": lambda d: f"{d.loss.direction}, {d.loss.estimator} ({d.loss.recipe})",
+        "KL direction, estimator": lambda d: f"{d.loss.direction or '-'}, {d.loss.estimator} ({d.loss.recipe})",
         "support": _support,
-        "mass outside the candidates": lambda d: d.loss.tail or "no candidates",
+        "mass outside the candidates": lambda d: d.loss.tail or ("no candidates" if d.loss.direction else "-"),
         "credit": lambda d: d.loss.credit,
         "weights": _weights,
         "normaliser": lambda d: d.loss.normaliser,

@@ -12,7 +12,7 @@ import polars as pl
 from pipeline.models import ModelRef
 from pipeline.prepared import PreparedModel
 from pipeline.store.shards import versions
-from schemas.config import READS, Config, Model, consistency
+from schemas.config import Config, Model, consistency
 from stages.run import layout
 from stages.run.context import teacher
 from train.stream import Triple
@@ -54,7 +54,7 @@ def model_card(config: Config, round_index: int, student: PreparedModel, shards:
         units=sum(shard.rows for shard in units),
         tokens=tokens.row(0, named=True),
         digests=[shard.manifest.sha256[:16] for shard in rollouts],
-        objective=config.objective.model_dump(include={"recipe", *READS[config.objective.recipe]}),
+        objective=config.objective.model_dump(mode="json"),
         coverage=json.loads(coverage.read_text()) if coverage.exists() else None,
         figures=figures(metrics),
         versions={"python": platform.python_version(), **versions()},

@@ -1,13 +1,13 @@
 """The `opd` command: every stage as a subcommand, and what one asks of the tool itself."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from schemas.config import Config, Section, section
+from schemas.config import Config, Section, section, variants
 from schemas.diagnostics import fields
 from schemas.tables import TABLES
 from stages import (
@@ -28,6 +28,7 @@ from stages.report import page as report
 from stages.run import console
 from stages.run.context import DEFAULT_CONFIG, read_config
 from stages.tools import align, audit, cache, plan, support
+from train import recipes
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 STAGES = {
@@ -82,7 +83,7 @@ def config_keys(
     """List every config key with its default and meaning (Markdown), or check a file."""
     if check:
         with console.errors_for_people():
-            read_config(check)
+            recipes.identity(read_config(check).objective)
         console.say(f"{check}: valid")
         return
     console.out.print(config_markdown(), markup=False, soft_wrap=True)
@@ -102,15 +103,36 @@ def config_markdown() -> str:
     def walk(kind: type[Section], prefix: str) -> None:
         for name, field in kind.model_fields.items():
             below = section(field.annotation)
-            if below is not field.annotation:
+            if below is not field.annotation and not variants(field.annotation):
                 default = "required" if field.is_required() else f"`{field.get_default(call_default_factory=True)!r}`"
                 meaning = (field.description or "").replace("|", "\\|")
                 lines.append(f"| `{prefix}{name}` | {default} | {meaning} |")
             if below:
                 walk(below, f"{prefix}{name}.")
+            lines.extend(_of_variants(variants(field.annotation), field.default, f"{prefix}{name}."))
 
     walk(Config, "")
     return "\n".join(lines)
+
+
+def _of_variants(kinds: dict[str, type[Section]], default: Any, prefix: str) -> list[str]:
+    """Rows of a section that is one of several: each of these, then each key once with the default of every one."""
+    rows = []
+    described: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for tag, kind in kinds.items():
+        (by, _), *own = kind.model_fields.items()
+        keys = ", ".join(f"`{name}`" for name, _ in own)
+        meaning = " ".join((kind.__doc__ or "").split()).replace("|", "\\|")
+        chosen = "default" if getattr(default, by) == tag else ""
+        rows.append(f"| `{prefix}{by}: {tag}` | {chosen} | {meaning} Keys: {keys} |")
+        for name, field in own:
+            meaning = (field.description or "").replace("|", "\\|")
+            value = f"`{field.get_default(call_default_factory=True)!r}`"
+            described.setdefault((name, meaning), {}).setdefault(value, []).append(tag)
+    for (name, meaning), values in described.items():
+        of_each = "; ".join(f"{', '.join(tags)}: {value}" for value, tags in values.items())
+        rows.append(f"| `{prefix}{name}` | {of_each if len(values) > 1 else next(iter(values))} | {meaning} |")
+    return rows
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from schemas.tables import arrow_schema, writer_options
 from stages import models, prompts, rollouts, scores, train, units, weights
 from stages.run import console, engines, layout
 from stages.run.context import DEFAULT_CONFIG, ConfigOption, ThreadsOption, open_prompts, policy, read_config, teacher
+from train.recipes import identity
 
 WIDTH = 512
 """Candidates looked at; what a rule would keep beyond them is not seen."""
@@ -52,6 +53,7 @@ def main(
     Rates are measured on this machine, unless they are given, for another one.
     """
     config = read_config(config_file)
+    identity(config.objective)  # a recipe of one's own is found from here, not from the folder below
     console.threads(threads)
     with tempfile.TemporaryDirectory(prefix="opd-plan-") as folder:
         small = _small(config, responses)
