@@ -12,19 +12,18 @@ import typer
 from filelock import FileLock
 
 from pipeline.infer.forward import check_head
-from pipeline.store.shards import Shard, open_shard, write_text
-from schemas.config import TRAIN_OPERATION, Config, Objective
-from schemas.errors import OpdError
+from pipeline.store.shards import write_text
+from schemas.config import TRAIN_OPERATION, Config
 from schemas.outcome import Outcome
 from stages.run import console, layout
 from stages.run.card import model_card
 from stages.run.context import DEFAULT_CONFIG, ConfigOption, ThreadsOption, policy, read_config
+from stages.run.rounds import open_shards, progress_of
 from train.adapters import attach
 from train.checkpoint import export, final_state, trained
 from train.distributed import processes, rank, ranks_here, shard, wait_for_all
 from train.layers import recompute
-from train.loop import Progress, train_round
-from train.stream import Triple
+from train.loop import train_round
 from train.trackers import trackers
 
 
@@ -130,23 +129,6 @@ def main(
         console.say(reason)
 
 
-def progress_of(config: Config, round_index: int) -> Progress:
-    """The budget of a round, its own steps and what the rounds before it left, and its place in the run."""
-    own = [planned_steps(config, r) for r in range(config.rollouts.rounds)]
-    before = [read_outcome(config, r) for r in range(round_index)]
-    return Progress(
-        before=sum(outcome.steps for outcome in before),
-        budget=own[round_index] + (before[-1].unspent if before else 0),
-        total=sum(own),
-    )
-
-
-def planned_steps(config: Config, round_index: int) -> int:
-    """The steps that a round's own rollouts, and those it replays, stand for."""
-    responses = sum(layout.response_count(config, phase) for phase in layout.trained_on(config, round_index))
-    return -(-responses // config.train.batch_size) * config.train.epochs
-
-
 def ended(config: Config, round_index: int, outcome: Outcome) -> str | None:
     """Why a round ended early, for people; None when it did not."""
     if outcome.ended == "budget":
@@ -162,16 +144,6 @@ def ended(config: Config, round_index: int, outcome: Outcome) -> str | None:
             else f"round-{round_index + 1} samples afresh and has {left} steps more"
         )
     )
-
-
-def read_outcome(config: Config, round_index: int) -> Outcome:
-    """What a round ended with. Raises OpdError when that is missing or damaged."""
-    path = layout.outcome_path(config, round_index)
-    try:
-        return Outcome.model_validate_json(path.read_text())
-    except (FileNotFoundError, ValueError) as error:
-        what = "missing" if isinstance(error, FileNotFoundError) else "damaged"
-        raise OpdError(f"{path}: {what}; run `python -m stages.train --round {round_index}` again") from error
 
 
 @contextmanager
@@ -196,32 +168,6 @@ def detail(figures: dict[str, float]) -> str:
             f"data wait {100 * figures['data_wait']:.0f} %",
         ]
     )
-
-
-def check_log_z(objective: Objective, units: Shard) -> None:
-    """Raise OpdError when the objective reads raw logits, and the scores, another run's perhaps, have no log Z."""
-    if objective.unit_score == "mean_logit" and not units.manifest.identity["log_z"]:
-        raise OpdError(
-            f"{units.path}: `objective.unit_score: mean_logit` reads the column t_log_z, which is null here: the scores were "
-            "made without `scores.log_z: true`; score these rollouts with it, or choose another `objective.recipe`"
-        )
-
-
-def open_shards(config: Config, phase: str) -> list[Triple]:
-    """The rollouts, units and weights of a phase, each checked against the one it was made from."""
-    triples = []
-    for number in range(layout.shard_count(config, phase)):
-        rollouts = open_shard(layout.shard_path(config, phase, "rollouts", number), "rollouts")
-        made_from = {"rollouts": rollouts.manifest.sha256}
-        units = open_shard(layout.shard_path(config, phase, "units", number), "units", inputs=made_from)
-        check_log_z(config.objective, units)
-        weights = open_shard(
-            layout.shard_path(config, phase, "weights", number),
-            "weights",
-            inputs={**made_from, "units": units.manifest.sha256},
-        )
-        triples.append((rollouts, units, weights))
-    return triples
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ from test_objectives import INF, NAN, Unit, plain_kl, random_distribution, rando
 from pipeline.store.shards import open_shard, open_writer
 from schemas.config import PRESETS, READS, Config, Objective, parse_config
 from schemas.errors import OpdError
-from stages.train import check_log_z
 from train import objectives
 from train.batch import Batch
 from train.policy import UnitLogps, unit_logps
 from train.recipes import RECIPES, losses
+from train.shards import check_log_z
 from train.stream import batches
 
 CASES: list[tuple[str, dict[str, Any]]] = [

@@ -2,12 +2,12 @@
 
 from typing import Annotated
 
-import numpy as np
 import torch
 import typer
 from rich.table import Table
 
-from pipeline.infer.audit import choose, deltas, figures
+from pipeline.infer.audit import figures
+from pipeline.infer.shard_scores import ShardScores
 from pipeline.store.shards import open_shard
 from schemas.errors import OpdError
 from stages.run import console, layout
@@ -20,7 +20,6 @@ from stages.run.context import (
     read_config,
     teacher,
 )
-from stages.scores import Job
 
 
 def main(
@@ -42,8 +41,8 @@ def main(
     ]
     if not places:
         raise OpdError(f"{layout.run_folder(config)}: no scores of this run's own to audit")
-    speaker, student, prompts = teacher(config), policy(config, 0), open_prompts(config)
-    model = speaker.load().to(getattr(torch, config.audit.dtype))
+    judge, student, prompts = teacher(config), policy(config, 0), open_prompts(config)
+    model = judge.take_model().to(getattr(torch, config.audit.dtype))
     table = Table(
         title=f"{config.run}: stored against recomputed log-probs ({config.audit.dtype})", title_justify="left"
     )
@@ -53,17 +52,10 @@ def main(
     with console.progress("audit", len(places), "shards") as advance:
         for phase, index in places:
             rollouts = open_shard(layout.shard_path(config, phase, "rollouts", index), "rollouts")
-            job = Job(config, rollouts, prompts, speaker, student)
-            scores = open_shard(layout.shard_path(config, phase, "scores", index), "scores", job.identity, job.inputs)
-            every = scores.read()
-            ends = np.flatnonzero(every["token_id"].to_numpy() < 0)
-            flat_prompts = [ids for group in job.teacher_prompts for ids in group]
-            found = []
-            for at in choose(rollouts.rows, responses, f"{seed:016x}"):
-                start = 0 if at == 0 else int(ends[at - 1]) + 1
-                rows = every.slice(start, int(ends[at]) + 1 - start)
-                found.append(deltas(model, flat_prompts[at], rows["token_id"].to_numpy()[:-1], speaker.stop, rows))
-            result = figures(found, config.audit.dtype)
+            about = ShardScores(config, rollouts, prompts, judge, student)
+            path = layout.shard_path(config, phase, "scores", index)
+            scores = open_shard(path, "scores", about.identity, about.inputs)
+            result = figures(about.stored_deltas(model, scores, responses, f"{seed:016x}"), config.audit.dtype)
             mean, largest = result["audit_mean_delta"], result["audit_max_delta"]
             worst_mean, worst = max(worst_mean, mean), max(worst, largest)
             then = scores.manifest.figures.get("audit_max_delta")

@@ -17,12 +17,14 @@ import typer
 import yaml
 from rich.table import Table
 
+from pipeline.infer.engines import open_sampler, open_teacher
+from pipeline.infer.shard_scores import ShardScores
 from pipeline.store.shards import open_shard
 from schemas.config import Config
 from schemas.errors import OpdError
 from schemas.tables import arrow_schema, writer_options
 from stages import models, prompts, rollouts, scores, train, units, weights
-from stages.run import console, engines, layout
+from stages.run import console, layout
 from stages.run.context import DEFAULT_CONFIG, ConfigOption, ThreadsOption, open_prompts, policy, read_config, teacher
 
 WIDTH = 512
@@ -96,10 +98,11 @@ def _measure(config: Config, where: Path) -> dict[str, Any]:
     prompts.main(where)
     for role in ("student", "teacher"):
         models.main(role, where)
-    student, speaker = policy(config, 0), teacher(config)
+    student, judge = policy(config, 0), teacher(config)
+    # Opened for others than the two above, which would keep the models in memory.
     load = {
-        "rollouts": _opening(engines.sampler(student, config, OPENED_FOR)),
-        "scores": _opening(engines.scorer(speaker, config, OPENED_FOR)),
+        "rollouts": _opening(open_sampler(policy(config, 0), OPENED_FOR, config.rollouts.batch_size)),
+        "scores": _opening(open_teacher(teacher(config), OPENED_FOR, config.scores.batch_tokens)),
     }
     spent = {
         "rollouts": _seconds(lambda: rollouts.main(phase, 0, where, None)) - load["rollouts"],
@@ -110,14 +113,14 @@ def _measure(config: Config, where: Path) -> dict[str, Any]:
     train.main(0, where, None)
     sampled = open_shard(layout.shard_path(config, phase, "rollouts", 0), "rollouts").read()
     table = open_shard(layout.shard_path(config, phase, "scores", 0), "scores").read()
-    job = scores.Job(
+    wanted = ShardScores(
         config,
         open_shard(layout.shard_path(config, phase, "rollouts", 0), "rollouts"),
         open_prompts(config),
-        speaker,
+        judge,
         student,
     )
-    teacher_prompts = sum(len(ids) for group in job.teacher_prompts for ids in group)
+    teacher_prompts = sum(len(ids) for group in wanted.teacher_prompts for ids in group)
     rows = len(sampled)
     lengths = {
         "student_prompt": _mean_length(sampled["prompt_ids"]),
@@ -136,8 +139,8 @@ def _measure(config: Config, where: Path) -> dict[str, Any]:
             "scores": rows * (lengths["teacher_prompt"] + lengths["teacher_response"]) / max(spent["scores"], 1e-3),
             "train": float(rate),
         },
-        "rules": what_rules_keep(table, len(speaker.vocabulary)),
-        "teacher_bytes": _weights_bytes(speaker.ref.path),
+        "rules": what_rules_keep(table, len(judge.vocabulary)),
+        "teacher_bytes": _weights_bytes(judge.ref.path),
         "student_bytes": _weights_bytes(student.ref.path),
     }
 
