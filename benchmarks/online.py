@@ -30,17 +30,18 @@ import yaml
 from pipeline.align.student_view import student_view
 from pipeline.align.vocabularies import pair_ids
 from pipeline.infer.forward import head
+from pipeline.infer.rollout_table import Wanted, rollout_table
 from pipeline.infer.sample import sample, seed_of
 from pipeline.infer.score import hidden_rows, score
+from pipeline.infer.score_table import score_table
+from pipeline.infer.shard_scores import ShardScores
 from pipeline.prepared import PreparedModel
 from pipeline.store.shards import Shard, open_shard, open_writer
 from pipeline.weights.credit import weigh
 from schemas.config import Config, load_config
 from schemas.tables import arrow_schema
 from stages import models, prompts
-from stages.rollouts import _row
 from stages.run.context import open_prompts, policy, teacher
-from stages.scores import Job, _table
 from train.loop import Progress, train_round, train_step
 from train.optimiser import MasterAdamW, learning_rate
 from train.stream import Triple, batches
@@ -92,8 +93,8 @@ def online(config: Config, steps: int) -> dict[str, Any]:
         jobs = table.split("train")[step * size : (step + 1) * size]
         rollouts = timed(seconds, "generate", partial(generate, config, model, student, renderer, jobs))
         shard = timed(seconds, "align and weigh", partial(written, "rollouts", step, rollouts))
-        job = Job(config, shard, table, scorer, student)
-        scores = timed(seconds, "score", partial(judged, job, judge, rollouts))
+        about = ShardScores(config, shard, table, scorer, student)
+        scores = timed(seconds, "score", partial(judged, about, judge, rollouts))
 
         def view(
             shard: Shard = shard, rollouts: pa.Table = rollouts, scores: pa.Table = scores, step: int = step
@@ -123,25 +124,21 @@ def generate(config: Config, model: Any, student: PreparedModel, renderer: Any, 
     """Rollouts of the model that is trained, as the rollouts stage writes them."""
     options = config.rollouts
     ids = renderer.ids(jobs, student.context - options.max_new_tokens)
-    names = [f"r0-{row['prompt_id']}-0" for row in jobs]
-    seeds = [seed_of(config.seed, name) for name in names]
+    wanted = [Wanted(f"r0-{row['prompt_id']}-0", row, 0) for row in jobs]
+    seeds = [seed_of(config.seed, one.rollout_id) for one in wanted]
     responses = sample(model, ids, seeds, student.stop, options.max_new_tokens)
-    rows = [
-        _row(name, 0, (row, 0), prompt, response, student, False)
-        for name, row, prompt, response in zip(names, jobs, ids, responses, strict=True)
-    ]
-    return pa.Table.from_pylist(rows, schema=arrow_schema("rollouts"))
+    return rollout_table(wanted, 0, ids, responses, student, False)
 
 
-def judged(job: Job, judge: Any, rollouts: pa.Table) -> pa.Table:
+def judged(about: ShardScores, judge: Any, rollouts: pa.Table) -> pa.Table:
     """The teacher's scores, as the scores stage writes them."""
-    options = job.config.scores
-    spelling = job.read(rollouts)
+    options = about.config.scores
+    spelling = about.spelling(rollouts)
     responses = [spelling.ids[a:b] for a, b in pairwise(spelling.offsets)]
-    hidden = hidden_rows(judge, job.teacher_prompts[0], responses, options.batch_tokens)
+    hidden = hidden_rows(judge, about.teacher_prompts[0], responses, options.batch_tokens)
     logits = partial(head, judge)
-    scored = score(hidden, logits, responses, job.teacher.stop, options.mass, options.k_max, options.min_p)
-    return _table(rollouts["rollout_id"], spelling, scored, options.log_z)
+    scored = score(hidden, logits, responses, about.teacher.stop, about.candidates)
+    return score_table(rollouts["rollout_id"], spelling, scored, options.log_z)
 
 
 def offline(config: Config, steps: int) -> dict[str, Any]:

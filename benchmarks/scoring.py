@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from pipeline.infer.forward import head, pad
-from pipeline.infer.score import Scores, hidden_rows, score
+from pipeline.infer.score import Candidates, Scores, hidden_rows, score
 from pipeline.models import load_model, load_tokenizer, native_dtype, prepare
 from schemas.config import Scores as Settings
 
@@ -56,7 +56,7 @@ def ours(model: Any, rows: list[np.ndarray], stop: np.ndarray) -> Scores:
     """The scoring stage's own path."""
     prompts, responses = [row[:1] for row in rows], [row[1:] for row in rows]
     hidden = hidden_rows(model, prompts, responses, BATCH_TOKENS)
-    return score(hidden, partial(head, model), responses, stop, mass=1.0, k_max=K)
+    return score(hidden, partial(head, model), responses, stop, Candidates(mass=1.0, k_max=K))
 
 
 @torch.inference_mode()

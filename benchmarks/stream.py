@@ -23,12 +23,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from pipeline.infer.rollout_table import ROW_GROUP
 from pipeline.models import load_model, prepare
 from pipeline.store.rounding import CANDIDATE_BITS, rounded
 from pipeline.store.shards import open_shard, open_writer
 from schemas.config import Train, parse_config
 from schemas.tables import STOP_ID, arrow_schema
-from stages.rollouts import ROW_GROUP
 from train.loop import train_step
 from train.optimiser import MasterAdamW
 from train.stream import Step, Triple, batches, count_steps

@@ -12,20 +12,20 @@ import typer
 from filelock import FileLock
 
 from pipeline.infer.forward import check_head
-from pipeline.store.shards import Shard, open_shard, write_text
-from schemas.config import TRAIN_OPERATION, Candidates, Config, Objective
-from schemas.errors import OpdError
+from pipeline.store.shards import write_text
+from schemas.config import Config
 from schemas.outcome import Outcome
-from stages.run import console, layout
+from stages.run import console
 from stages.run.card import model_card
-from stages.run.context import DEFAULT_CONFIG, ConfigOption, ThreadsOption, policy, read_config
+from stages.run.context import DEFAULT_CONFIG, ConfigOption, ThreadsOption, policy
+from stages.run.rounds import open_shards, progress_of
+from stages.run.run import open_run
 from train import recipes
 from train.adapters import attach
 from train.checkpoint import export, final_state, trained
 from train.distributed import processes, rank, ranks_here, shard, wait_for_all
 from train.layers import recompute
-from train.loop import Progress, train_round
-from train.stream import Triple
+from train.loop import train_round
 from train.trackers import trackers
 
 
@@ -52,9 +52,10 @@ def main(
     Processes that torchrun starts share every step's responses. How many there are, and --parallel, change only the last
     bits of what is trained, and may change whenever a round is resumed.
     """
-    config = read_config(config_file)
+    run = open_run(config_file, "train")
+    config, part = run.settings, run.phase(f"round-{round_index}")
     torch.manual_seed(config.seed)
-    folder = layout.checkpoint_folder(config, round_index)
+    folder = run.checkpoint(round_index)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with processes(), ExitStack() as held:
         console.threads(threads and max(1, threads // ranks_here()))
@@ -62,21 +63,19 @@ def main(
         # A killed run may have left its trainer behind.
         held.enter_context(FileLock(folder.parent / ".train.lock") if first else console.silence())
         wait_for_all()  # nobody reads the states before the lock is ours
-        shards = [triple for phase in layout.trained_on(config, round_index) for triple in open_shards(config, phase)]
-        student = policy(config, round_index)
-        progress = progress_of(config, round_index)
+        shards = [triple for phase in run.trained_on(round_index) for triple in open_shards(phase)]
+        student = policy(run, round_index)
+        progress = progress_of(run, round_index)
         identity = {
             "student": student.ref.identity(),
             "dtype": student.dtype,
             "weights": [weights.manifest.sha256 for _, _, weights in shards],
-            "objective": recipes.identity(config.objective),
-            "train": config.train.model_dump(mode="json", exclude=TRAIN_OPERATION),
-            "rounds": config.rollouts.rounds,
             "budget": progress.budget,
-            "seed": config.seed,
+            **{key: value for key, value in run.decided.items() if key != "student"},
+            "objective": recipes.identity(config.objective),  # one's own by its source too
         }
         # Adapters belong to the weights that the run began with: those of a checkpoint, where they are merged, are rounded.
-        base = policy(config, 0) if config.train.lora else student
+        base = policy(run, 0) if config.train.lora else student
         model = base.load(device="cpu" if parallel is Parallel.fsdp else None)
         check_head(model, base.ref.source)
         if config.train.lora:
@@ -85,11 +84,11 @@ def main(
             recompute(model)
         if parallel is Parallel.fsdp:
             shard(model)
-        about = config.model_dump(mode="json")
+        about = run.config.model_dump(mode="json")
         last: dict[str, float] = {}
         with (
             stop_on_sigterm() as stop_asked,
-            trackers(config.train.trackers if first else (), layout.run_folder(config), config.run, about) as track,
+            trackers(config.train.trackers if first else (), run.root, run.config.run, about) as track,
             console.progress(f"round-{round_index} train", progress.budget, "steps") as advance,
         ):
 
@@ -106,8 +105,8 @@ def main(
                 config,
                 round_index,
                 progress,
-                layout.states_folder(config, round_index - 1) if round_index else None,
-                folder.parent / "train",
+                run.phase(f"round-{round_index - 1}").states if round_index else None,
+                part.states,
                 identity,
                 report,
                 workers,
@@ -116,36 +115,18 @@ def main(
             )
         if not first:
             return
-        write_text(layout.outcome_path(config, round_index), outcome.model_dump_json(indent=1) + "\n")
+        write_text(part.outcome, outcome.model_dump_json(indent=1) + "\n")
         del model
-        states = layout.states_folder(config, round_index)
-        model = trained(base.load(device="cpu"), final_state(states)[0], config.train)
-        card = model_card(config, round_index, student, shards, states / "metrics.jsonl")
-        ref = export(model, student.tokenizer, folder, card, f"{config.run} round {round_index}")
-        write_text(layout.policy_file(config, round_index + 1), ref.model_dump_json(indent=1) + "\n")
+        model = trained(base.load(device="cpu"), final_state(part.states)[0], config.train)
+        card = model_card(run, round_index, student, shards, part.states / "metrics.jsonl")
+        ref = export(model, student.tokenizer, folder, card, f"{run.config.run} round {round_index}")
+        write_text(run.policy_file(round_index + 1), ref.model_dump_json(indent=1) + "\n")
     if last:
         console.say(
             f"round-{round_index} train: loss {last['loss']:.3f}, sampled KL {last['sampled_kl']:.3f}, in {folder}"
         )
     if reason := ended(config, round_index, outcome):
         console.say(reason)
-
-
-def progress_of(config: Config, round_index: int) -> Progress:
-    """The budget of a round, its own steps and what the rounds before it left, and its place in the run."""
-    own = [planned_steps(config, r) for r in range(config.rollouts.rounds)]
-    before = [read_outcome(config, r) for r in range(round_index)]
-    return Progress(
-        before=sum(outcome.steps for outcome in before),
-        budget=own[round_index] + (before[-1].unspent if before else 0),
-        total=sum(own),
-    )
-
-
-def planned_steps(config: Config, round_index: int) -> int:
-    """The steps that a round's own rollouts, and those it replays, stand for."""
-    responses = sum(layout.response_count(config, phase) for phase in layout.trained_on(config, round_index))
-    return -(-responses // config.train.batch_size) * config.train.epochs
 
 
 def ended(config: Config, round_index: int, outcome: Outcome) -> str | None:
@@ -163,16 +144,6 @@ def ended(config: Config, round_index: int, outcome: Outcome) -> str | None:
             else f"round-{round_index + 1} samples afresh and has {left} steps more"
         )
     )
-
-
-def read_outcome(config: Config, round_index: int) -> Outcome:
-    """What a round ended with. Raises OpdError when that is missing or damaged."""
-    path = layout.outcome_path(config, round_index)
-    try:
-        return Outcome.model_validate_json(path.read_text())
-    except (FileNotFoundError, ValueError) as error:
-        what = "missing" if isinstance(error, FileNotFoundError) else "damaged"
-        raise OpdError(f"{path}: {what}; run `python -m stages.train --round {round_index}` again") from error
 
 
 @contextmanager
@@ -197,33 +168,6 @@ def detail(figures: dict[str, float]) -> str:
             f"data wait {100 * figures['data_wait']:.0f} %",
         ]
     )
-
-
-def check_log_z(objective: Objective, units: Shard) -> None:
-    """Raise OpdError when the objective reads raw logits, and the scores, another run's perhaps, have no log Z."""
-    raw = isinstance(objective, Candidates) and objective.unit_score == "mean_logit"
-    if raw and not units.manifest.identity["log_z"]:
-        raise OpdError(
-            f"{units.path}: `objective.unit_score: mean_logit` reads the column t_log_z, which is null here: the scores were "
-            "made without `scores.log_z: true`; score these rollouts with it, or choose another `objective.recipe`"
-        )
-
-
-def open_shards(config: Config, phase: str) -> list[Triple]:
-    """The rollouts, units and weights of a phase, each checked against the one it was made from."""
-    triples = []
-    for number in range(layout.shard_count(config, phase)):
-        rollouts = open_shard(layout.shard_path(config, phase, "rollouts", number), "rollouts")
-        made_from = {"rollouts": rollouts.manifest.sha256}
-        units = open_shard(layout.shard_path(config, phase, "units", number), "units", inputs=made_from)
-        check_log_z(config.objective, units)
-        weights = open_shard(
-            layout.shard_path(config, phase, "weights", number),
-            "weights",
-            inputs={**made_from, "units": units.manifest.sha256},
-        )
-        triples.append((rollouts, units, weights))
-    return triples
 
 
 if __name__ == "__main__":

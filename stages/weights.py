@@ -30,10 +30,10 @@ def main(phase: PhaseOption, config_file: ConfigOption = DEFAULT_CONFIG) -> None
 
 def part(place: Place) -> Part:
     """The tables of a shard."""
-    names = ["rollouts", "units", "weights"]
-    if place.phase.is_foreign:  # rollouts of another policy need the log-probs of the one that is trained
-        names.append("policy")
-    return Part(**{"policy": None, **{name: place.path(name).absolute() for name in names}})
+    path = {name: place.path(name).absolute() for name in ("rollouts", "units", "policy", "weights")}
+    # Rollouts of another policy need the log-probs of the one that is trained.
+    policy = path["policy"] if place.phase.is_foreign else None
+    return Part(path["rollouts"], path["units"], policy, path["weights"])
 
 
 if __name__ == "__main__":

@@ -11,31 +11,33 @@ import tiny
 import torch
 
 from pipeline.align.vocabularies import pair_ids
+from pipeline.infer.shard_scores import ShardScores
 from schemas.config import Objective, load_config
 from schemas.tables import STOP_ID
 from stages.run.context import open_prompts, policy, teacher
-from stages.scores import Job
-from stages.train import open_shards
+from stages.run.rounds import open_shards
 from train.batch import Batch
 from train.policy import unit_logps
 from train.recipes import losses
 from train.stream import batches
 
 
-def live_columns(job: Job, units: pl.DataFrame, k: int, min_p: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def live_columns(
+    wanted: ShardScores, units: pl.DataFrame, k: int, min_p: float
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """(units of a response, k) student ids and log-probs of the teacher's k likeliest there, and its sum over each unit.
 
     From whole float32 softmaxes and a dictionary of bytes: nothing of scoring, rounding or mapping.
     """
-    model = job.teacher.load().float()
-    stop = job.teacher.stop.tolist()
-    pairs = pair_ids(job.teacher.vocabulary, job.student.vocabulary)
+    model = wanted.teacher.load().float()
+    stop = wanted.teacher.stop.tolist()
+    pairs = pair_ids(wanted.teacher.vocabulary, wanted.student.vocabulary)
     candidates, sums = [], []
-    prompts = [ids for group in job.teacher_prompts for ids in group]
-    rollouts = job.rollouts.read()
+    prompts = [ids for group in wanted.teacher_prompts for ids in group]
+    rollouts = wanted.rollouts.read()
     names, texts = (rollouts[column].to_pylist() for column in ("rollout_id", "response"))
     for prompt, name, text in zip(prompts, names, texts, strict=True):
-        own = job.teacher.tokenizer(text, add_special_tokens=False)["input_ids"]
+        own = wanted.teacher.tokenizer(text, add_special_tokens=False)["input_ids"]
         with torch.inference_mode():
             logits = model(torch.tensor([[*prompt, *own]])).logits[0, len(prompt) - 1 :].double()
         logp = logits.log_softmax(-1)
@@ -78,9 +80,9 @@ def compare() -> None:
     (step,) = batches(shards[:1], 100, 10**6, 0, range(1))
     (batch,) = step.parts
     student = policy(config, 0)
-    job = Job(config, shards[0][0], open_prompts(config), teacher(config), student)
+    wanted = ShardScores(config, shards[0][0], open_prompts(config), teacher(config), student)
     units = pl.DataFrame(pl.from_arrow(shards[0][1].read()))
-    candidates, sums = live_columns(job, units, config.scores.k_max, config.scores.min_p)
+    candidates, sums = live_columns(wanted, units, config.scores.k_max, config.scores.min_p)
     names = shards[0][0].read()["rollout_id"].to_pylist()
 
     # The same units in the batch's order; each candidate of the shard with its live log-prob.

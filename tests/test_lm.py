@@ -28,7 +28,7 @@ from transformers import (
 from pipeline.infer import score as score_module
 from pipeline.infer.forward import batches, check_head, common_start, halving, head, pad, top_k
 from pipeline.infer.sample import Response, _draw, sample, seed_of
-from pipeline.infer.score import Scores, hidden_rows, score
+from pipeline.infer.score import Candidates, Scores, hidden_rows, score
 from pipeline.models import ModelRef, load_model
 from schemas.errors import OpdError
 
@@ -178,12 +178,12 @@ def scored(
     mass: float,
     k_max: int,
     batch_tokens: int,
-    asked: list[np.ndarray] | None = None,
+    requested: list[np.ndarray] | None = None,
     advance: Any = lambda _: None,
 ) -> Scores:
     """`score` on a `transformers` model."""
     rows = hidden_rows(model, prompts, responses, batch_tokens)
-    return score(rows, partial(head, model), responses, stop, mass, k_max, 0.0, asked, advance)
+    return score(rows, partial(head, model), responses, stop, Candidates(mass, k_max, 0.0, requested), advance)
 
 
 def naive_scores(
@@ -192,7 +192,7 @@ def naive_scores(
     responses: Sequence[np.ndarray],
     mass: float,
     k_max: int,
-    asked: Sequence[np.ndarray] | None = None,
+    requested: Sequence[np.ndarray] | None = None,
 ) -> list[dict[str, Any]]:
     """Every row of `score`, from whole forwards and sums over the whole vocabulary in float64."""
     rows = []
@@ -208,7 +208,7 @@ def naive_scores(
                     break
                 kept.append(i)
                 held += p[i]
-            extra = [] if asked is None else asked[index][at].tolist()
+            extra = [] if requested is None else requested[index][at].tolist()
             kept += [i for i in extra if i not in {-1, *STOP.tolist(), *kept}]
             rest = np.setdiff1d(np.arange(VOCAB), [*STOP, *kept])
             rows.append(
@@ -309,17 +309,19 @@ def test_identical_prompts_and_one_prompt() -> None:
 
 
 @pytest.mark.parametrize("k_max", [0, 8])
-def test_what_is_asked_for_is_kept_beside_the_likeliest(k_max: int) -> None:
+def test_what_is_requested_is_kept_beside_the_likeliest(k_max: int) -> None:
     """`scores.support: student` (no candidates of the teacher's own) and `union`."""
     model, rng = model_of("gemma2 cap 3"), np.random.default_rng(6)
     prompts, responses = rows_with(rng, 3)
-    asked = [np.stack([rng.choice(VOCAB, 5, replace=False) for _ in range(len(r) + 1)]) for r in responses]
-    for row in asked:
+    requested = [np.stack([rng.choice(VOCAB, 5, replace=False) for _ in range(len(r) + 1)]) for r in responses]
+    for row in requested:
         row[rng.random(row.shape) < 0.3] = -1
-    asked[2][1] = np.argsort(-next_logps(model, np.concatenate([prompts[2], responses[2][:1]]))[-1])[[0, 1, 20, 40, 60]]
-    asked[0][0] = [STOP[0], STOP[1], 1, 0, -1]
-    result = scored(model, prompts, responses, STOP, 0.9, k_max, 64, asked)
-    assert_scores(result, naive_scores(model, prompts, responses, 0.9, k_max, asked))
+    requested[2][1] = np.argsort(-next_logps(model, np.concatenate([prompts[2], responses[2][:1]]))[-1])[
+        [0, 1, 20, 40, 60]
+    ]
+    requested[0][0] = [STOP[0], STOP[1], 1, 0, -1]
+    result = scored(model, prompts, responses, STOP, 0.9, k_max, 64, requested)
+    assert_scores(result, naive_scores(model, prompts, responses, 0.9, k_max, requested))
 
 
 def test_unlikely_candidates_are_not_kept() -> None:
@@ -327,7 +329,7 @@ def test_unlikely_candidates_are_not_kept() -> None:
     prompts, responses = rows_with(rng, 3)
     rows = hidden_rows(model, prompts, responses, 64)
     every, floor = scored(model, prompts, responses, STOP, 0.99, 50, 64), 0.01
-    found = score(rows, partial(head, model), responses, STOP, 0.99, 50, floor)
+    found = score(rows, partial(head, model), responses, STOP, Candidates(0.99, 50, floor))
     keep = np.exp(every.cand_logp.astype(np.float64)) >= floor
     assert 0.1 < keep.mean() < 0.9
     np.testing.assert_array_equal(found.cand_id, every.cand_id[keep])
@@ -349,7 +351,7 @@ def test_out_of_memory_halves_what_is_left_and_goes_on() -> None:
     hook = model.base_model.register_forward_pre_hook(full, with_kwargs=True)
     try:
         rows = hidden_rows(model, prompts, responses, 10_000, said.append)
-        result = score(rows, partial(head, model), responses, STOP, 0.9, 8)
+        result = score(rows, partial(head, model), responses, STOP, Candidates(0.9, 8))
     finally:
         hook.remove()
     assert_scores(result, naive_scores(model, prompts, responses, 0.9, 8))

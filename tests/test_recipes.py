@@ -21,11 +21,11 @@ from pipeline.store.shards import open_shard, open_writer
 from schemas.config import Config, Objective, Recipe, parse_config, variants
 from schemas.errors import OpdError
 from schemas.tables import STOP_ID
-from stages.train import check_log_z
 from train import objectives
 from train.batch import Batch
 from train.policy import UnitLogps, unit_logps
 from train.recipes import RECIPES, identity, losses
+from train.shards import check_log_z
 from train.stream import batches
 
 NAMES = [kind.model_fields["recipe"].default for kind in RECIPES]

@@ -20,7 +20,8 @@ from schemas.errors import OpdError, Stopped
 from schemas.outcome import Outcome
 from schemas.tables import STOP_ID, arrow_schema
 from stages.run import layout
-from stages.train import ended, progress_of
+from stages.run.rounds import progress_of
+from stages.train import ended
 from train.loop import Progress, train_round
 from train.staleness import is_stale, ratio_figures, ratio_sums
 from train.stream import Triple

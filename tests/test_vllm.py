@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,13 @@ import torch
 import yaml
 from conftest import RealModel
 
+from pipeline.align.tokens import vocabulary_table
+from pipeline.infer.engines import open_sampler, open_teacher
 from pipeline.infer.sample import Response, _draw, seed_of
-from pipeline.infer.score import Scores, score
+from pipeline.infer.score import Candidates, Scores
 from pipeline.prepared import PreparedModel
-from schemas.config import Model, parse_config
+from schemas.config import Model
 from schemas.errors import OpdError
-from stages.run.engines import sampler, scorer
 
 ROOT = Path(__file__).parents[1]
 needs_vllm = (pytest.mark.vllm, pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed"))
@@ -32,16 +34,14 @@ ENGINES = ["transformers", pytest.param("vllm", marks=needs_vllm)]
 pytestmark = pytest.mark.slow
 
 MASS, K_MAX = 0.99, 20
+BATCH_TOKENS, BATCH_SIZE = 4096, 128
 
 
-def config(**sections: Any) -> Any:
-    minimal = {"prompts": {"source": "p.jsonl"}, "student": {"model": "a"}, "teacher": {"model": "b"}}
-    return parse_config({**minimal, **sections}, "test")
-
-
-def speaker(real: RealModel, engine: str, dtype: str, **options: Any) -> PreparedModel:
+def prepared(real: RealModel, engine: str, dtype: str, **options: Any) -> PreparedModel:
+    """The model with newlines as stops."""
     settings = Model(model=real.ref.source, engine=engine, dtype=dtype, engine_options=options)  # type: ignore[arg-type]
-    return PreparedModel(real.ref, settings, None)  # type: ignore[arg-type]
+    table = vocabulary_table(real.vocabulary, real.stop("\n"))
+    return PreparedModel(real.ref, settings, SimpleNamespace(read=lambda: table))  # type: ignore[arg-type]
 
 
 def figures(name: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -92,10 +92,8 @@ def scores_of(smollm2: RealModel, gemma3: RealModel) -> Score:
         if (name, engine, dtype) not in known:
             prompts, responses = passages(real[name], TOKENS[name])
             longest = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
-            with scorer(speaker(real[name], engine, dtype), config(), longest) as (hidden_rows, logits, _):
-                known[name, engine, dtype] = score(
-                    hidden_rows(prompts, responses), logits, responses, real[name].stop("\n"), MASS, K_MAX
-                )
+            with open_teacher(prepared(real[name], engine, dtype), longest, BATCH_TOKENS) as teacher:
+                known[name, engine, dtype] = teacher.score(prompts, responses, Candidates(MASS, K_MAX))
         return known[name, engine, dtype]
 
     return get
@@ -182,11 +180,11 @@ def sampled_by(smollm2: RealModel) -> Callable[[str], Sampled]:
             prompts = [np.array(smollm2.tokenizer(text)["input_ids"], np.int32) for text in texts]
             stop = smollm2.stop("\n")
             seeds = [seed_of("test", text) for text in texts]
-            with sampler(speaker(smollm2, engine, "float32"), config(), 64) as sample:
+            with open_sampler(prepared(smollm2, engine, "float32"), 64, BATCH_SIZE) as sampler:
                 known[engine] = (
                     prompts,
                     stop,
-                    {rule: sample(prompts, seeds, stop, STEPS, *rule, top_k=TOP_K) for rule in RULES},
+                    {rule: sampler.sample(prompts, seeds, STEPS, *rule, top_k=TOP_K) for rule in RULES},
                 )
         return known[engine]
 
@@ -239,27 +237,27 @@ def test_same_seeds_same_responses(engine: str, sampled_by: Callable[[str], Samp
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vllm is installed")
-@pytest.mark.parametrize("open_one", [scorer, sampler])
+@pytest.mark.parametrize("open_one", [open_teacher, open_sampler])
 def test_without_vllm_the_message_says_what_to_install(open_one: Any, smollm2: RealModel) -> None:
     with (
         pytest.raises(OpdError, match=r"offline-opd\[vllm\]"),
-        open_one(speaker(smollm2, "vllm", "bfloat16"), config(), 9),
+        open_one(prepared(smollm2, "vllm", "bfloat16"), 9, 256),
     ):
         pass
 
 
 @pytest.mark.parametrize("engine", [ENGINES[1]])
 def test_too_little_memory_is_told_in_one_line(engine: str, smollm2: RealModel) -> None:
-    starved = speaker(smollm2, engine, "bfloat16", kv_cache_memory_bytes=1 << 20)
+    starved = prepared(smollm2, engine, "bfloat16", kv_cache_memory_bytes=1 << 20)
     with pytest.raises(OpdError, match=r"engine_options.*kv_cache_memory_bytes.*KV cache") as caught:  # noqa: SIM117
-        with scorer(starved, config(), 8000):
+        with open_teacher(starved, 8000, BATCH_TOKENS):
             pass
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("engine", [ENGINES[1]])
 def test_stages_from_prompts_to_units(engine: str, tmp_path: Path, smollm2: RealModel, gemma3: RealModel) -> None:
-    """As `python -m` runs them: rollouts with the engine in a process of its own, scores with it in the stage's."""
+    """As `python -m` runs them: rollouts with the engine in a process of its own, all else with it in the stage's."""
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache/models").symlink_to(Path(smollm2.ref.path).parent)
     questions = [{"prompt": f"What is {a} + {b}?", "answer": str(a + b)} for a in (12, 35, 58) for b in (21, 44, 67)]
@@ -293,13 +291,17 @@ def test_stages_from_prompts_to_units(engine: str, tmp_path: Path, smollm2: Real
         stage("models", "--role", role)
     stage("rollouts", "--phase", "round-0", VLLM_ENABLE_V1_MULTIPROCESSING="1")
     said = stage("scores", "--phase", "round-0")
-    # Our own lines and none of vLLM's; the second look is that of `transformers`.
+    # Our own lines and none of vLLM's; the audit is that of `transformers`.
     assert [line.split(": ")[0] for line in said.strip().splitlines()] == ["round-0 scores", "audit"], said
     stage("units", "--phase", "round-0")
+    stage("policy", "--phase", "round-0")
+    stage("evaluate", "--checkpoint", "0")
 
     run = tmp_path / "runs/default/round-0"
-    identities = [json.loads((run / f"{table}/000.json").read_text())["identity"] for table in ("rollouts", "scores")]
-    assert [identity["engine"] for identity in identities] == [engine] * 2
+    identities = [
+        json.loads((run / f"{table}/000.json").read_text())["identity"] for table in ("rollouts", "scores", "policy")
+    ]
+    assert [identity["engine"] for identity in identities] == [engine] * 3
     assert "max_num_seqs" not in json.dumps(identities)
     rollouts, units = (pl.read_parquet(run / f"{table}/000.parquet") for table in ("rollouts", "units"))
     lengths = rollouts["response_ids"].list.len()
@@ -310,3 +312,8 @@ def test_stages_from_prompts_to_units(engine: str, tmp_path: Path, smollm2: Real
     assert covered["s_len"].to_list() == lengths.to_list()
     compared = units.filter(pl.col("kind") != "masked")
     assert len(compared) and compared["teacher_logp"].is_finite().all()
+    # The policy's log-probs of its own rollouts are those that it sampled them with, up to bfloat16's rounding.
+    logps = pl.read_parquet(run / "policy/000.parquet")["policy_logp"].explode() - rollouts["behavior_logp"].explode()
+    assert logps.is_finite().all() and logps.abs().mean() < 0.1
+    answers = pl.read_parquet(tmp_path / "runs/default/eval-0/answers.parquet")
+    assert len(answers) == 1 and json.loads((tmp_path / "runs/default/eval-0/result.json").read_text())["items"] == 1

@@ -29,7 +29,7 @@ class UnitLogps:
 def unit_logps(model: Any, batch: Batch, stop: torch.Tensor) -> UnitLogps:
     """Run the student over a batch.
 
-    Tokens of masked units get no logits. Those of the others are made, reduced to the log-probs that are asked for, and made
+    Tokens of masked units get no logits. Those of the others are made, reduced to the log-probs that are requested, and made
     again in backward, chunk by chunk: memory doesn't grow with tokens times vocabulary.
 
     Args:
@@ -38,14 +38,14 @@ def unit_logps(model: Any, batch: Batch, stop: torch.Tensor) -> UnitLogps:
     hidden = model.base_model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).last_hidden_state
     units, slots = batch.cand_id.shape
     compared = (batch.token_unit < units).nonzero()[:, 0]
-    # What is asked of each response token: itself, and at a unit's start the candidates too (elsewhere id 0, unread).
-    asked = batch.cand_id.new_zeros(len(batch.targets), 1 + slots)
-    asked[:, 0] = batch.targets
-    asked[batch.unit_row, 1:] = batch.cand_id
-    logps, log_z = _chunked(model, hidden.flatten(0, 1)[batch.rows[compared]], asked[compared], stop)
-    found = logps.new_zeros(asked.shape).index_copy(0, compared, logps)
+    # Requested ids of each response token: its own, and at a unit's start the candidates too (elsewhere id 0, unread).
+    requested = batch.cand_id.new_zeros(len(batch.targets), 1 + slots)
+    requested[:, 0] = batch.targets
+    requested[batch.unit_row, 1:] = batch.cand_id
+    logps, log_z = _chunked(model, hidden.flatten(0, 1)[batch.rows[compared]], requested[compared], stop)
+    found = logps.new_zeros(requested.shape).index_copy(0, compared, logps)
     unit = logps.new_zeros(units).index_add(0, batch.token_unit[compared], logps[:, 0])
-    of_tokens = logps.new_zeros(len(asked)).index_copy(0, compared, log_z)
+    of_tokens = logps.new_zeros(len(requested)).index_copy(0, compared, log_z)
     return UnitLogps(found[:, 0], unit, found[batch.unit_row, 1:], of_tokens)
 
 

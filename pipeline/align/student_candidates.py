@@ -1,4 +1,4 @@
-"""The student's own candidates, in teacher ids at teacher tokens, so that the teacher can be asked for them."""
+"""The student's own candidates, in teacher ids at teacher tokens, so that they can be requested of the teacher."""
 
 import numpy as np
 import pyarrow as pa
@@ -6,11 +6,11 @@ import pyarrow as pa
 from pipeline.align.tokens import Spelling
 
 
-def asked_ids(top_id: pa.ListArray, sampled: Spelling, teacher: Spelling, pairs: np.ndarray) -> list[np.ndarray]:
+def requested_ids(top_id: pa.ListArray, sampled: Spelling, teacher: Spelling, pairs: np.ndarray) -> list[np.ndarray]:
     """Which teacher ids to keep at each teacher token, because the student found them likely at the same place.
 
     Two tokens are at the same place when they start at the same byte and everything before it is spelled alike; at other
-    teacher tokens the student has no distribution of its own, and nothing is asked.
+    teacher tokens the student has no distribution of its own, and nothing is requested.
 
     Args:
         top_id: schema `rollouts`: for each response, for each sampled token (a final stop too) its k likeliest ids.
@@ -18,7 +18,7 @@ def asked_ids(top_id: pa.ListArray, sampled: Spelling, teacher: Spelling, pairs:
         teacher: the teacher's tokens of the same responses.
         pairs: int32 (student vocab,), student id -> teacher id, -1 where there is none.
     Returns:
-        For each response int64 (teacher tokens + 1, k); -1 asks for nothing.
+        For each response int64 (teacher tokens + 1, k); -1 requests nothing.
     """
     counts = np.diff(teacher.offsets)
     owners, starts = _starts(teacher)
@@ -37,9 +37,9 @@ def asked_ids(top_id: pa.ListArray, sampled: Spelling, teacher: Spelling, pairs:
     s_places, s_at = np.unique((s_owners * width + s_starts)[usable], return_index=True)
     _, of_teacher, of_student = np.intersect1d(places, s_places, assume_unique=True, return_indices=True)
     source = np.flatnonzero(usable)[s_at[of_student]]
-    asked = np.full((len(starts), k), -1, np.int64)
-    asked[at[of_teacher]] = rows[first[s_owners[source]] + s_position[source]]
-    return np.split(asked, np.cumsum(counts + 1)[:-1])
+    requested = np.full((len(starts), k), -1, np.int64)
+    requested[at[of_teacher]] = rows[first[s_owners[source]] + s_position[source]]
+    return np.split(requested, np.cumsum(counts + 1)[:-1])
 
 
 def _starts(spelling: Spelling) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,23 @@ CHUNK_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
+class Candidates:
+    """Which candidates are kept of each row.
+
+    Attributes:
+        mass: the likeliest, until they and the stop mass hold this share of the distribution,
+        k_max: but no more than this many,
+        min_p: and none less likely than this.
+        requested: ids to be kept beside them, for each response int (tokens + 1, any); -1 requests nothing.
+    """
+
+    mass: float
+    k_max: int
+    min_p: float = 0.0
+    requested: Sequence[np.ndarray] | None = None
+
+
+@dataclass(frozen=True)
 class Scores:
     """Next-token statistics of many rows, one per teacher token and one more at each response's end. Nats.
 
@@ -22,7 +39,7 @@ class Scores:
         logp: float32 (rows,), log-prob of the realised token; of stopping in end rows.
         entropy, stop_logp, tail_logp: float32 (rows,), see schema `scores`.
         log_z: float32 (rows,), log of the normaliser: what a log-prob lacks to the logit that the head gives.
-        cand_id, cand_logp: int32 and float32 (kept,), flat; the likeliest of a row, then those asked for.
+        cand_id, cand_logp: int32 and float32 (kept,), flat; the likeliest of a row, then the requested ones.
         cand_count: int64 (rows,), candidates kept in each row.
     """
 
@@ -42,10 +59,7 @@ def score(
     logits: Callable[[torch.Tensor], torch.Tensor],
     responses: Sequence[np.ndarray],
     stop: np.ndarray,
-    mass: float,
-    k_max: int,
-    min_p: float = 0.0,
-    asked: Sequence[np.ndarray] | None = None,
+    candidates: Candidates,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Scores:
     """Score responses under a teacher.
@@ -56,10 +70,7 @@ def score(
         logits: the model's head, (n, d) -> (n, vocab).
         responses: token ids of each response; may be empty.
         stop: the teacher's stop ids; their mass is one candidate of its own, kept as `stop_logp`.
-        mass: candidates are kept until they and the stop mass hold this share of the distribution,
-        k_max: but no more than this many,
-        min_p: and none less likely than this.
-        asked: for each response int (tokens + 1, any): ids to be kept beside the most likely ones; -1 asks for nothing.
+        candidates: which are kept.
         advance: called with the number of scored teacher tokens.
     Returns:
         Rows of response 0, its end row, rows of response 1, ...
@@ -70,8 +81,9 @@ def score(
         counts = [len(part) for part in hidden]
         # An end row has no realised token: -1.
         realised = torch.from_numpy(np.concatenate([np.append(responses[i], -1) for i in batch]))
-        wanted = torch.from_numpy(np.concatenate([asked[i] for i in batch])) if asked is not None else None
-        scored = _score_rows(logits, torch.cat(hidden), realised, stop_index, mass, k_max, min_p, wanted)
+        ids = candidates.requested
+        requested = torch.from_numpy(np.concatenate([ids[i] for i in batch])) if ids is not None else None
+        scored = _score_rows(logits, torch.cat(hidden), realised, stop_index, candidates, requested)
         split = np.cumsum(counts)[:-1]
         kept_split = np.cumsum(scored["cand_count"])[split - 1]
         for name, values in scored.items():
@@ -121,10 +133,8 @@ def _score_rows(
     hidden: torch.Tensor,
     realised: torch.Tensor,
     stop: torch.Tensor,
-    mass: float,
-    k_max: int,
-    min_p: float,
-    asked: torch.Tensor | None,
+    candidates: Candidates,
+    requested: torch.Tensor | None,
 ) -> dict[str, np.ndarray]:
     device = hidden.device
     stop = stop.to(device)
@@ -136,10 +146,8 @@ def _score_rows(
             logits(hidden[part]),
             realised[part].to(device),
             stop,
-            mass,
-            k_max,
-            min_p,
-            None if asked is None else asked[part].to(device),
+            candidates,
+            None if requested is None else requested[part].to(device),
         )
         for part in rows
     ]
@@ -150,15 +158,13 @@ def _score_chunk(
     logits: torch.Tensor,
     realised: torch.Tensor,
     stop: torch.Tensor,
-    mass: float,
-    k_max: int,
-    min_p: float,
-    asked: torch.Tensor | None,
+    candidates: Candidates,
+    requested: torch.Tensor | None,
 ) -> dict[str, np.ndarray]:
-    k = min(k_max, logits.shape[1] - len(stop))
+    k = min(candidates.k_max, logits.shape[1] - len(stop))
     stop_logits = logits[:, stop].float()
     own = logits.gather(1, realised.clamp(min=0)[:, None])[:, 0].float()
-    asked_logits = None if asked is None else logits.gather(1, asked.clamp(min=0)).float()
+    requested_logits = None if requested is None else logits.gather(1, requested.clamp(min=0)).float()
     logits[:, stop] = -torch.inf  # the stop set is a candidate of its own
     log_rest, entropy, maxima = row_statistics(logits)
     stop_log_z = stop_logits.logsumexp(1)
@@ -173,12 +179,12 @@ def _score_chunk(
     cand_logp = values - log_z[:, None]
     share = cand_logp.double().exp()
     before = share.cumsum(1) - share + stop_logp.double().exp()[:, None]
-    keep = (before < mass) & (values > -torch.inf) & (share >= min_p)
-    if asked is not None and asked_logits is not None:
-        kept_already = ((asked[:, :, None] == cand_id[:, None, :]) & keep[:, None, :]).any(2)
-        keep = torch.cat([keep, (asked >= 0) & ~torch.isin(asked, stop) & ~kept_already], 1)
-        cand_id = torch.cat([cand_id, asked], 1)
-        cand_logp = torch.cat([cand_logp, asked_logits - log_z[:, None]], 1)
+    keep = (before < candidates.mass) & (values > -torch.inf) & (share >= candidates.min_p)
+    if requested is not None and requested_logits is not None:
+        kept_already = ((requested[:, :, None] == cand_id[:, None, :]) & keep[:, None, :]).any(2)
+        keep = torch.cat([keep, (requested >= 0) & ~torch.isin(requested, stop) & ~kept_already], 1)
+        cand_id = torch.cat([cand_id, requested], 1)
+        cand_logp = torch.cat([cand_logp, requested_logits - log_z[:, None]], 1)
     held = stop_logp.double().exp() + (cand_logp.double().exp() * keep).sum(1)
     # What is left of 1; below float32's resolution of the sum it is rounding, not mass.
     tail = (1 - held).clamp(min=0)

@@ -26,11 +26,11 @@ class Scores(Section):
 
 
 class Audit(Section):
-    """A second look at some of the scores when a shard of them is made; differences are kept in its manifest."""
+    """Some of the scores are computed again when a shard of them is made; differences are kept in its manifest."""
 
     responses: int = Field(4, ge=0, description="responses per shard that are scored again, one by one; 0: none")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="precision of the second look; choose the teacher's own where memory is short"
+        "float32", description="precision of the audit; choose the teacher's own where memory is short"
     )
     max_delta: float = Field(5.0, gt=0, description="nats; a log-prob that differs by more stops the run")
     max_mean_delta: float = Field(0.3, gt=0, description="nats; differences that are larger on average stop the run")

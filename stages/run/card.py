@@ -12,9 +12,9 @@ import polars as pl
 from pipeline.models import ModelRef
 from pipeline.prepared import PreparedModel
 from pipeline.store.shards import versions
-from schemas.config import Config, Model, consistency
-from stages.run import layout
-from stages.run.context import teacher
+from schemas.config import Model, consistency
+from stages.run.context import read_ref
+from stages.run.run import Run
 from train.stream import Triple
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -27,7 +27,7 @@ FRONT = {
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def model_card(config: Config, round_index: int, student: PreparedModel, shards: list[Triple], metrics: Path) -> str:
+def model_card(run: Run, round_index: int, student: PreparedModel, shards: list[Triple], metrics: Path) -> str:
     """The folder's README.md, in the hub's format.
 
     Args:
@@ -36,9 +36,10 @@ def model_card(config: Config, round_index: int, student: PreparedModel, shards:
         metrics: the round's metrics.jsonl.
     """
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # noqa: S701 - Markdown
-    coverage = layout.coverage_path(config, f"round-{round_index}")
+    coverage = run.phase(f"round-{round_index}").coverage
     rollouts, units, _ = zip(*shards, strict=True)
     tokens = pl.scan_parquet([shard.path for shard in units]).select(pl.col("s_len", "t_len").sum()).collect()
+    config = run.config
     source = config.student.model
     return environment.from_string(TEMPLATE.read_text()).render(
         config=config,
@@ -47,7 +48,7 @@ def model_card(config: Config, round_index: int, student: PreparedModel, shards:
         front=({"base_model": source} if HUB_ID.fullmatch(source) and not Path(source).exists() else {}) | FRONT,
         sampling=config.rollouts.model_dump(include={"temperature", "top_p", "max_new_tokens"}),
         candidates=config.scores.model_dump(exclude={"batch_tokens"}),
-        teacher=described(config.teacher, teacher(config).ref),
+        teacher=described(config.teacher, read_ref(run.model_file("teacher"), "models", weights=False)),
         student=described(config.student, student.ref),
         consistency=consistency(config) or ("consistent" if config.student.tuned_on else "not declared"),
         responses=sum(shard.rows for shard in rollouts),

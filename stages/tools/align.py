@@ -16,7 +16,8 @@ from pipeline.align.units import KINDS
 from pipeline.models import load_tokenizer, tokenizer_folder, vocabulary
 from schemas.config import Config
 from schemas.errors import OpdError
-from stages.run import console, layout
+from stages.run import console
+from stages.run.run import cache_root
 
 COLOURS = {"1:1": "green", "n:m": "yellow", "stop": "cyan", "masked": "red"}
 LINES_AT_ONCE = 1024
@@ -57,7 +58,7 @@ def main(
 
 def open_side(source: str) -> Side:
     """A model's tokenizer and the bytes of its tokens."""
-    folder = tokenizer_folder(source, layout.cache_root(Config.model_fields["cache"].default))
+    folder = tokenizer_folder(source, cache_root(Config.model_fields["cache"].default))
     tokenizer = load_tokenizer(source, folder)
     return Side(tokenizer, vocabulary(source, folder, tokenizer))
 

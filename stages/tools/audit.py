@@ -2,25 +2,24 @@
 
 from typing import Annotated
 
-import numpy as np
 import torch
 import typer
 from rich.table import Table
 
-from pipeline.infer.audit import choose, deltas, figures
+from pipeline.infer.audit import figures
+from pipeline.infer.shard_scores import ShardScores
 from pipeline.store.shards import open_shard
 from schemas.errors import OpdError
-from stages.run import console, layout
+from stages.run import console
 from stages.run.context import (
     DEFAULT_CONFIG,
     ConfigOption,
     ThreadsOption,
     open_prompts,
     policy,
-    read_config,
     teacher,
 )
-from stages.scores import Job
+from stages.run.run import open_run
 
 
 def main(
@@ -30,20 +29,15 @@ def main(
     threads: ThreadsOption = None,
 ) -> None:
     """Compare stored with recomputed log-probs, shard by shard; fails above the config's `audit` thresholds."""
-    config = read_config(config_file)
+    run = open_run(config_file)
+    config = run.config
     console.threads(threads)
-    rounds = [f"round-{r}" for r in range(config.rollouts.rounds)]
-    phases = [*rounds, *(f"eval-{c}" for c in (0, config.rollouts.rounds))]
-    places = [
-        (phase, index)
-        for phase in phases
-        for index in range(layout.shard_count(config, phase))
-        if not layout.is_reused(config, phase) and layout.shard_path(config, phase, "scores", index).exists()
-    ]
+    own = [phase for phase in run.phases if not phase.is_foreign]
+    places = [place for phase in own for place in phase if place.path("scores").exists()]
     if not places:
-        raise OpdError(f"{layout.run_folder(config)}: no scores of this run's own to audit")
-    speaker, student, prompts = teacher(config), policy(config, 0), open_prompts(config)
-    model = speaker.load().to(getattr(torch, config.audit.dtype))
+        raise OpdError(f"{run.root}: no scores of this run's own to audit")
+    judge, student, prompts = teacher(run), policy(run, 0), open_prompts(run)
+    model = judge.take_model().to(getattr(torch, config.audit.dtype))
     table = Table(
         title=f"{config.run}: stored against recomputed log-probs ({config.audit.dtype})", title_justify="left"
     )
@@ -51,25 +45,20 @@ def main(
         table.add_column(heading, justify="left" if heading == "shard" else "right")
     worst_mean = worst = 0.0
     with console.progress("audit", len(places), "shards") as advance:
-        for phase, index in places:
-            rollouts = open_shard(layout.shard_path(config, phase, "rollouts", index), "rollouts")
-            job = Job(config, rollouts, prompts, speaker, student)
-            scores = open_shard(layout.shard_path(config, phase, "scores", index), "scores", job.identity, job.inputs)
-            every = scores.read()
-            ends = np.flatnonzero(every["token_id"].to_numpy() < 0)
-            flat_prompts = [ids for group in job.teacher_prompts for ids in group]
-            found = []
-            for at in choose(rollouts.rows, responses, f"{seed:016x}"):
-                start = 0 if at == 0 else int(ends[at - 1]) + 1
-                rows = every.slice(start, int(ends[at]) + 1 - start)
-                found.append(deltas(model, flat_prompts[at], rows["token_id"].to_numpy()[:-1], speaker.stop, rows))
-            result = figures(found, config.audit.dtype)
+        for place in places:
+            about = ShardScores(config, place.rollouts, prompts, judge, student)
+            scores = open_shard(place.path("scores"), "scores", about.identity, about.inputs)
+            result = figures(about.stored_deltas(model, scores, responses, f"{seed:016x}"), config.audit.dtype)
             mean, largest = result["audit_mean_delta"], result["audit_max_delta"]
             worst_mean, worst = max(worst_mean, mean), max(worst, largest)
             then = scores.manifest.figures.get("audit_max_delta")
             counts = (str(result["audit_responses"]), f"{result['audit_logps']:,}")
             table.add_row(
-                f"{phase}/{index:03}", *counts, f"{mean:.4f}", f"{largest:.4f}", "" if then is None else f"{then:.4f}"
+                f"{place.phase.name}/{place.number:03}",
+                *counts,
+                f"{mean:.4f}",
+                f"{largest:.4f}",
+                "" if then is None else f"{then:.4f}",
             )
             advance(1)
     console.out.print(table)

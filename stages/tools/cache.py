@@ -10,7 +10,8 @@ from rich.table import Table
 from pipeline.store import cache as store
 from schemas.config import Config
 from schemas.errors import OpdError
-from stages.run import console, layout
+from stages.run import console
+from stages.run.run import cache_root
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 FolderOption = Annotated[Path | None, typer.Option("--cache", help="the cache; $OPD_CACHE or the default otherwise")]
@@ -18,7 +19,7 @@ MEGABYTE = 1e6
 
 
 def _folder(given: Path | None) -> Path:
-    folder = given.expanduser().absolute() if given else layout.cache_root(Config.model_fields["cache"].default)
+    folder = given.expanduser().absolute() if given else cache_root(Config.model_fields["cache"].default)
     if not (folder / "scores").is_dir():
         raise OpdError(f"{folder}: no cache of scores here (it has no folder `scores`)")
     return folder

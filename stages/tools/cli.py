@@ -26,7 +26,8 @@ from stages import (
 )
 from stages.report import page as report
 from stages.run import console
-from stages.run.context import DEFAULT_CONFIG, read_config
+from stages.run.context import DEFAULT_CONFIG
+from stages.run.run import open_run
 from stages.tools import align, audit, cache, plan, support
 from train import recipes
 
@@ -83,7 +84,7 @@ def config_keys(
     """List every config key with its default and meaning (Markdown), or check a file."""
     if check:
         with console.errors_for_people():
-            recipes.identity(read_config(check).objective)
+            recipes.identity(load_config(check).objective)
         console.say(f"{check}: valid")
         return
     console.out.print(config_markdown(), markup=False, soft_wrap=True)
@@ -93,7 +94,7 @@ def config_keys(
 def summary(config_file: Annotated[Path, typer.Option("--config")] = DEFAULT_CONFIG) -> None:
     """Print a finished run's figures once more."""
     with console.errors_for_people():
-        report.print_summary(read_config(config_file))
+        report.print_summary(open_run(config_file))
 
 
 def config_markdown() -> str:

@@ -17,13 +17,15 @@ import typer
 import yaml
 from rich.table import Table
 
-from pipeline.store.shards import open_shard
+from pipeline.infer.engines import open_sampler, open_teacher
+from pipeline.infer.shard_scores import ShardScores
 from schemas.config import Config
 from schemas.errors import OpdError
 from schemas.tables import arrow_schema, writer_options
 from stages import models, prompts, rollouts, scores, train, units, weights
-from stages.run import console, engines, layout
-from stages.run.context import DEFAULT_CONFIG, ConfigOption, ThreadsOption, open_prompts, policy, read_config, teacher
+from stages.run import console
+from stages.run.context import DEFAULT_CONFIG, ConfigOption, ThreadsOption, open_prompts, policy, teacher
+from stages.run.run import open_run, run_of
 from train.recipes import identity
 
 WIDTH = 512
@@ -52,7 +54,7 @@ def main(
 
     Rates are measured on this machine, unless they are given, for another one.
     """
-    config = read_config(config_file)
+    config = open_run(config_file).config
     identity(config.objective)  # a recipe of one's own is found from here, not from the folder below
     console.threads(threads)
     with tempfile.TemporaryDirectory(prefix="opd-plan-") as folder:
@@ -81,7 +83,7 @@ def _small(config: Config, responses: int) -> Config:
     if responses > splits["train"]:
         raise OpdError(f"--responses {responses}: prompts.splits.train is {splits['train']}")
     values["run"], values["reuse"] = "plan", []
-    values["cache"] = str(layout.cache_folder(config))
+    values["cache"] = str(run_of(config).cache)
     values["prompts"]["source"] = here(config.prompts.source)
     for role in ("student", "teacher"):
         values[role]["model"] = here(values[role]["model"])
@@ -94,14 +96,16 @@ def _small(config: Config, responses: int) -> Config:
 
 def _measure(config: Config, where: Path) -> dict[str, Any]:
     """Run the stages once; rates are of the work itself, without what it takes to open an engine and its model."""
-    phase = "round-0"
+    phase, run = "round-0", run_of(config)
+    place = run.phase(phase)[0]
     prompts.main(where)
     for role in ("student", "teacher"):
         models.main(role, where)
-    student, speaker = policy(config, 0), teacher(config)
+    student, judge = policy(run, 0), teacher(run)
+    # Opened for others than the two above, which would keep the models in memory.
     load = {
-        "rollouts": _opening(engines.sampler(student, config, OPENED_FOR)),
-        "scores": _opening(engines.scorer(speaker, config, OPENED_FOR)),
+        "rollouts": _opening(open_sampler(policy(run, 0), OPENED_FOR, config.rollouts.batch_size)),
+        "scores": _opening(open_teacher(teacher(run), OPENED_FOR, config.scores.batch_tokens)),
     }
     spent = {
         "rollouts": _seconds(lambda: rollouts.main(phase, 0, where, None)) - load["rollouts"],
@@ -110,16 +114,15 @@ def _measure(config: Config, where: Path) -> dict[str, Any]:
     units.main(phase, 0, where)
     weights.main(phase, where)
     train.main(0, where, None)
-    sampled = open_shard(layout.shard_path(config, phase, "rollouts", 0), "rollouts").read()
-    table = open_shard(layout.shard_path(config, phase, "scores", 0), "scores").read()
-    job = scores.Job(
+    sampled, table = place.rollouts.read(), place.scores.read()
+    wanted = ShardScores(
         config,
-        open_shard(layout.shard_path(config, phase, "rollouts", 0), "rollouts"),
-        open_prompts(config),
-        speaker,
+        place.rollouts,
+        open_prompts(run),
+        judge,
         student,
     )
-    teacher_prompts = sum(len(ids) for group in job.teacher_prompts for ids in group)
+    teacher_prompts = sum(len(ids) for group in wanted.teacher_prompts for ids in group)
     rows = len(sampled)
     lengths = {
         "student_prompt": _mean_length(sampled["prompt_ids"]),
@@ -127,7 +130,7 @@ def _measure(config: Config, where: Path) -> dict[str, Any]:
         "teacher_prompt": teacher_prompts / rows,
         "teacher_response": len(table) / rows - 1,
     }
-    steps = pl.read_ndjson(layout.run_folder(config) / phase / "train" / "metrics.jsonl")
+    steps = pl.read_ndjson(place.phase.states / "metrics.jsonl")
     # The first step warms the allocator up.
     rate = steps.tail(max(1, len(steps) - 1)).select(pl.col("tokens").sum() / pl.col("seconds").sum()).item()
     return {
@@ -138,8 +141,8 @@ def _measure(config: Config, where: Path) -> dict[str, Any]:
             "scores": rows * (lengths["teacher_prompt"] + lengths["teacher_response"]) / max(spent["scores"], 1e-3),
             "train": float(rate),
         },
-        "rules": what_rules_keep(table, len(speaker.vocabulary)),
-        "teacher_bytes": _weights_bytes(speaker.ref.path),
+        "rules": what_rules_keep(table, len(judge.vocabulary)),
+        "teacher_bytes": _weights_bytes(judge.ref.path),
         "student_bytes": _weights_bytes(student.ref.path),
     }
 

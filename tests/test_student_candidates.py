@@ -1,4 +1,4 @@
-"""Where the student's own candidates are asked for, against a loop over bytes."""
+"""Where the student's own candidates are requested, against a loop over bytes."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.align.student_candidates import asked_ids
+from pipeline.align.student_candidates import requested_ids
 from pipeline.align.tokens import Spelling, spell, text_tokenizer
 from pipeline.align.vocabularies import pair_ids
 
@@ -53,24 +53,24 @@ def spelling(ends: list[list[int]], exact: list[int]) -> Spelling:
 
 @settings(max_examples=200, deadline=None)
 @given(cases())
-def test_asked_at_the_same_place_only(case: Any) -> None:
+def test_requested_at_the_same_place_only(case: Any) -> None:
     ends, top, exact = case
     pairs = np.array([3, -1, 5, 0, -1, 7, 8, 1, 2, 4], np.int32)
     ours, theirs = ([pair[side] for pair in ends] for side in (0, 1))
     lists = pa.array(top, pa.list_(pa.list_(pa.int32())))
     if not lists.flatten().flatten():
         return
-    found = asked_ids(lists, spelling(ours, exact), spelling(theirs, [99] * len(exact)), pairs)
+    found = requested_ids(lists, spelling(ours, exact), spelling(theirs, [99] * len(exact)), pairs)
     mapping = {i: int(p) for i, p in enumerate(pairs)}
     assert [rows.tolist() for rows in found] == reference(top, ours, theirs, exact, mapping)
 
 
-def test_on_real_tokenizers_shared_tokens_are_asked_where_words_start(smollm2: Any, gemma3: Any) -> None:
+def test_on_real_tokenizers_shared_tokens_are_requested_where_words_start(smollm2: Any, gemma3: Any) -> None:
     texts = ["The sum of 12 and 130 is 142."]
     sampled = spell(text_tokenizer(smollm2.tokenizer, "s"), smollm2.vocabulary, texts)
     teacher = spell(text_tokenizer(gemma3.tokenizer, "t"), gemma3.vocabulary, texts)
     pairs = pair_ids(smollm2.vocabulary, gemma3.vocabulary)
     top = pa.array([[[i] for i in sampled.ids.tolist()]], pa.list_(pa.list_(pa.int32())))
-    (asked,) = asked_ids(top, sampled, teacher, pairs)
-    # Asked for the sampled tokens themselves, the teacher is asked for its own wherever the two share a token.
-    assert (asked[:-1, 0] == teacher.ids).mean() > 0.8 and asked[-1, 0] == -1
+    (requested,) = requested_ids(top, sampled, teacher, pairs)
+    # With the sampled tokens themselves for candidates, the teacher's own are requested wherever the two share a token.
+    assert (requested[:-1, 0] == teacher.ids).mean() > 0.8 and requested[-1, 0] == -1

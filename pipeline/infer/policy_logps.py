@@ -1,0 +1,43 @@
+"""Log-probs that a policy gives to rollouts that another one sampled."""
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.align.student_view import sampled_tokens
+from pipeline.infer.engines import Teacher
+from pipeline.infer.score import Candidates
+from pipeline.prepared import PreparedModel
+from pipeline.store.shards import Shard
+from schemas.tables import arrow_schema
+
+
+def longest(rollouts: Shard) -> int:
+    """Tokens of the longest prompt and response together."""
+    lengths = (
+        sum(group[name].combine_chunks().value_lengths().to_numpy() for name in ("prompt_ids", "response_ids"))
+        for group in rollouts.row_groups(["prompt_ids", "response_ids"])
+    )
+    return max((int(np.max(each)) for each in lengths), default=0)
+
+
+def policy_table(policy: Teacher, student: PreparedModel, rollouts: pa.Table) -> pa.Table:
+    """Rows of schema `policy`, nats: of each sampled token and, where the response stopped, of stopping.
+
+    Args:
+        policy: `student`, opened.
+        rollouts: a row group.
+    Raises:
+        OpdError: a single response is more than memory holds.
+    """
+    sampled, stopped = sampled_tokens(rollouts, student.vocabulary, student.stop)
+    responses = np.split(sampled.ids, sampled.offsets[1:-1])
+    prompts = [np.array(ids, np.int32) for ids in rollouts["prompt_ids"].to_pylist()]
+    scored = policy.score(prompts, responses, Candidates(mass=0, k_max=0))
+    # The row after the last token is that of stopping; a truncated response has no use for it.
+    counts = np.diff(sampled.offsets) + 1
+    keep = np.ones(len(scored.logp), bool)
+    keep[np.cumsum(counts)[~stopped] - 1] = False
+    offsets = pa.array(np.concatenate([[0], np.cumsum(counts - ~stopped)]), pa.int32())
+    schema = arrow_schema("policy")
+    logps = pa.ListArray.from_arrays(offsets, pa.array(scored.logp[keep]), type=schema.field("policy_logp").type)
+    return pa.table({"rollout_id": rollouts["rollout_id"], "policy_logp": logps}, schema=schema)

@@ -1,0 +1,43 @@
+"""Scores as rows of a table, rounded to what is stored."""
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.align.tokens import Spelling
+from pipeline.infer.score import Scores
+from pipeline.store.rounding import STATISTIC_BITS, candidates, rounded
+from schemas.tables import arrow_schema
+
+
+def score_table(names: pa.ChunkedArray, spelling: Spelling, scored: Scores, log_z: bool) -> pa.Table:
+    """Rows of schema `scores`: each response's tokens, then its end row. Ends past the exact spelling become -1."""
+    counts = np.diff(spelling.offsets)
+    ends = np.where(spelling.ends <= np.repeat(spelling.exact, counts), spelling.ends, -1)
+    rows = len(ends) + len(counts)
+    row_first = spelling.offsets[:-1] + np.arange(len(counts))
+    is_end = np.zeros(rows, bool)
+    is_end[row_first + counts] = True
+    owner = np.repeat(np.arange(len(counts)), counts + 1)
+    token_id, byte_end = np.full(rows, -1, np.int32), np.zeros(rows, np.int32)
+    token_id[~is_end], byte_end[~is_end] = spelling.ids, ends
+    byte_start = np.zeros(rows, np.int32)
+    inner = np.flatnonzero(np.arange(rows) != row_first[owner])
+    byte_start[inner] = byte_end[inner - 1]
+    byte_end[is_end] = byte_start[is_end]
+    byte_start[byte_end < 0] = -1
+    lists = pa.array(np.concatenate([[0], np.cumsum(scored.cand_count)]), pa.int32())
+    cand_id, cand_logp = candidates(scored.cand_id, scored.cand_logp, scored.cand_count)
+    schema = arrow_schema("scores")
+    columns = {
+        "rollout_id": names.combine_chunks().take(pa.array(owner)),
+        "pos": pa.array(np.arange(rows) - row_first[owner], pa.int32()),
+        "byte_start": byte_start,
+        "byte_end": byte_end,
+        "token_id": token_id,
+        "logp": scored.logp,
+        **{name: rounded(getattr(scored, name), STATISTIC_BITS) for name in ("entropy", "stop_logp", "tail_logp")},
+        "log_z": pa.array(scored.log_z) if log_z else pa.nulls(rows, pa.float32()),
+        "cand_id": pa.ListArray.from_arrays(lists, pa.array(cand_id), type=schema.field("cand_id").type),
+        "cand_logp": pa.ListArray.from_arrays(lists, pa.array(cand_logp), type=schema.field("cand_logp").type),
+    }
+    return pa.table(columns, schema=schema)

@@ -1,0 +1,43 @@
+"""A round of training as the run's files tell it: its shards, its budget, what it ended with."""
+
+from schemas.errors import OpdError
+from schemas.outcome import Outcome
+from stages.run.run import Phase, Run
+from train.loop import Progress
+from train.shards import check_log_z
+from train.stream import Triple
+
+
+def open_shards(phase: Phase) -> list[Triple]:
+    """The rollouts, units and weights of a phase. Raises OpdError when one is missing or damaged or lacks what is read."""
+    places = list(phase)  # each opens its shards once
+    for place in places:
+        check_log_z(phase.run.config.objective, place.units)
+    return [(place.rollouts, place.units, place.weights) for place in places]
+
+
+def progress_of(run: Run, round_index: int) -> Progress:
+    """The budget of a round, its own steps and what the rounds before it left, and its place in the run."""
+    own = [planned_steps(run, r) for r in run.rounds]
+    before = [read_outcome(run, r) for r in range(round_index)]
+    return Progress(
+        before=sum(outcome.steps for outcome in before),
+        budget=own[round_index] + (before[-1].unspent if before else 0),
+        total=sum(own),
+    )
+
+
+def planned_steps(run: Run, round_index: int) -> int:
+    """The steps that a round's own rollouts, and those it replays, stand for."""
+    responses = sum(phase.responses for phase in run.trained_on(round_index))
+    return -(-responses // run.settings.train.batch_size) * run.settings.train.epochs
+
+
+def read_outcome(run: Run, round_index: int) -> Outcome:
+    """What a round ended with. Raises OpdError when that is missing or damaged."""
+    path = run.phase(f"round-{round_index}").outcome
+    try:
+        return Outcome.model_validate_json(path.read_text())
+    except (FileNotFoundError, ValueError) as error:
+        what = "missing" if isinstance(error, FileNotFoundError) else "damaged"
+        raise OpdError(f"{path}: {what}; run `python -m stages.train --round {round_index}` again") from error
