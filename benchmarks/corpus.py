@@ -19,7 +19,7 @@ from hard_texts import HARD_TEXTS
 from pipeline.infer.forward import head
 from pipeline.models import load_model, load_tokenizer, prepare
 from schemas.config import Config
-from stages.run.layout import cache_root
+from stages.run.run import cache_root
 
 PIECES, LENGTH = 128, 160  # pieces of text, tokens of each: 20,480 teacher tokens
 

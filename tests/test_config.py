@@ -9,7 +9,7 @@ import yaml
 
 from schemas.config import Config, Evaluate, Rollouts, Train, load_config, parse_config
 from schemas.errors import OpdError
-from stages.run import layout
+from stages.run.run import run_of
 from stages.tools.cli import config_markdown
 
 MINIMAL = {"prompts": {"source": "p.jsonl"}, "student": {"model": "a/b"}, "teacher": {"model": "c/d"}}
@@ -23,7 +23,7 @@ def test_minimal_config_is_enough_and_survives_a_round_trip() -> None:
 def test_kl_is_measured_on_what_the_split_holds() -> None:
     def items(test: int, **more: object) -> int:
         prompts = {"source": "p.jsonl", "splits": {"test": test}}
-        return layout.kl_items(parse_config({**MINIMAL, "prompts": prompts, **more}, "here"))
+        return run_of(parse_config({**MINIMAL, "prompts": prompts, **more}, "here")).kl_items
 
     assert (items(8), items(100), items(300), items(300, evaluate={"kl_items": 7})) == (8, 100, 100, 7)
     assert items(8, reuse=["runs/x"]) == 0

@@ -25,7 +25,6 @@ from schemas.manifest import digest
 from schemas.tables import arrow_schema
 from stages import diagnostics
 from stages.report import checklist
-from stages.run import layout
 
 CLIP = 1.5
 PROMPT = {"prompt": "{{ prompt }}", "chat_template": None}
@@ -74,7 +73,7 @@ def _phase(folder: Path, shards: int = 2) -> list[tuple[Shard, ...]]:
             for group in first.row_groups():
                 writer.write(_scores(rng, group))
         given_scores = open_shard(scores, "scores")
-        layout.provenance_path(scores).write_text(json.dumps({"origin": "cache", "teacher_tokens": 10 + index}))
+        scores.with_suffix(".origin").write_text(json.dumps({"origin": "cache", "teacher_tokens": 10 + index}))
         inputs = {"rollouts": first.manifest.sha256, "scores": given_scores.manifest.sha256}
         second = _again(units, units.row_groups(), {}, inputs)
         inputs = {"rollouts": first.manifest.sha256, "units": second.manifest.sha256}

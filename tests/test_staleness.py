@@ -19,8 +19,8 @@ from schemas.config import Config
 from schemas.errors import OpdError, Stopped
 from schemas.outcome import Outcome
 from schemas.tables import STOP_ID, arrow_schema
-from stages.run import layout
 from stages.run.rounds import progress_of
+from stages.run.run import run_of
 from stages.train import ended
 from train.loop import Progress, train_round
 from train.staleness import is_stale, ratio_figures, ratio_sums
@@ -140,36 +140,39 @@ def test_what_a_round_leaves_is_the_next_ones(tmp_path: Path, monkeypatch: pytes
     values["rollouts"] |= {"rounds": 3, "prompts": 30, "samples": 2, "replay": 1}
     settings = Config.model_validate(values)
     # 60 responses a round, and 60 more that are replayed from the second on.
-    assert progress_of(settings, 0) == Progress(before=0, budget=12, total=12 + 24 + 24)
+    assert progress_of(run_of(settings), 0) == Progress(before=0, budget=12, total=12 + 24 + 24)
     with pytest.raises(OpdError, match=r"round-0/train/result.json: missing; run `python -m stages.train --round 0`"):
-        progress_of(settings, 1)
+        progress_of(run_of(settings), 1)
     for number, outcome in enumerate(
         (Outcome(budget=12, steps=5, ended="min_ess", ess=0.4), Outcome(budget=31, steps=31, ended="budget", ess=0.9))
     ):
-        path = layout.outcome_path(settings, number)
+        path = run_of(settings).phase(f"round-{number}").outcome
         path.parent.mkdir(parents=True)
         path.write_text(outcome.model_dump_json())
-    assert progress_of(settings, 1) == Progress(before=5, budget=24 + 7, total=60)
-    assert progress_of(settings, 2) == Progress(before=36, budget=24, total=60)
-    layout.outcome_path(settings, 1).write_text(json.dumps({"budget": 1}))
+    assert progress_of(run_of(settings), 1) == Progress(before=5, budget=24 + 7, total=60)
+    assert progress_of(run_of(settings), 2) == Progress(before=36, budget=24, total=60)
+    run_of(settings).phase(f"round-{1}").outcome.write_text(json.dumps({"budget": 1}))
     with pytest.raises(OpdError, match=r"round-1/train/result.json: damaged"):
-        progress_of(settings, 2)
+        progress_of(run_of(settings), 2)
 
 
 def test_a_replayed_round_has_its_own_weights_only(tmp_path: Path) -> None:
     values = config().model_dump()
     values["rollouts"] |= {"rounds": 3, "replay": 2, "shard_size": 100}
-    settings = Config.model_validate(values)
-    assert layout.trained_on(settings, 0) == ["round-0"]
-    assert layout.trained_on(settings, 2) == ["round-2", "round-2@0", "round-2@1"]
+    run = run_of(Config.model_validate(values))
+    assert [phase.name for phase in run.trained_on(0)] == ["round-0"]
+    assert [phase.name for phase in run.trained_on(2)] == ["round-2", "round-2@0", "round-2@1"]
+    replayed = run.phase("round-2@1")
     for table in ("rollouts", "scores", "units"):
-        assert layout.shard_path(settings, "round-2@1", table, 0) == layout.shard_path(settings, "round-1", table, 0)
+        assert replayed[0].path(table) == run.phase("round-1")[0].path(table)
     for table in ("policy", "weights"):
-        assert layout.shard_path(settings, "round-2@1", table, 0).parent.parent.name == "round-2@1"
-    assert layout.is_foreign(settings, "round-2@1") and not layout.is_foreign(settings, "round-2")
-    assert layout.policy_file(settings, layout.parse_phase("round-2@1")[1]).parent.name == "round-1"  # checkpoint 2
-    assert layout.shard_count(settings, "round-2@1") == 2
-    assert {"round-1@0", "round-2@0", "round-2@1"} <= set(layout.phases(settings))
+        assert replayed[0].path(table).parent.parent.name == "round-2@1"
+    assert replayed.is_foreign and not run.phase("round-2").is_foreign
+    assert run.policy_file(replayed.number).parent.name == "round-1"  # checkpoint 2
+    assert len(replayed) == 2
+    assert {"round-1@0", "round-2@0", "round-2@1"} <= {phase.name for phase in run.phases}
     for wrong in ("round", "round-1@", "eval-1@0", "round-x"):
         with pytest.raises(OpdError, match="expected round-<number>"):
-            layout.parse_phase(wrong)
+            run.phase(wrong)
+    with pytest.raises(OpdError, match="--shard 2: phase round-2 has 2 shards"):
+        run.phase("round-2")[2]

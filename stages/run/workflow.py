@@ -7,22 +7,35 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from pipeline import own_code
 from pipeline.models import IDENTITY_FILES, TOKENIZER_FILES
-from schemas.decides import decision
+from schemas.config.options import OWN_CODE
+from schemas.decides import decided
 from schemas.errors import OpdError
+from schemas.manifest import digest
 from stages.run.run import Run
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning idle threads slow contended cores twentyfold
 
 
 def reads(run: Run, stage: str) -> Callable[[Any], str]:
-    """A rule's parameter: the digest of what of the config decides the stage's result, by the rule's wildcards."""
+    """A rule's parameter: the digest of what of the config decides the stage's result, by the rule's wildcards.
+
+    Functions of the user's own that it names count by their source.
+    """
 
     def of(wildcards: Any) -> str:
         named = f"{stage} {wildcards.role}" if stage == "models" else stage
-        return decision(run.config, named, getattr(wildcards, "phase", ""))
+        values = decided(run.config, named, getattr(wildcards, "phase", ""))
+        return digest([values, {code: own_code.source_digest(code) for code in _own_code(values)}])
 
     return of
+
+
+def _own_code(values: dict[str, Any]) -> list[str]:
+    places = (("prompts", "source"), ("evaluate", "scorer"), ("objective", "recipe"))
+    named = (values.get(section, {}).get(key, "") for section, key in places)
+    return [name for name in named if OWN_CODE.fullmatch(name)]
 
 
 def shard_of(run: Run, table: str) -> list[str]:

@@ -52,13 +52,14 @@ def main(
             mean, largest = result["audit_mean_delta"], result["audit_max_delta"]
             worst_mean, worst = max(worst_mean, mean), max(worst, largest)
             then = scores.manifest.figures.get("audit_max_delta")
+            before = "" if then is None else f"{then:.4f}"
             counts = (str(result["audit_responses"]), f"{result['audit_logps']:,}")
             table.add_row(
                 f"{place.phase.name}/{place.number:03}",
                 *counts,
                 f"{mean:.4f}",
                 f"{largest:.4f}",
-                "" if then is None else f"{then:.4f}",
+                before,
             )
             advance(1)
     console.out.print(table)

@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from schemas.config import Config, Section, section, variants
+from schemas.config import Config, Section, load_config, section, variants
 from schemas.diagnostics import fields
 from schemas.tables import TABLES
 from stages import (
