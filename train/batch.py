@@ -78,7 +78,25 @@ class Response:
 
 
 def collate(responses: Sequence[Response]) -> Batch:
-    """Tensors of some responses; see `Batch`."""
+    """Tensors of some responses; see `Batch`.
+
+    Of the response that `student_view` has as its example, to the prompt (1, 3), with three units of one student token each:
+    row k of the two inputs predicts `targets[k]`, and a unit with fewer candidates than another has slots without mass.
+
+    >>> batch = collate([response])
+    >>> batch.ids, batch.rows, batch.targets
+    (tensor([[1, 3, 1, 2]]), tensor([1, 2, 3]), tensor([ 1,  2, -1]))
+    >>> batch.unit_row, batch.token_unit, batch.s_len, batch.t_len
+    (tensor([0, 1, 2]), tensor([0, 1, 2]), tensor([1, 1, 1]), tensor([1, 2, 1]))
+    >>> batch.teacher_logp.exp(), batch.weight
+    (tensor([0.5000, 0.3750, 0.7500]), tensor([1.0000, 0.5000, 0.2500]))
+    >>> batch.cand_id.tolist()
+    [[1, 3, -1], [3, -1, 0], [1, -1, 0]]
+    >>> batch.cand_logp.exp()
+    tensor([[0.5000, 0.2500, 0.1250],
+            [0.5000, 0.1250, 0.0000],
+            [0.1250, 0.7500, 0.0000]])
+    """
     lengths = np.array([len(r.response) for r in responses])
     inputs = [np.concatenate([r.prompt, r.response[:-1]]) for r in responses]
     width = max(map(len, inputs))

@@ -102,6 +102,14 @@ def candidate_kl(student: UnitLogps, batch: Batch, divergence: Divergence, where
     the mean of its raw logits. Both sides' scores are less log Z at the unit's start, which a softmax over them doesn't see:
     candidates are log-probs then, and a unit's mean raw logit its mean log-prob and by how much log Z is higher on average over
     its tokens than at the first one.
+
+    Of the three units of `collate`'s example: where the student, among the candidates a, b and stop, gives .25, .5 and .125 to
+    the teacher's .5, .25 and .125, each over its sum, KL is 2/7 log 1/2 + 4/7 log 2 = .198. At bc, which the student has as
+    one token, bc itself stands beside b and stop: by .125, to the teacher's (.5 * .75)^(1/2).
+
+    >>> with torch.no_grad():
+    ...     candidate_kl(log_probs, made, config.Simct(), one_to_one(made) | True)
+    tensor([0.1980, 0.1623, 0.1149])
     """
     s_unit, t_unit = student.unit, batch.teacher_logp
     if divergence.unit_score != "sum":

@@ -72,6 +72,13 @@ def batches(
             current one is used up; 0: nothing is done before it is asked for. Close the iterator to stop them early.
     Raises:
         OpdError: tables are not in step.
+
+    Shards of nothing but `collate`'s example have one step an epoch, whose loss is divided by its three units:
+
+    >>> for step in batches(shards, size=16, tokens=4096, seed=1, steps=range(2)):
+    ...     print(step.units, [part.responses for part in step.parts], step.parts[0].targets)
+    3 [('r',)] tensor([ 1,  2, -1])
+    3 [('r',)] tensor([ 1,  2, -1])
     """
     places = [(triple, group) for triple in shards for group in range(triple[0].manifest.row_groups)]
     sizes = np.array([n for rollouts, _, _ in shards for n in rollouts.row_group_sizes()], np.int64)

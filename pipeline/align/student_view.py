@@ -34,6 +34,19 @@ def student_view(
         what the student wrote after it is masked.
     Raises:
         OpdError: the two tables hold other responses.
+
+    A student with the tokens a = 1, bc = 2, b = 3 and the stop 0 wrote abc and stopped; the teacher has a, b and c, and gave
+    them .5, .5 and .75, and ending .75. The borders that both have make three units. Where bc begins the teacher's candidates
+    were b with .5 and c with .25: no token of the student is c, so that this much mass is dropped. Stopping (-1) is a
+    candidate everywhere.
+
+    >>> units = student_view(rollouts, scores, student, student_stop, teacher_stop, pairs)
+    >>> for unit in units.to_pylist():
+    ...     print(unit["kind"], unit["s_len"], unit["t_len"], np.exp(unit["teacher_logp"]).round(3), unit["cand_id"],
+    ...           np.exp(unit["cand_logp"]).round(3), np.exp(unit["dropped_logp"]).round(3))
+    1:1 1 1 0.5 [1, 3, -1] [0.5   0.25  0.125] 0.0
+    n:m 1 2 0.375 [3, -1] [0.5   0.125] 0.25
+    stop 1 0 0.75 [1, -1] [0.125 0.75 ] 0.0
     """
     teacher, text_limit, t_row_start = _teacher_tokens(rollouts, scores)
     sampled, stopped = sampled_tokens(rollouts, student, student_stop)
