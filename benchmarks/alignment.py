@@ -24,7 +24,7 @@ from pipeline.align.texts import Side
 from pipeline.align.units import Tokens, align
 from pipeline.align.vocabularies import pair_ids
 from schemas.tables import arrow_schema
-from stages.tools.align import open_side
+from stages.run.sides import open_side
 
 TOKENS = 1_000_000
 LENGTH = 2000  # characters of a response

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from pipeline.measure import diagnostics as figures
 from pipeline.models import ModelRef
+from pipeline.store.cache import responses_digest
 from pipeline.store.shards import Shard, open_shard, open_writer
 from schemas.config import Config, consistency
 from schemas.diagnostics import Diagnostics, markdown
@@ -69,7 +70,8 @@ def _phase(folder: Path, shards: int = 2) -> list[tuple[Shard, ...]]:
         scores = folder / "scores" / f"{index:03}.parquet"
         scorer = {"teacher": {"weights": "2" * 64, "tokenizer": "3" * 64}, "prompt": PROMPT, "scores": KEPT}
         about = scorer | {"reads": "text", "engine": "transformers", "dtype": "float32"}
-        with open_writer(scores, "scores", about, {}, {"teacher": "b@main"}) as writer:
+        responses = {"responses": responses_digest(first)}
+        with open_writer(scores, "scores", about, responses, {"teacher": "b@main"}) as writer:
             for group in first.row_groups():
                 writer.write(_scores(rng, group))
         given_scores = open_shard(scores, "scores")

