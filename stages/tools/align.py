@@ -15,11 +15,7 @@ from pipeline.align.texts import Aligned, align_texts, unit_rows
 from pipeline.align.units import KINDS
 from schemas.errors import OpdError
 from stages.run import console
-<<<<<<< HEAD
-from stages.run.run import cache_root
-=======
 from stages.run.sides import JsonOption, StudentOption, TeacherOption, open_side
->>>>>>> engines
 
 COLOURS = {"1:1": "green", "n:m": "yellow", "stop": "cyan", "masked": "red"}
 LINES_AT_ONCE = 1024
@@ -54,16 +50,6 @@ def main(
         show(aligned, raw, student, teacher)
 
 
-<<<<<<< HEAD
-def open_side(source: str) -> Side:
-    """A model's tokenizer and the bytes of its tokens."""
-    folder = tokenizer_folder(source, cache_root(Config.model_fields["cache"].default))
-    tokenizer = load_tokenizer(source, folder)
-    return Side(tokenizer, vocabulary(source, folder, tokenizer))
-
-
-=======
->>>>>>> engines
 def describe(aligned: Aligned, text: int) -> dict[str, Any]:
     """The JSON of one text."""
     rows = unit_rows(aligned, text)
