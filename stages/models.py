@@ -3,10 +3,12 @@
 from typing import Annotated, Literal
 
 import typer
+from tokenizers import Tokenizer
 
+from pipeline.align.texts import Side, misspelt, read_otherwise
 from pipeline.align.tokens import vocabulary_table
 from pipeline.align.vocabularies import end_ids, stop_ids
-from pipeline.models import generation_config, load_tokenizer, prepare, vocabulary
+from pipeline.models import file_tokenizer, generation_config, load_tokenizer, prepare, vocabulary
 from pipeline.store.shards import open_shard, open_writer, write_text
 from schemas.errors import OpdError
 from stages.run import console
@@ -18,7 +20,7 @@ def main(
     role: Annotated[Literal["student", "teacher"], typer.Option(help="which of the two models")],
     config_file: ConfigOption = DEFAULT_CONFIG,
 ) -> None:
-    """Fetch and convert one model, check that its tokenizer can be aligned, write its reference."""
+    """Fetch and convert one model, check that its tokenizer spells plain text, write its reference."""
     run = open_run(config_file, f"models {role}")
     wanted = run.settings.student if role == "student" else run.settings.teacher
     if role == "teacher" and not run.needs_teacher:
@@ -26,6 +28,7 @@ def main(
     ref = prepare(wanted.model, run.cache, wanted.revision, console.say)
     tokenizer = load_tokenizer(ref.source, ref.path)
     tokens = vocabulary(ref.source, ref.path, tokenizer)
+    check_tokenizer(role, Side(tokenizer, tokens), file_tokenizer(ref.path))
     stop = stop_ids(tokens, end_ids(tokenizer, generation_config(ref.path)), wanted.stop)
     identity = {"tokenizer": ref.tokenizer, "stop": list(wanted.stop)}
     with open_writer(run.vocabulary(role), "vocabulary", identity, {}) as writer:
@@ -35,6 +38,30 @@ def main(
     console.say(
         f"{role}: {ref.source}, {int(tokens.has_bytes.sum()):,} tokens with bytes, {len(stop)} that stop, in {ref.path}"
     )
+
+
+def check_tokenizer(role: str, side: Side, of_file: Tokenizer | None) -> None:
+    """Look at plain text in a model's tokenizer before anything is sampled with it.
+
+    Warns of kinds of text that it changes, and where `transformers` reads other ids than `tokenizer.json` does.
+
+    Raises:
+        OpdError: it doesn't spell plain ASCII text exactly, so that hardly anything could be compared.
+    """
+    name, lost = side.tokens.name, misspelt(side)
+    if plain := [found for found in lost if found.plain]:
+        raise OpdError(
+            f"{role}.model: the tokenizer of {name!r} does not spell plain text: {plain[0]}; each response would be masked "
+            "from such a place on; choose another model, or repair its tokenizer.json"
+        )
+    for found in lost:
+        console.warn(f"{role}: the tokenizer of {name} changes {found}; responses are masked from such a place on")
+    if of_file is not None and (differing := read_otherwise(side, of_file)):
+        kind = type(side.tokenizer).__name__
+        console.warn(
+            f"{role}: transformers builds a {kind} for {name} that reads {', '.join(differing)} otherwise than its "
+            f"tokenizer.json; prompts, rollouts and scores, on every engine, are read with the {kind}"
+        )
 
 
 def take_over(run: Run) -> None:

@@ -1,12 +1,27 @@
 """Two tokenizers on the same texts: units without any model, for inspection and coverage figures."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
-from pipeline.align.tokens import Spelling, TokenBytes, spell, text_tokenizer
+from pipeline.align.tokens import Spelling, TokenBytes, encode_texts, spell, text_tokenizer
 from pipeline.align.units import KINDS, MASKED, Tokens, Units, align
+
+PROBES = {
+    "indentation": "    if x:\n        for y in x:\n            print(y)\n",
+    "tabs": "all:\tfirst\n\t@echo $$HOME\n\t\tdone\n",
+    "CRLF": "one\r\ntwo\r\n\r\nthree",
+    "JSON": '{"a": [1, -2.5e+10, null],\n  "b": {"c": "\\"\\\\\\n"}}\n',
+    "digits": "0123456789 10 200 3,000.00 1e-9 2024-02-29",
+    "punctuation": 'Don\'t! (a+b)*c = ~d; `e` <f> & #g | h^i % @j _k_ "l" [m]? $n/o',
+    "CJK": "今天天气很好，我们去公园。東京タワー、ガギグ。안녕하세요",
+    "emoji": "😀 👍🏽 🇩🇪 ❤\ufe0f 👩\u200d👩\u200d👧",
+    "accents": "naïve café – „Straße“, Übung… Съешь ещё, Ξεσκεπάζω",
+}
+"""Plain text by what is special about it, for a look at a tokenizer before anything is sampled with it."""
 
 
 @dataclass(frozen=True)
@@ -16,9 +31,14 @@ class Side:
     tokenizer: Any
     tokens: TokenBytes
 
+    @cached_property
+    def encoder(self) -> Tokenizer:
+        """Its copy for texts (see `text_tokenizer`), made once: copying a large vocabulary takes seconds."""
+        return text_tokenizer(self.tokenizer, self.tokens.name)
+
     def spell(self, texts: list[str]) -> Spelling:
         """Encode texts without special tokens; look-alikes stay text."""
-        return spell(text_tokenizer(self.tokenizer, self.tokens.name), self.tokens, texts)
+        return spell(self.encoder, self.tokens, texts)
 
 
 @dataclass(frozen=True)
@@ -93,3 +113,46 @@ def _cover(units: Units, size: np.ndarray) -> Units:
     }
     order = np.argsort(columns["row"], kind="stable")
     return Units(**{name: values[order] for name, values in columns.items()})
+
+
+@dataclass(frozen=True)
+class Misspelt:
+    """A probe that a tokenizer doesn't spell: which, the first byte that differs, the text from there and what is read."""
+
+    probe: str
+    byte: int
+    text: str
+    read: str
+
+    @property
+    def plain(self) -> bool:
+        """Whether the probe is ASCII, of which every text is full."""
+        return PROBES[self.probe].isascii()
+
+    def __str__(self) -> str:
+        return f"{self.probe}, where it reads {self.read!r} for {self.text!r} at byte {self.byte}"
+
+
+def misspelt(side: Side, shown: int = 12) -> list[Misspelt]:
+    """The probes that a tokenizer doesn't spell exactly, with `shown` bytes from the first difference."""
+    spelling, found = side.spell(list(PROBES.values())), []
+    for index, (name, text) in enumerate(PROBES.items()):
+        raw, at = text.encode(), int(spelling.exact[index])
+        first, last = spelling.offsets[index : index + 2]
+        end = int(spelling.ends[last - 1]) if last > first else 0
+        if at == len(raw) == end:
+            continue
+        read = side.tokens.concatenate(spelling.ids[first:last])[0].tobytes()
+        rest = read[len(read) - (end - at) :]
+        found.append(Misspelt(name, at, raw[at:][:shown].decode(errors="ignore"), rest[:shown].decode(errors="ignore")))
+    return found
+
+
+def read_otherwise(side: Side, other: Tokenizer) -> list[str]:
+    """Names of the probes that another form of a tokenizer encodes to other ids."""
+    probes = list(PROBES.values())
+    (a, a_at), (b, b_at) = (
+        encode_texts(encoder, probes) for encoder in (side.encoder, text_tokenizer(other, side.tokens.name))
+    )
+    rows = zip(PROBES, np.split(a, a_at[1:-1]), np.split(b, b_at[1:-1]), strict=True)
+    return [probe for probe, ours, theirs in rows if not np.array_equal(ours, theirs)]
