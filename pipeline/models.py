@@ -1,6 +1,7 @@
 """Models from a hub id, a local folder or a package that ships a GGUF file, and what identifies each."""
 
 import email
+import importlib
 import json
 import platform
 import re
@@ -285,6 +286,8 @@ def _convert(gguf: Path, into: Path, source: str) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
+        # Of GGUF files alone transformers wants it, and would say so in a ValueError.
+        importlib.import_module("accelerate")
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)

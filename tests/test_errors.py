@@ -13,6 +13,8 @@ import typer
 import yaml
 from safetensors.numpy import save_file
 
+from pipeline.models import _convert
+from schemas.errors import OpdError
 from stages import console, prompts
 
 GOOD: dict[str, Any] = {
@@ -84,6 +86,12 @@ def test_missing_models(place: Workplace) -> None:
     for model, message in cases.items():
         place.config(**{**GOOD, "student": {"model": model}})
         assert message in place.refuses("models", "--role", "student")
+
+
+def test_gguf_without_accelerate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)  # as if it were not installed
+    with pytest.raises(OpdError, match=r"reading GGUF needs more packages, pip install 'offline-opd\[demo\]'"):
+        _convert(tmp_path / "model.gguf", tmp_path, "pypi:x==1")
 
 
 def test_a_wordpiece_tokenizer(place: Workplace) -> None:
