@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
@@ -10,10 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline.prompts import collect
 from schemas.config import Config, Evaluate, Rollouts, Train, load_config, parse_config
 from schemas.errors import OpdError
 from stages import layout
-from stages.cli import config_markdown
+from stages.cli import config_keys, config_markdown
 
 MINIMAL = {"prompts": {"source": "p.jsonl"}, "student": {"model": "a/b"}, "teacher": {"model": "c/d"}}
 
@@ -34,6 +36,29 @@ def test_kl_is_measured_on_what_the_split_holds() -> None:
 
 def test_the_shipped_config_is_valid() -> None:
     assert load_config("config/config.yaml").run == "default"
+
+
+def test_the_examples_are_whole_and_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = sorted(Path("examples").glob("*.yaml"))
+    listed = re.findall(r"^\* `([\w-]+\.yaml)`", Path("examples/README.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == [file.name for file in files] and len(files) == 3
+    shutil.copytree("examples", tmp_path / "examples")
+    round_0 = tmp_path / "runs/default/round-0/scores"  # what one of them reuses
+    round_0.mkdir(parents=True)
+    (round_0 / "000.parquet").touch()
+    shutil.copy("config/config.yaml", tmp_path / "runs/default")
+    monkeypatch.chdir(tmp_path)
+    for file in files:
+        config_keys(file)  # `opd config --check`
+        config = load_config(file)
+        assert config.run == file.stem
+        if config.prompts.source.endswith(".jsonl"):
+            splits = collect(config.prompts, config.seed)["split"].to_pylist()
+            assert {name: splits.count(name) for name in ("examples", "train", "test")} == {
+                "examples": 2,
+                "train": 16,
+                "test": 6,
+            }
 
 
 def test_config_readme_documents_every_key() -> None:
