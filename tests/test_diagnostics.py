@@ -26,6 +26,8 @@ from schemas.manifest import digest
 from schemas.tables import arrow_schema
 from stages import diagnostics
 from stages.report import checklist
+from stages.run.results import read_diagnostics
+from stages.run.run import run_of
 
 CLIP = 1.5
 PROMPT = {"prompt": "{{ prompt }}", "chat_template": None}
@@ -248,7 +250,7 @@ def _config(**changes: Any) -> Config:
 def _write(config: Config) -> Diagnostics:
     Path("c.yaml").write_text(config.model_dump_json())
     diagnostics.main("round-0", Path("c.yaml"))
-    return diagnostics.read(config, "round-0")
+    return read_diagnostics(run_of(config).phase("round-0"))
 
 
 def test_the_file_of_a_round(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -286,14 +288,14 @@ def test_what_is_missing_damaged_or_foreign_is_named(run: Path) -> None:
     with pytest.raises(
         OpdError, match=r"diagnostics.json: missing; run `python -m stages.diagnostics --phase round-0`"
     ):
-        diagnostics.read(config, "round-0")
+        read_diagnostics(run_of(config).phase("round-0"))
     (run / "round-0/diagnostics.json").write_text('{"phase": "round-0"')
     with pytest.raises(OpdError, match=r"diagnostics.json: damaged"):
-        diagnostics.read(config, "round-0")
+        read_diagnostics(run_of(config).phase("round-0"))
     units = open_shard(run / "round-0/units/000.parquet", "units")
     _again(units, units.row_groups(), {"other": 1}, units.manifest.inputs)
     with pytest.raises(OpdError, match=r"weights/000.parquet: this shard does not fit .* inputs.units: expected"):
-        diagnostics.diagnose(config, "round-0")
+        diagnostics.diagnose(run_of(config).phase("round-0"))
 
 
 def test_a_phase_without_gate_training_or_timings(run: Path) -> None:
@@ -303,7 +305,7 @@ def test_a_phase_without_gate_training_or_timings(run: Path) -> None:
         *(f"timings/{p.name}" for p in run.glob("timings/*")),
     ):
         (run / name).unlink()
-    found = diagnostics.diagnose(_config(), "round-0")
+    found = diagnostics.diagnose(run_of(_config()).phase("round-0"))
     assert found.coverage.compared is None and found.training is None and found.seconds == {}
     assert checklist.rows([found])["Cost"]["seconds"] == ["-"]
 

@@ -15,8 +15,8 @@ from pipeline.models import ModelRef, load_tokenizer, reference
 from pipeline.store.shards import file_digest
 from schemas.errors import OpdError
 from schemas.manifest import digest
-from stages import console
 from stages.models import check_tokenizer
+from stages.run import console
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from schemas.config import load_config
 from schemas.diagnostics import Diagnostics
 from stages import evaluate, prompts
 from stages.report import page as report
+from stages.run.run import run_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -160,7 +161,7 @@ def test_without_references_teacher_and_times_the_report_says_not_measured(
     answers = pl.read_parquet("runs/default/eval-1/answers.parquet")
     assert answers.schema["right"] == pl.Boolean and answers["right"].null_count() == 8
     report.main(Path("config.yaml"))
-    report.print_summary(load_config("config.yaml"))
+    report.print_summary(run_of(load_config("config.yaml")))
     page = Path("runs/default/report.html").read_text()
     assert page.count("not measured") >= 3 and page.count("<svg") == 4 and 'class="wrong"' not in page
     assert "Times were not measured" in page
