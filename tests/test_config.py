@@ -61,6 +61,26 @@ def test_the_examples_are_whole_and_valid(tmp_path: Path, monkeypatch: pytest.Mo
             }
 
 
+def test_the_papers_that_are_named_are_cited_and_the_licence_is_there() -> None:
+    cited = {
+        paper["url"].rpartition("/")[2] for paper in yaml.safe_load(Path("CITATION.cff").read_text())["references"]
+    }
+    named = set(re.findall(r"arxiv\.org/abs/([\d.]+\d)", Path("README.md").read_text()))
+    named |= set(re.findall(r"arXiv (\d{4}\.\d{5})", Path("config/README.md").read_text()))
+    assert cited == named and len(cited) == 8
+    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    assert project["license"] == "Apache-2.0" and "Apache License" in Path("LICENSE").read_text()[:200]
+
+
+def test_pre_commit_runs_what_ci_runs() -> None:
+    (repository,) = yaml.safe_load(Path(".pre-commit-config.yaml").read_text())["repos"]
+    linters = ("ruff", "snakefmt", "mypy", "lint-imports")
+    ci = [line for line in Path(".ci/run").read_text().splitlines() if line.startswith(linters)]
+    assert [hook["entry"] for hook in repository["hooks"]] == ci
+    # `local` hooks of the environment at hand: nothing is fetched.
+    assert repository["repo"] == "local" and {hook["language"] for hook in repository["hooks"]} == {"system"}
+
+
 def test_config_readme_documents_every_key() -> None:
     assert config_markdown() in Path("config/README.md").read_text(), (
         "run: opd config, and paste it into config/README.md"
