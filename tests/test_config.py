@@ -15,7 +15,8 @@ from pipeline.prompts import collect
 from schemas.config import Config, Evaluate, Rollouts, Train, load_config, parse_config
 from schemas.errors import OpdError
 from stages.run.run import run_of
-from stages.tools.cli import config_keys, config_markdown
+from stages.tools.config import config_markdown
+from stages.tools.config import main as config_keys
 
 MINIMAL = {"prompts": {"source": "p.jsonl"}, "student": {"model": "a/b"}, "teacher": {"model": "c/d"}}
 

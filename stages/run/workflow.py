@@ -27,12 +27,13 @@ def reads(run: Run, stage: str) -> Callable[[Any], str]:
     def of(wildcards: Any) -> str:
         named = f"{stage} {wildcards.role}" if stage == "models" else stage
         values = decided(run.config, named, getattr(wildcards, "phase", ""))
-        return digest([values, {code: own_code.source_digest(code) for code in _own_code(values)}])
+        return digest([values, {code: own_code.source_digest(code) for code in own_code_in(values)}])
 
     return of
 
 
-def _own_code(values: dict[str, Any]) -> list[str]:
+def own_code_in(values: dict[str, Any]) -> list[str]:
+    """The functions of the user's own, `module:function`, among the values of a config."""
     places = (("prompts", "source"), ("evaluate", "scorer"), ("objective", "recipe"))
     named = (values.get(section, {}).get(key, "") for section, key in places)
     return [name for name in named if OWN_CODE.fullmatch(name)]

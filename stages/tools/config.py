@@ -1,0 +1,62 @@
+"""Config: every key with its default and meaning, or whether a file is valid."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline import own_code
+from schemas.config import Config, Section, load_config, section, variants
+from stages.run import console
+from stages.run.workflow import own_code_in
+
+
+def main(
+    check: Annotated[Path | None, typer.Option(help="validate this file instead of listing the keys")] = None,
+) -> None:
+    """List every config key with its default and meaning (Markdown), or check a file."""
+    if check:
+        for reference in own_code_in(load_config(check).model_dump(mode="json")):
+            own_code.source_digest(reference)
+        console.say(f"{check}: valid")
+        return
+    console.out.print(config_markdown(), markup=False, soft_wrap=True)
+
+
+def config_markdown() -> str:
+    """A Markdown table of every config key."""
+    lines = ["| key | default | meaning |", "|---|---|---|"]
+
+    def walk(kind: type[Section], prefix: str) -> None:
+        for name, field in kind.model_fields.items():
+            below = section(field.annotation)
+            if below is not field.annotation and not variants(field.annotation):
+                default = "required" if field.is_required() else f"`{field.get_default(call_default_factory=True)!r}`"
+                meaning = (field.description or "").replace("|", "\\|")
+                lines.append(f"| `{prefix}{name}` | {default} | {meaning} |")
+            if below:
+                walk(below, f"{prefix}{name}.")
+            lines.extend(_of_variants(variants(field.annotation), field.default, f"{prefix}{name}."))
+
+    walk(Config, "")
+    return "\n".join(lines)
+
+
+def _of_variants(kinds: dict[str, type[Section]], default: Any, prefix: str) -> list[str]:
+    """Rows of a section that is one of several: each of these, then each key once with the default of every one."""
+    rows = []
+    described: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for tag, kind in kinds.items():
+        (by, _), *own = kind.model_fields.items()
+        keys = ", ".join(f"`{name}`" for name, _ in own)
+        meaning = " ".join((kind.__doc__ or "").split()).replace("|", "\\|")
+        chosen = "default" if getattr(default, by) == tag else ""
+        rows.append(f"| `{prefix}{by}: {tag}` | {chosen} | {meaning} Keys: {keys} |")
+        for name, field in own:
+            meaning = (field.description or "").replace("|", "\\|")
+            value = f"`{field.get_default(call_default_factory=True)!r}`"
+            described.setdefault((name, meaning), {}).setdefault(value, []).append(tag)
+    for (name, meaning), values in described.items():
+        of_each = "; ".join(f"{', '.join(tags)}: {value}" for value, tags in values.items())
+        rows.append(f"| `{prefix}{name}` | {of_each if len(values) > 1 else next(iter(values))} | {meaning} |")
+    return rows
