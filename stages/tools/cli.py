@@ -61,8 +61,8 @@ def described(module: str) -> str:
     """First paragraph of what a module's `main` says of itself, or the module where it has several commands."""
     source = (Path(__file__).parents[2] / module.replace(".", "/")).with_suffix(".py")
     tree = ast.parse(source.read_text())
-    main = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"]
-    return (ast.get_docstring((main or [tree])[0]) or "").partition("\n\n")[0].replace("\n", " ")
+    main = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
+    return (ast.get_docstring(next(main, tree)) or "").partition("\n\n")[0].replace("\n", " ")
 
 
 def loaded(name: str) -> Any:
