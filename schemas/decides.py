@@ -28,10 +28,19 @@ class Keys:
         return Keys(self.decide + other.decide, self.operate + other.operate)
 
 
-def _model(role: str) -> Keys:
-    """A model in use: what it computes, and where it does so."""
-    read = ("model", "revision", "dtype", "engine", "chat", "system", "prompt", "stop")
-    return Keys(tuple(f"{role}.{key}" for key in read), (f"{role}.engine_options",))
+def _computes(role: str) -> Keys:
+    """A model's forward pass. Its revision and stops are told by its prepared files."""
+    return Keys((f"{role}.model", f"{role}.dtype"))
+
+
+def _prompted(role: str) -> Keys:
+    """A model's prompts."""
+    return Keys(tuple(f"{role}.{key}" for key in ("model", "chat", "system", "prompt")))
+
+
+def _on_engine(role: str) -> Keys:
+    """Which code computes, and where it does so."""
+    return Keys((f"{role}.engine",), (f"{role}.engine_options",))
 
 
 def _named(role: str) -> Keys:
@@ -46,8 +55,10 @@ STAGES: dict[str, Keys] = {
     "prompts": Keys(("prompts", "seed")),
     "models student": Keys(("student.model", "student.revision", "student.stop")),
     "models teacher": Keys(("teacher.model", "teacher.revision", "teacher.stop", "reuse")),
-    "reuse": _model("student") + Keys(("reuse", "rollouts.max_new_tokens")),
-    "rollouts": _model("student")
+    "reuse": _prompted("student") + Keys(("reuse", "rollouts.max_new_tokens")),
+    "rollouts": _computes("student")
+    + _prompted("student")
+    + _on_engine("student")
     + Keys(
         (
             "seed",
@@ -59,20 +70,22 @@ STAGES: dict[str, Keys] = {
         ),
         ("rollouts.batch_size",),
     ),
-    "scores": _model("teacher")
+    "scores": _computes("teacher")
+    + _prompted("teacher")
+    + _on_engine("teacher")
     + _named("student")
     + Keys(
         ("scores.support", "scores.min_p", "scores.mass", "scores.k_max", "scores.log_z"),
-        ("scores.batch_tokens", "rollouts.max_new_tokens", "audit", "cache_remote"),
+        ("teacher.revision", "scores.batch_tokens", "rollouts.max_new_tokens", "audit", "cache_remote"),
     ),
     "units": _named("student") + _named("teacher"),
-    "policy": _model("student") + Keys((), ("scores.batch_tokens",)),
+    "policy": _computes("student") + _on_engine("student") + Keys((), ("scores.batch_tokens",)),
     "weights": Keys(
         tuple(f"weights.{key}" for key in Config.model_fields["weights"].annotation.model_fields if key != "scheduler"),  # type: ignore[union-attr]
         ("weights.scheduler",),
     ),
     "coverage": _named("student") + Keys(("coverage",)),
-    "train": _model("student")
+    "train": _computes("student")
     + _ROUND
     + Keys(
         (
@@ -89,7 +102,9 @@ STAGES: dict[str, Keys] = {
         tuple(f"train.{key}" for key in _TRAIN_OPERATION),
     ),
     "diagnostics": Keys(("objective", "weights", "teacher.model", "student.tuned_on")),
-    "evaluate": _model("student")
+    "evaluate": _computes("student")
+    + _prompted("student")
+    + _on_engine("student")
     + Keys(
         ("evaluate", "prompts.source", "rollouts.max_new_tokens", "seed"),
         ("rollouts.batch_size", "train.batch_size", "train.micro_batch_tokens"),

@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 from pydantic import TypeAdapter
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pipeline.store.shards import open_shard, open_writer
 from schemas.config import Objective
@@ -35,6 +36,27 @@ def model(seed: int = 0, dtype: torch.dtype = torch.float32, tied: bool = True) 
         tie_word_embeddings=tied,
     )
     return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def saved(folder: Path, merges: list[tuple[str, str]]) -> None:
+    """A prepared model: the same two layers over a byte-level BPE tokenizer with these merges."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<|end|>", *alphabet, *(a + b for a, b in merges)]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokens),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        eos_token_id=0,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def shards(folder: Path, responses: int = 20, group: int = 8, count: int = 2, seed: int = 0) -> list[Triple]:

@@ -14,7 +14,8 @@ INHERITED = ("seed", "prompts", "teacher", "rollouts", "scores", "evaluate")
 
 def scored_rounds(run: Path) -> list[Path]:
     """The folders of a run's rounds that have scores, in order; the folder itself where it is one round without a run."""
-    folders = sorted(run.glob("round-*"), key=lambda f: int(f.name.removeprefix("round-"))) or [run]
+    own = [folder for folder in run.glob("round-*") if folder.name.removeprefix("round-").isdigit()]  # no replayed ones
+    folders = sorted(own, key=lambda folder: int(folder.name.removeprefix("round-"))) or [run]
     return [folder for folder in folders if list((folder / "scores").glob("*.parquet"))]
 
 

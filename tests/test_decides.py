@@ -1,0 +1,240 @@
+"""One table says what of the config decides each stage's result; a whole tiny run shows that it is what stages read."""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from pipeline.store.shards import read_manifest
+from schemas import decides
+from schemas.config import Config, Section, parse_config
+from stages import (
+    coverage,
+    diagnostics,
+    evaluate,
+    models,
+    policy,
+    prompts,
+    reuse,
+    rollouts,
+    scores,
+    train,
+    units,
+    weights,
+)
+from stages.report import page as report
+from stages.run import run as runs
+
+ROOT = Path(__file__).parents[1]
+Reads = dict[str, set[str]]
+
+OTHERWISE_READ = {
+    "models teacher": {"reuse"},
+    "reuse": {"reuse"},
+    "rollouts": {
+        "rollouts.shard_size",
+        "evaluate.split",
+        "evaluate.kl_items",
+    },  # of a phase without a shard, and of the other kind of phase
+    "weights": {"weights.alpha", "weights.prefix_share", "weights.discount", "weights.gae_lambda"},
+    "diagnostics": {"teacher.model"},
+    "train": {"train.ema", "train.lora", "rollouts.prompts", "rollouts.samples", "rollouts.rounds", "rollouts.replay"},
+}
+"""Keys that only other settings of the same stage read, or that are read where the run is laid out."""
+
+
+@pytest.fixture(scope="module")
+def read(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reads]:
+    """The config keys that each stage read in a run of two rounds and in one that reuses it."""
+    folder = tmp_path_factory.mktemp("decides")
+    found: Reads = defaultdict(set)
+    places: dict[int, tuple[str, str, Section]] = {}  # keeps the sections, so that no id is given twice
+    given, plain = runs.settings, Section.__getattribute__
+
+    def settings(config: Config, stage: str, phase: str = "") -> Config:
+        view = given(config, stage, phase)
+        places[id(view)] = (stage, "", view)
+        for name, value in vars(view).items():
+            if isinstance(value, Section):
+                copy = value.model_copy()  # sections may be shared with the whole config
+                view.__dict__[name] = copy
+                places[id(copy)] = (stage, f"{name}.", copy)
+        return view
+
+    def spy(self: Section, name: str) -> Any:
+        if id(self) in places and name in type(self).model_fields:
+            stage, prefix, _ = places[id(self)]
+            found[stage].add(prefix + name)
+        return plain(self, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("OPD_CACHE", str(folder / "cache"))
+        patch.setattr(runs, "settings", settings)
+        patch.setattr(Section, "__getattribute__", spy)
+        config = whole_run(folder)
+        another_student(config)
+        yield found
+
+
+def whole_run(folder: Path) -> dict[str, Any]:
+    """Every stage, in order, on two tiny models with different tokenizers."""
+    for name, merges in (("student", []), ("teacher", [("a", "b"), ("Ġ", "a"), ("1", "2")])):
+        tiny.saved(folder / name, merges)
+    rows = [{"prompt": f"{a} ab 12?", "answer": str(a)} for a in range(30)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "run": "a",
+        "prompts": {"source": "rows.jsonl", "splits": {"examples": 1, "train": 16, "test": 4}},
+        "student": {"model": str(folder / "student"), "dtype": "float32"},
+        "teacher": {"model": str(folder / "teacher"), "dtype": "float32"},
+        "rollouts": {"rounds": 2, "prompts": 8, "max_new_tokens": 6, "top_k": 4, "replay": 1},
+        "scores": {"support": "union", "k_max": 8},
+        "coverage": {"min_compared": 0, "min_one_to_one": 0, "min_shared_mass": 0},
+        "train": {"batch_size": 4, "warmup_steps": 1},
+        "evaluate": {"kl_items": 2},
+    }
+    where = written(config)
+    prompts.main(where)
+    models.main("student", where)
+    models.main("teacher", where)
+
+    def tables(phase: str) -> None:
+        rollouts.main(phase, 0, where, None)
+        scores.main(phase, 0, where, None)
+        units.main(phase, 0, where)
+        weights.main(phase, where)
+
+    tables("eval-0")
+    evaluate.main(0, where, None)
+    for number in (0, 1):
+        tables(f"round-{number}")
+        coverage.main(f"round-{number}", where)
+        if number:
+            policy.main("round-1@0", 0, where, None)
+            weights.main("round-1@0", where)
+        train.main(number, where, None)
+    tables("eval-2")
+    evaluate.main(2, where, None)
+    for phase in ("eval-0", "round-0", "round-1", "round-1@0", "eval-2"):
+        diagnostics.main(phase, where)
+    report.main(where)
+    return config
+
+
+def another_student(config: dict[str, Any]) -> None:
+    """The stages that only a reusing run has."""
+    where = written(config | {"run": "b", "reuse": ["runs/a"], "evaluate": {"kl_items": 0}})
+    prompts.main(where)
+    models.main("student", where)
+    models.main("teacher", where)
+    reuse.main("round-0", 0, where)
+
+
+def written(config: dict[str, Any]) -> Path:
+    where = Path(f"{config['run']}.yaml")
+    where.write_text(json.dumps(config))
+    return where
+
+
+def test_every_key_that_a_stage_reads_is_declared_and_every_declared_key_is_read(read: Reads) -> None:
+    assert set(read) == set(decides.STAGES) - {"report"}  # which takes the whole config as it is
+    for stage, keys in read.items():
+        declared = set(declaration(stage))
+        sections = {key.partition(".")[0] for key in declared}
+        undeclared = {key for key in keys if key not in declared | sections and key.partition(".")[0] not in declared}
+        assert not undeclared, f"{stage} reads what it doesn't declare: {undeclared}"
+        dumped = {"prompts": "prompts", "train": "objective train"}.get(stage, "").split()  # whole sections
+        unread = {
+            key
+            for key in declared - keys - OTHERWISE_READ.get(stage, set())
+            if key.partition(".")[0] not in dumped
+            and not key.endswith(".engine_options")  # read by vLLM
+            and not any(inner.startswith(f"{key}.") for inner in keys)
+        }
+        assert not unread, f"{stage} declares what it never reads: {unread}"
+
+
+def declaration(stage: str) -> tuple[str, ...]:
+    both = [decides.keys(stage, phase) for phase in ("round-0", "eval-0")]
+    return tuple(key for keys in both for key in (*keys.decide, *keys.operate))
+
+
+def test_dropping_any_key_that_was_read_stops_the_stage(read: Reads) -> None:
+    """So neither the rule's parameter nor the stage's identity can lack it unseen: `settings` doesn't hold it then."""
+    config = parse_config(json.loads(Path("a.yaml").read_text()), "a.yaml")
+    dropped = 0
+    for stage, keys in read.items():
+        for key in keys & set(declaration(stage)):
+            special = {"rollouts": "eval-0" if key.startswith("evaluate") else "round-0"}.get(stage, "")
+            full = decides.keys(stage, special)
+            lacking = decides.Keys(
+                *(tuple(name for name in names if name != key) for names in (full.decide, full.operate))
+            )
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(decides, "keys", lambda *_, lacking=lacking: lacking)
+                view: Any = decides.settings(config, stage)
+                decided = decides.decided(config, stage)
+            section, _, name = key.partition(".")
+            with pytest.raises(AttributeError, match=f"'({name or section}|{section})'"):
+                getattr(getattr(view, section), name) if name else getattr(view, section)
+            assert name not in decided.get(section, {}) if name else section not in decided
+            dropped += 1
+    assert dropped > 80
+
+
+def test_rules_and_stages_ask_for_the_same_entries() -> None:
+    parts = re.split(r"^rule (\w+):", (ROOT / "Snakefile").read_text(), flags=re.MULTILINE)[1:]
+    found = {
+        name: re.findall(r'reads=reads\(RUN, "(\w+)"\)', text)
+        for name, text in zip(parts[::2], parts[1::2], strict=True)
+    }
+    rules = {name: asked[0] for name, asked in found.items() if name != "all"}
+    assert rules == {name: name for name in rules}
+    assert set(rules) == {stage.partition(" ")[0] for stage in decides.STAGES}
+    for stage in rules:
+        source = (ROOT / "stages" / ("report/page.py" if stage == "report" else f"{stage}.py")).read_text()
+        assert re.search(rf'open_run\(config_file, f?"{stage}', source), stage
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "changed"),
+    [
+        ("scores", "log_z", True, {"scores"}),
+        ("scores", "batch_tokens", 9, set()),
+        ("rollouts", "temperature", 0.5, {"rollouts"}),
+        ("rollouts", "batch_size", 3, set()),
+        ("weights", "gamma", 0.1, {"weights", "diagnostics"}),
+        ("train", "learning_rate", 1.0, {"train"}),
+        ("train", "save_every", 3, set()),
+        ("teacher", "dtype", "bfloat16", {"scores"}),
+        ("evaluate", "extract", "whole", {"evaluate"}),
+    ],
+)
+def test_what_a_change_makes_anew(section: str, key: str, value: Any, changed: set[str]) -> None:
+    """Beside what follows from changed inputs; the report tells of the whole config."""
+    values = {"prompts": {"source": "p.jsonl"}, "student": {"model": "a"}, "teacher": {"model": "b"}}
+    before = parse_config(values, "before")
+    after = parse_config({**values, section: {**values.get(section, {}), key: value}}, "after")
+    found = {
+        stage
+        for stage in decides.STAGES
+        if stage != "report" and decides.decided(before, stage, "round-0") != decides.decided(after, stage, "round-0")
+    }
+    assert found == changed
+
+
+def test_what_is_decided_is_in_the_manifests(read: Reads) -> None:
+    """The identity of what a stage writes holds the values of the table, models as what they resolved to."""
+    config = parse_config(json.loads(Path("a.yaml").read_text()), "a.yaml")
+    made = read_manifest(Path("runs/a/round-0/rollouts/000.parquet")).identity
+    decided = decides.decided(config, "rollouts", "round-0")
+    assert made["sampling"] == decided["rollouts"] and made["seed"] == decided["seed"]
+    assert read_manifest(Path("runs/a/prompts.parquet")).identity == decides.decided(config, "prompts")
+    scored = read_manifest(Path("runs/a/round-0/scores/000.parquet")).identity
+    assert scored["scores"] == decides.decided(config, "scores")["scores"]
