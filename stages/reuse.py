@@ -1,6 +1,6 @@
 """Reuse: take over another run's rollouts and teacher scores for this student; no teacher forward."""
 
-from pipeline.align.retokenise import adopt
+from pipeline.align.retokenise import retokenise
 from pipeline.align.tokens import from_table
 from pipeline.prepared import PromptTable
 from pipeline.store.cache import link_shard, responses_digest
@@ -20,7 +20,7 @@ from stages.run.run import Place, Run, Source, open_run
 
 
 def main(phase: PhaseOption, shard: ShardOption = 0, config_file: ConfigOption = DEFAULT_CONFIG) -> None:
-    """Tell a shard of another run's rollouts in this student's tokens, and link the scores that the teacher gave it."""
+    """Re-tokenise a shard of another run's rollouts for this student, and link the scores that the teacher gave it."""
     run = open_run(config_file, "reuse", phase)
     part = run.phase(phase)
     source = part.source
@@ -52,7 +52,7 @@ def write_rollouts(place: Place, source: Source, given: Shard) -> None:
         for group in given.row_groups():
             rows = [prompts.rows[name] for name in group["prompt_id"].to_pylist()]
             tokens = (student.vocabulary, student.stop)
-            writer.write(adopt(group, behavior, tokens, student.text_tokenizer, renderer.ids(rows, limit)))
+            writer.write(retokenise(group, behavior, tokens, student.text_tokenizer, renderer.ids(rows, limit)))
     console.say(f"{place.phase.name}: {given.rows} responses and their scores reused from {source.folder}")
 
 

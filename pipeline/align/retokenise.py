@@ -1,4 +1,4 @@
-"""Rollouts of another student, told in this student's tokens, so that one teacher pass serves both."""
+"""Rollouts of another student, re-tokenised for this student, so that one teacher pass serves both."""
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +11,7 @@ from pipeline.align.vocabularies import same_ids
 from schemas.tables import arrow_schema
 
 
-def adopt(
+def retokenise(
     rollouts: pa.Table,
     behavior: tuple[TokenBytes, np.ndarray],
     student: tuple[TokenBytes, np.ndarray],

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 from hard_texts import HARD_TEXTS
 
-from pipeline.align.retokenise import adopt
+from pipeline.align.retokenise import retokenise
 from pipeline.align.tokens import encode_texts, text_tokenizer
 from schemas.tables import arrow_schema
 
@@ -61,7 +61,7 @@ def test_sums_over_shared_stretches_are_the_behaviour_policys(direction: str, sm
     given = rollouts_of(theirs, texts, stopped, cut=3)
     prompts = [rng.integers(5, 100, n).astype(np.int32) for n in rng.integers(1, 9, len(given))]
     sides = (theirs.vocabulary, theirs.stop()), (ours.vocabulary, ours.stop())
-    told = adopt(given, *sides, text_tokenizer(ours.tokenizer, "o"), prompts)
+    told = retokenise(given, *sides, text_tokenizer(ours.tokenizer, "o"), prompts)
     assert told.schema.equals(arrow_schema("rollouts"))
     for name in ("rollout_id", "prompt_id", "response", "answer"):
         assert told[name].equals(given[name])
@@ -96,4 +96,4 @@ def test_sums_over_shared_stretches_are_the_behaviour_policys(direction: str, sm
 def test_no_responses(smollm2: Any, gemma3: Any) -> None:
     none = arrow_schema("rollouts").empty_table()
     sides = ((m.vocabulary, m.stop()) for m in (smollm2, gemma3))
-    assert len(adopt(none, *sides, text_tokenizer(gemma3.tokenizer, "g"), [])) == 0
+    assert len(retokenise(none, *sides, text_tokenizer(gemma3.tokenizer, "g"), [])) == 0
