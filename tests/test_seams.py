@@ -3,10 +3,12 @@
 import re
 import sys
 from pathlib import Path
+from typing import Literal
 
 import polars as pl
 import pytest
 import tiny
+import torch
 
 from pipeline import sources
 from pipeline.measure import scorers
@@ -16,11 +18,15 @@ from pipeline.weights import credit, importance
 from pipeline.weights.cross_fitting import sums_by
 from pipeline.weights.estimator import Estimator
 from pipeline.weights.phase import Part, compute
-from schemas.config import Config, Evaluate, Prompts, Splits, Weights, parse_config
+from schemas.config import Config, Evaluate, Prompts, Recipe, Splits, Weights, parse_config
 from schemas.config import evaluate as evaluate_config
 from schemas.config import weights as weights_config
 from schemas.config.options import Option
 from schemas.errors import OpdError
+from train import recipes
+from train.batch import Batch
+from train.policy import UnitLogps, unit_logps
+from train.stream import batches
 
 ROOT = Path(__file__).parents[1]
 SPLITS = {"examples": 1, "train": 3, "test": 2}
@@ -111,6 +117,26 @@ def test_keys_that_an_estimator_reads_are_flat_and_its_identity_is_all_of_them()
     rest = {"alpha": 0.05, "prefix_share": 0.3, "truncate": None}
     assert parsed(weights=chosen).weights.identity() == chosen | rest
     assert Weights(**parsed(weights=chosen).weights.model_dump()) == parsed(weights=chosen).weights
+
+
+def test_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A section with a key of its own, and its parts; longer units carry no loss."""
+
+    class Squared(Recipe):
+        recipe: Literal["squared"] = "squared"
+        scale: float = 2.0
+
+    def part(student: UnitLogps, batch: Batch, options: Squared, _: torch.Tensor) -> torch.Tensor:
+        return options.scale * (student.unit - batch.teacher_logp) ** 2
+
+    monkeypatch.setitem(recipes.RECIPES, Squared, recipes.Parts(part, None))
+    batch = next(batches(tiny.shards(tmp_path), 20, 10_000, 0, range(1))).parts[0]
+    student = unit_logps(tiny.model(), batch, torch.from_numpy(tiny.STOP.astype("int64")))
+    scored = recipes.losses(student, batch, Squared(scale=3.0))
+    one = (batch.s_len == 1) & (batch.t_len == 1)
+    assert torch.equal(scored.used, one) and one.any() and not one.all()
+    torch.testing.assert_close(scored.loss[one], 3 * (student.unit - batch.teacher_logp)[one] ** 2)
+    assert not scored.loss[~one].any()
 
 
 def test_a_source(monkeypatch: pytest.MonkeyPatch) -> None:
