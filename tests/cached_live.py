@@ -12,10 +12,11 @@ import torch
 
 from pipeline.align.vocabularies import pair_ids
 from pipeline.infer.shard_scores import ShardScores
-from schemas.config import Objective, load_config
+from schemas.config import Objective
 from schemas.tables import STOP_ID
 from stages.run.context import open_prompts, policy, teacher
 from stages.run.rounds import open_shards
+from stages.run.run import open_run
 from train.batch import Batch
 from train.policy import unit_logps
 from train.recipes import losses
@@ -75,12 +76,13 @@ def gradient(model: Any, batch: Batch, stop: torch.Tensor, objective: Objective)
 
 def compare() -> None:
     """Loss and gradient of the finished run in the working directory, from its shards and live."""
-    config = load_config(Path("runs/default/config.yaml"))
-    shards = open_shards(config, "round-0")
+    run = open_run(Path("runs/default/config.yaml"))
+    config = run.config
+    shards = open_shards(run.phase("round-0"))
     (step,) = batches(shards[:1], 100, 10**6, 0, range(1))
     (batch,) = step.parts
-    student = policy(config, 0)
-    wanted = ShardScores(config, shards[0][0], open_prompts(config), teacher(config), student)
+    student = policy(run, 0)
+    wanted = ShardScores(config, shards[0][0], open_prompts(run), teacher(run), student)
     units = pl.DataFrame(pl.from_arrow(shards[0][1].read()))
     candidates, sums = live_columns(wanted, units, config.scores.k_max, config.scores.min_p)
     names = shards[0][0].read()["rollout_id"].to_pylist()
