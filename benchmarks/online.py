@@ -42,6 +42,7 @@ from schemas.config import Config, load_config
 from schemas.tables import arrow_schema
 from stages import models, prompts
 from stages.run.context import open_prompts, policy, teacher
+from stages.run.run import run_of
 from train.loop import Progress, train_round, train_step
 from train.optimiser import MasterAdamW, learning_rate
 from train.stream import Triple, batches
@@ -79,7 +80,7 @@ def written(kind: str, step: int, table: pa.Table) -> Shard:
 
 def online(config: Config, steps: int) -> dict[str, Any]:
     """Sample, score, align, weigh and train in each step; leaves its shards for `offline`."""
-    student, scorer, table = policy(config, 0), teacher(config), open_prompts(config)
+    student, scorer, table = policy(run_of(config), 0), teacher(run_of(config)), open_prompts(run_of(config))
     model, judge = student.load(), scorer.load()
     optimiser = MasterAdamW(model, config.train)
     stop = torch.from_numpy(student.stop.astype("int64"))
@@ -143,7 +144,7 @@ def judged(about: ShardScores, judge: Any, rollouts: pa.Table) -> pa.Table:
 
 def offline(config: Config, steps: int) -> dict[str, Any]:
     """The trainer on what `online` left."""
-    student = policy(config, 0)
+    student = policy(run_of(config), 0)
     kinds = ("rollouts", "units", "weights")
     shards: list[Triple] = [
         tuple(open_shard(Path(kind) / f"{step:03}.parquet", kind) for kind in kinds)  # type: ignore[misc]
