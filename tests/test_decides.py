@@ -29,6 +29,7 @@ from stages import (
 )
 from stages.report import page as report
 from stages.run import run as runs
+from stages.run import workflow
 
 ROOT = Path(__file__).parents[1]
 Reads = dict[str, set[str]]
@@ -238,3 +239,16 @@ def test_what_is_decided_is_in_the_manifests(read: Reads) -> None:
     assert read_manifest(Path("runs/a/prompts.parquet")).identity == decides.decided(config, "prompts")
     scored = read_manifest(Path("runs/a/round-0/scores/000.parquet")).identity
     assert scored["scores"] == decides.decided(config, "scores")["scores"]
+
+
+def test_rules_ask_for_what_a_phase_has(read: Reads) -> None:
+    """With `reuse` no KL is measured unless asked for, so the phases that are evaluated have answers and no tables."""
+    values = json.loads(Path("b.yaml").read_text())
+    run = runs.run_of(parse_config(values, "b.yaml"))
+    assert workflow.shards(run, "eval-0", "rollouts", "units", "weights") == []
+    found = workflow.shards(run, "round-0", "rollouts", "weights")
+    assert found == [run.root / "round-0/rollouts/000.parquet", run.root / "round-0/weights.json"]
+    assert re.fullmatch(workflow.reused_phases(run), "round-1")
+    assert re.fullmatch(workflow.fresh_phases(run), "eval-0") and not re.fullmatch(
+        workflow.fresh_phases(run), "round-1"
+    )

@@ -56,7 +56,8 @@ def tables(run: Run, *names: str) -> Callable[[Any], list[Path]]:
 def shards(run: Run, phase: str, *names: str) -> list[Path]:
     """All shards of some tables of a phase, likewise."""
     part = run.phase(phase)
-    return [path for name in names for path in ([part.weights] if name == "weights" else part.paths(name))]
+    weighed = [part.weights] if len(part) else []  # a phase that is only answered has no tables
+    return [path for name in names for path in (weighed if name == "weights" else part.paths(name))]
 
 
 def weighed(run: Run) -> Callable[[Any], list[Path]]:
