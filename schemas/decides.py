@@ -8,11 +8,11 @@ Keys are `section.key`, or `section` for all of it. Beside those that decide, a 
 leave its result as it is, but for the last bits of a sum.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
-from schemas.config import Config, Section
+from schemas.config import TRAIN_OPERATION, Config, Section
 
 Part = TypeVar("Part", bound=Section)
 
@@ -49,7 +49,6 @@ def _named(role: str) -> Keys:
 
 
 _ROUND = Keys(("rollouts.prompts", "rollouts.samples"))
-_TRAIN_OPERATION = ("micro_batch_tokens", "gradient_checkpointing", "save_every", "keep_states", "trackers")
 
 STAGES: dict[str, Keys] = {
     "prompts": Keys(("prompts", "seed")),
@@ -93,13 +92,13 @@ STAGES: dict[str, Keys] = {
             *(
                 f"train.{key}"
                 for key in Config.model_fields["train"].annotation.model_fields  # type: ignore[union-attr]
-                if key not in _TRAIN_OPERATION
+                if key not in TRAIN_OPERATION
             ),
             "seed",
             "rollouts.rounds",
             "rollouts.replay",
         ),
-        tuple(f"train.{key}" for key in _TRAIN_OPERATION),
+        tuple(f"train.{key}" for key in sorted(TRAIN_OPERATION)),
     ),
     "diagnostics": Keys(("objective", "weights", "teacher.model", "student.tuned_on")),
     "evaluate": _computes("student")
@@ -161,8 +160,4 @@ def _paths(config: Config) -> Iterator[str]:
     for name, value in config:
         yield name
         if isinstance(value, Section):
-            yield from (f"{name}.{key}" for key in _names(value))
-
-
-def _names(part: Section) -> Iterable[str]:
-    return type(part).model_fields
+            yield from (f"{name}.{key}" for key in type(value).model_fields)
