@@ -162,6 +162,32 @@ def bucket_kl(
     return _directed(with_rest(student_logp), with_rest(teacher_logp), direction)
 
 
+def sampled_rest(
+    student_logp: torch.Tensor,
+    teacher_logp: torch.Tensor,
+    student_cand: torch.Tensor,
+    teacher_cand: torch.Tensor,
+    clip: float,
+) -> torch.Tensor:
+    """What `bucket_kl` (reverse) lacks to full reverse KL, from a sampled token that is none of the candidates.
+
+    With R for all else, KL(p_S || p_T) is `bucket_kl` and p_S(R) KL(p_S(.|R) || p_T(.|R)). The gradient of the latter is the
+    expectation over y ~ p_S, where y is in R, of a(y) times that of log p_S(y), a(y) = log p_S(y|R) - log p_T(y|R): so
+    sg[clamp(a)] log p_S(y), which is this, makes the whole gradient unbiased on policy up to the clip. It is a
+    Rao-Blackwellised sampled path: what the candidates say exactly isn't sampled.
+
+    Args:
+        student_logp, teacher_logp: (U,), of the sampled token.
+        student_cand, teacher_cand: (U, K), of the candidates; -inf in both marks a slot outside the support.
+        clip: nats.
+    Returns:
+        (U,), meaningful where the sampled token is none of the candidates.
+    """
+    own, other = with_rest(student_cand)[:, -1], with_rest(teacher_cand)[:, -1]
+    above = (student_logp - own) - (teacher_logp - other)
+    return above.detach().clamp(-clip, clip) * student_logp
+
+
 def jsd(student_logp: torch.Tensor, teacher_logp: torch.Tensor, beta: float) -> torch.Tensor:
     """Generalised Jensen-Shannon divergence: beta KL(p_T || m) + (1 - beta) KL(p_S || m), m = beta p_T + (1 - beta) p_S.
 

@@ -120,6 +120,8 @@ def candidate_kl(student: UnitLogps, batch: Batch, divergence: Divergence, where
     listed = ((batch.cand_id == _first_target(batch)[:, None]) & (batch.cand_logp > -torch.inf)).any(1)
     outside = ~(listed & one_to_one(batch))
     unused = batch.cand_logp == -torch.inf
+    if divergence.tail == "sampled":
+        return _with_sampled_rest(student, batch, divergence, outside)
     if divergence.mask_first:
         unused = unused | (~one_to_one(batch)[:, None] & (batch.cand_id == _first_target(batch)[:, None]))
     s_score = torch.cat([student.cand.masked_fill(unused, -torch.inf), s_unit[:, None]], 1)
@@ -130,6 +132,17 @@ def candidate_kl(student: UnitLogps, batch: Batch, divergence: Divergence, where
     return _divergence(
         s_score.masked_fill(drop, -torch.inf), t_score.masked_fill(drop, -torch.inf), divergence, batch.teacher_entropy
     )
+
+
+def _with_sampled_rest(
+    student: UnitLogps, batch: Batch, divergence: Divergence, outside: torch.Tensor
+) -> torch.Tensor:
+    unused = batch.cand_logp == -torch.inf
+    candidates = student.cand.masked_fill(unused, -torch.inf)
+    rest = objectives.sampled_rest(
+        student.unit, batch.teacher_logp, candidates, batch.cand_logp, getattr(divergence, "clip", 5.0)
+    )
+    return objectives.bucket_kl(candidates, batch.cand_logp) + torch.where(outside, rest, 0.0)
 
 
 def _log_z_above_start(student: UnitLogps, batch: Batch) -> torch.Tensor:

@@ -11,7 +11,7 @@ from schemas.config.options import OWN_CODE
 from schemas.config.section import Section
 
 Direction = Literal["reverse", "forward", "jsd", "entropy_gated"]
-Tail = Literal["renormalise", "bucket"]
+Tail = Literal["renormalise", "bucket", "sampled"]
 UnitScore = Literal["mean", "sum", "mean_logit"]
 Tau = Annotated[float, Field(gt=0, description="temperature of both sides of a renormalised divergence")]
 Beta = Annotated[
