@@ -267,7 +267,7 @@ def weigh(
         seen = _seen(table, name)
         if estimator.estimate:
             seen = seen.with_columns(estimator.estimate(seen, sums))
-        table = table.with_columns(seen.select(estimator.value(options).alias(name)).to_series())
+        table = table.with_columns(seen.with_columns(estimator.value(options).alias(name))[name])
     if options.truncate is not None:
         table = table.with_columns(weight=pl.col("weight") * truncated(options.truncate))
     elif loss.corrected:
