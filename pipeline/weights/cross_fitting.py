@@ -168,7 +168,7 @@ def group_sums(table: pl.DataFrame) -> Sums:
 def group(table: pl.DataFrame, sums: Sums) -> pl.Series:
     """R_i less the mean R_j of the *other* responses j to the same prompt, nats; R = sum of A. 0 stands for no others.
 
-    RLOO's leave-one-out baseline (Kool et al. 2019; Ahmadian et al., arXiv 2402.14740, eq. 8) with the return of reverse KL,
+    RLOO's leave-one-out baseline (Kool et al. 2019; Ahmadian et al., arXiv 2402.14740) with the return of reverse KL,
     R = log p_T - log p_S of the whole response, and, like RLOO's, the same at every unit. R_i is the return to go and what
     came before, which depends on the history only and adds nothing to the expected gradient; neither does the baseline, which
     depends on other responses only. A response without any unit counts as none.

@@ -27,7 +27,7 @@ CREDITS = {
     "baseline": Option("return_to_go less the mean of the phase's other responses at the same unit index"),
     "group": Option(
         "RLOO: a response's whole return, the sum of its advantages, less the mean one of the phase's other responses to its "
-        "prompt; the same at each of its units (arXiv 2402.14740; needs `rollouts.samples` above 1)"
+        "prompt; the same at each of its units (needs `rollouts.samples` above 1)"
     ),
     "gae": Option(
         "generalised advantages with a value cross-fitted over the phase's responses (a hypothesis of arXiv 2606.22793)",
