@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 from schemas.config import TRAIN_OPERATION, Config, Section
+from schemas.config.section import variants
 
 Part = TypeVar("Part", bound=Section)
 
@@ -80,7 +81,10 @@ STAGES: dict[str, Keys] = {
     "units": _named("student") + _named("teacher"),
     "policy": _computes("student") + _on_engine("student") + Keys((), ("scores.batch_tokens",)),
     "weights": Keys(
-        tuple(f"weights.{key}" for key in Config.model_fields["weights"].annotation.model_fields if key != "scheduler"),  # type: ignore[union-attr]
+        (
+            *(f"weights.{key}" for key in Config.model_fields["weights"].annotation.model_fields if key != "scheduler"),  # type: ignore[union-attr]
+            *(f"objective.{key}" for key in ("recipe", "clip", "ratio_clip")),
+        ),
         ("weights.scheduler",),
     ),
     "coverage": _named("student") + Keys(("coverage",)),
@@ -157,7 +161,9 @@ def _construct(kind: type[Part], values: dict[str, Any]) -> Part:
 
 
 def _paths(config: Config) -> Iterator[str]:
+    """All sections and keys; of a section that is one of several kinds, those of every kind: another may lack them."""
     for name, value in config:
         yield name
         if isinstance(value, Section):
-            yield from (f"{name}.{key}" for key in type(value).model_fields)
+            kinds = variants(Config.model_fields[name].annotation).values() or (type(value),)
+            yield from (f"{name}.{key}" for kind in kinds for key in kind.model_fields)

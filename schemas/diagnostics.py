@@ -43,7 +43,10 @@ class Loss(Section):
     normaliser: str = Field(description="what the sum of the units' weighted losses is divided by")
     credit: str = Field(description="`weights.credit`")
     weights: str = Field(description="`weights.scheme`")
-    truncate: float | None = Field(description="`weights.truncate`, ceiling of importance ratios; null: not applied")
+    truncate: float | None = Field(
+        description="`weights.truncate`, ceiling of importance ratios; null: none but the sampled path's to a sampler that "
+        "wasn't the model itself (`sampling.sampler_logp`)"
+    )
 
 
 class Support(Section):
@@ -69,6 +72,13 @@ class Sampling(Section):
     top_p: float | None = Field(description="nucleus mass")
     max_new_tokens: int | None = Field(description="tokens per response at most")
     seed: int | None = Field(description="`seed` of the run that sampled")
+    sampler_logp: float | None = Field(
+        description="share of responses with the sampler's own log-probs, temperature and top-p applied, which ratios are to; "
+        "0 where nothing but the model itself was sampled from"
+    )
+    warning: str | None = Field(
+        description="what does not hold where temperature or top-p isn't 1 and the sampler's log-probs were not kept"
+    )
 
 
 class Teacher(Section):
@@ -93,12 +103,12 @@ class Ratios(Section):
 
     ess: float | None = Field(description="effective sample size as a share, (sum r)^2 / (n sum r^2)")
     chi2: float | None = Field(
-        description="n sum r^2 / (sum r)^2 - 1 = 1 / ess - 1, estimates chi^2(pi_theta || pi_behavior)"
+        description="n sum r^2 / (sum r)^2 - 1 = 1 / ess - 1, estimates chi^2(pi_theta || pi_sampler)"
     )
 
 
 class Staleness(Section):
-    """How far the policy that is trained has moved from the one that sampled, before the phase's first step."""
+    """How far the policy that is trained is from what was sampled from, before the phase's first step."""
 
     rounds_behind: int | None = Field(
         description="rounds from the sampling checkpoint to the trained one; null: reused"
@@ -107,7 +117,7 @@ class Staleness(Section):
     units: Ratios = Field(description="over the compared units")
     responses: Ratios = Field(description="over responses, r the product over the compared units of each")
     log_ratio: float | None = Field(
-        description="nats per response, mean of log r; its negative estimates KL(pi_behavior || pi_theta)"
+        description="nats per response, mean of log r; its negative estimates KL(pi_sampler || pi_theta)"
     )
 
 
@@ -151,8 +161,9 @@ class Credit(Section):
     advantage_mean: float | None = Field(description="nats per compared unit")
     advantage_share: dict[int, float] = Field(description="share of the sum of |A| by tenth of the response, 0 to 9")
     clipped: float | None = Field(
-        description="compared units of the sampled path whose |credit| is above `objective.clip`; null: there are none, or the "
-        "recipe clips what the weights table doesn't hold"
+        description="share of what the recipe clips that is above `objective.clip`: |A| of the sampled path's units, or of all "
+        "compared ones where `weights.credit` sums over them; dpca and dpca_additive: of tokens. null: nothing is clipped, or "
+        "it takes a forward pass to know (vopd)"
     )
     weight_ess: float | None = Field(
         description="effective sample size of the weights over the compared units, (sum w)^2 / (n sum w^2)"

@@ -71,7 +71,8 @@ ROLLOUTS = (
     Column(
         "sampler_logp",
         _list(pa.float32()),
-        "nats, one per response id under the sampler (temperature, top-p applied); null when it is the model itself",
+        "nats, one per response id under the sampler (temperature, top-p applied), at a final stop token that of stopping; "
+        "what importance ratios are to; null when it is the model itself, or was not kept",
         nullable=True,
     ),
     Column(
@@ -197,10 +198,14 @@ WEIGHTS = (
         nullable=True,
     ),
     Column("advantage", pa.float32(), "nats, teacher_logp - student_logp; 0 when masked"),
-    Column("credit", pa.float32(), "the advantage after credit assignment"),
+    Column(
+        "credit", pa.float32(), "nats, credit assignment's sum of advantages, each clipped to `objective.clip` before"
+    ),
     Column("weight", pa.float32(), "importance weight of the unit's loss"),
     Column(
-        "is_ratio", pa.float32(), "pi_theta / pi_behavior of the unit, clipped to e^+-20; 1 when sampled by this policy"
+        "is_ratio",
+        pa.float32(),
+        "pi_theta / pi_sampler of the unit, clipped to e^+-20; 1 when sampled by this policy at temperature 1 and top-p 1",
     ),
 )
 

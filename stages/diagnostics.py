@@ -7,10 +7,25 @@ from itertools import chain
 from typing import Any
 
 import polars as pl
+import torch
 
-from pipeline.measure.diagnostics import Sums, compared, credit, entropy, kinds, measure, ratio, ratios, texts
+from pipeline.measure.diagnostics import (
+    Spread,
+    Sums,
+    clipped,
+    compared,
+    credit,
+    entropy,
+    kinds,
+    measure,
+    ratio,
+    ratios,
+    texts,
+)
 from pipeline.store.shards import read_manifest, write_text
-from schemas.config import Candidates, Config, Own, SampledPath, consistency
+from pipeline.weights.sampler import lost
+from schemas.config import Candidates, Config, Own, consistency
+from schemas.config.objective import Clipped, Dpca, DpcaAdditive, Recipe, Vopd
 from schemas.diagnostics import (
     Coverage,
     Diagnostics,
@@ -29,6 +44,7 @@ from stages.run import console
 from stages.run.context import DEFAULT_CONFIG, ConfigOption, PhaseOption, read_ref
 from stages.run.results import timings
 from stages.run.run import Phase, Place, open_run
+from train.objectives import dpca_additive, dpca_multiplicative
 
 NORMALISER = "the compared units of the optimiser step"
 """As `train.loop.train_step` does it."""
@@ -49,10 +65,10 @@ def main(phase: PhaseOption, config_file: ConfigOption = DEFAULT_CONFIG) -> None
 def diagnose(phase: Phase) -> Diagnostics:
     """Everything about a phase. Raises OpdError when a shard is missing or was made from another one than lies there."""
     config = phase.run.settings
-    clip = config.objective.clip if isinstance(config.objective, SampledPath) else math.inf
-    total = measure(chain.from_iterable(row_groups(place) for place in phase), clip)
+    clip = config.objective.clip if isinstance(config.objective, Clipped) else math.inf
+    total = measure(chain.from_iterable(row_groups(place) for place in phase), clip, spread_of(config.objective))
     rollouts, scores = (read_manifest(phase[0].path(name)) for name in ("rollouts", "scores"))
-    sampling = sampling_of(phase, rollouts)
+    sampling = sampling_of(phase, rollouts, total)
     return Diagnostics(
         phase=phase.name,
         texts=texts(total),
@@ -63,7 +79,7 @@ def diagnose(phase: Phase) -> Diagnostics:
         staleness=staleness_of(phase, sampling, total),
         coverage=coverage_of(phase, total),
         entropy=entropy(total, own=sampling.checkpoint is not None),
-        credit=credit(total, config.objective.clips),
+        credit=credit(total, clipped(total, clipped_kinds(config))),
         training=training_of(phase),
         seconds=seconds_of(phase),
     )
@@ -71,10 +87,28 @@ def diagnose(phase: Phase) -> Diagnostics:
 
 def row_groups(place: Place) -> Iterator[Frames]:
     """Rollouts, scores, units and weights of the same responses, a row group at a time."""
-    tables = (place.rollouts, place.scores, place.units, place.weights)
+    tables = [place.rollouts, place.scores, place.units, place.weights]
+    if place.phase.is_foreign:
+        tables.append(place.policy)
     for group in zip(*(shard.row_groups() for shard in tables), strict=True):
-        a, b, c, d = (pl.DataFrame(table) for table in group)
-        yield a, b, c, d
+        a, b, c, d, *policy = (pl.DataFrame(table) for table in group)
+        yield a.with_columns(*(table["policy_logp"] for table in policy)), b, c, d
+
+
+def clipped_kinds(config: Config) -> tuple[str, ...]:
+    """Kinds of unit whose advantages the recipe clips: those of its sampled path, or all that credit sums over."""
+    objective = config.objective
+    if not isinstance(objective, Clipped) or isinstance(objective, Vopd):
+        return ()
+    return objective.sampled if config.weights.credit == "immediate" else Clipped.sampled
+
+
+def spread_of(objective: Recipe) -> Spread | None:
+    """How the trainer spreads a unit's advantage over its tokens before it clips; None: it clips the unit's own."""
+    if not isinstance(objective, Dpca | DpcaAdditive):
+        return None
+    credit = dpca_multiplicative if isinstance(objective, Dpca) else dpca_additive
+    return lambda *logps: credit(*map(torch.from_numpy, logps)).numpy()
 
 
 def loss_of(config: Config) -> Loss:
@@ -102,7 +136,7 @@ def support_of(scores: Manifest) -> Support:
     return Support(of=kept["support"], min_p=kept["min_p"], mass=kept["mass"], k_max=kept["k_max"])
 
 
-def sampling_of(phase: Phase, rollouts: Manifest) -> Sampling:
+def sampling_of(phase: Phase, rollouts: Manifest, total: Sums) -> Sampling:
     """Who sampled; where rollouts are reused, as the run they come from has it on record."""
     source = phase.source
     made = read_manifest(source.shard("rollouts", 0)) if source else rollouts
@@ -121,6 +155,8 @@ def sampling_of(phase: Phase, rollouts: Manifest) -> Sampling:
         top_p=settings.get("top_p"),
         max_new_tokens=settings.get("max_new_tokens"),
         seed=identity.get("seed"),
+        sampler_logp=ratio(total["warped"], total["responses"]),
+        warning=lost(phase.name, settings, int(total["warped"]), int(total["responses"])),
     )
 
 

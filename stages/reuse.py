@@ -46,6 +46,7 @@ def write_rollouts(place: Place, source: Source, given: Shard) -> None:
     renderer = student.renderer(prompts)
     limit = student.context - run.settings.rollouts.max_new_tokens
     identity = {"student": student.ref.tokenizer, "prompt": renderer.identity, "stop_ids": student.stop.tolist()}
+    identity |= {name: given.manifest.identity[name] for name in ("sampling",) if name in given.manifest.identity}
     inputs = {"rollouts": given.manifest.sha256, "prompts": prompts.shard.manifest.sha256}
     origin = {"reused": str(source.folder), **given.manifest.origin}
     with open_writer(place.path("rollouts"), "rollouts", identity, inputs, origin) as writer:

@@ -4,17 +4,21 @@ import json
 from dataclasses import asdict
 
 from pipeline.store.shards import read_manifest, write_text
+from pipeline.weights.credit import Summary
+from pipeline.weights.estimator import Loss
 from pipeline.weights.phase import Part, compute
+from pipeline.weights.sampler import lost, settings
 from stages.run import console
 from stages.run.context import DEFAULT_CONFIG, ConfigOption, PhaseOption
-from stages.run.run import Place, open_run
+from stages.run.run import Phase, Place, open_run
 
 
 def main(phase: PhaseOption, config_file: ConfigOption = DEFAULT_CONFIG) -> None:
     """Recompute the weights of a phase's shards, all of which estimators may compare; needs no model."""
     run = open_run(config_file, "weights", phase)
     whole = run.phase(phase)
-    figures = compute([part(place) for place in whole], run.settings.weights)
+    loss = Loss.of(run.settings.objective)
+    figures = compute([part(place) for place in whole], run.settings.weights, loss)
     digests = {path.stem: read_manifest(path).sha256 for path in whole.paths("weights")}
     write_text(whole.weights, json.dumps({**asdict(figures), "shards": digests}, indent=1) + "\n")
     console.say(
@@ -25,6 +29,27 @@ def main(phase: PhaseOption, config_file: ConfigOption = DEFAULT_CONFIG) -> None
         console.say(
             f"{phase} weights: {figures.incomparable:,} of {figures.responses:,} responses have no unit that is compared "
             "and carry no loss"
+        )
+    say_how_it_was_sampled(whole, figures, loss)
+
+
+def say_how_it_was_sampled(phase: Phase, figures: Summary, loss: Loss) -> None:
+    """Tell of responses that weren't sampled from the model as it is: how they are corrected, or that they can't be."""
+    sampling = read_manifest(phase[0].path("rollouts")).identity.get("sampling", {})
+    if warning := lost(phase.name, sampling, figures.warped, figures.responses):
+        console.warn(warning)
+    if figures.warped:
+        ceiling = phase.run.settings.weights.truncate
+        how = (
+            f"times min(pi_theta / pi_sampler, {ceiling:g}) (`weights.truncate`)"
+            if ceiling is not None
+            else "of the sampled path times pi_model / pi_sampler, which `weights.truncate` would bound"
+            if loss.corrected
+            else "unchanged: the loss is of candidates, or has the ratio itself (`objective.ratio_clip`)"
+        )
+        console.say(
+            f"{phase.name} weights: {figures.warped:,} responses were sampled at {settings(sampling) or 'unknown settings'}; "
+            f"ratios are to that sampler's log-probs, weights {how}"
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +25,7 @@ from pipeline.weights.credit import (
     weigh,
 )
 from pipeline.weights.cross_fitting import FOLDS, add, sums_by, values
+from pipeline.weights.estimator import PLAIN, Loss
 from pipeline.weights.importance import iw_opd, prefix, signed
 from schemas.config import Weights
 from schemas.config.weights import CREDITS, SCHEMES
@@ -75,6 +77,11 @@ def names(responses: Sequence[Response], first: int = 0) -> list[str]:
     return [f"r{first + i:03}" for i in range(len(responses))]
 
 
+def prompt_of(name: str) -> str:
+    """Three prompts in turn, so that the responses to one lie in different shards."""
+    return f"p{int(name[1:]) % 3}"
+
+
 def tables(responses: Sequence[Response], first: int = 0) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Units and rollouts, which come in another order than their units; an empty response has no unit."""
     units: list[dict[str, Any]] = []
@@ -89,7 +96,7 @@ def tables(responses: Sequence[Response], first: int = 0) -> tuple[pl.DataFrame,
             )
             at += len(u.tokens)
     rollouts = [
-        {"rollout_id": name, "policy_logp": [p for u in told for p, _ in u.tokens]}
+        {"rollout_id": name, "prompt_id": prompt_of(name), "policy_logp": [p for u in told for p, _ in u.tokens]}
         | {"behavior_logp": [b for u in told for _, b in u.tokens]}
         | {"response_ids": [t for u in told for t in [u.token_id] + [9] * (len(u.tokens) - 1)]}
         for name, told in zip(names(responses, first), responses, strict=True)
@@ -103,19 +110,19 @@ def tables(responses: Sequence[Response], first: int = 0) -> tuple[pl.DataFrame,
         ),
         pl.DataFrame(
             rollouts[::-1],
-            {"rollout_id": pl.String, "policy_logp": floats, "behavior_logp": floats}
+            {"rollout_id": pl.String, "prompt_id": pl.String, "policy_logp": floats, "behavior_logp": floats}
             | {"response_ids": pl.List(pl.Int32)},
         ),
     )
 
 
-def in_shards(responses: Sequence[Response], size: int, options: Weights) -> pl.DataFrame:
+def in_shards(responses: Sequence[Response], size: int, options: Weights, loss: Loss = PLAIN) -> pl.DataFrame:
     """The weights of all responses, `size` of them a shard: two passes over the shards, and sums added between them."""
     if not compares_responses(options):
-        return weigh(*tables(responses), options)
+        return weigh(*tables(responses), options, loss=loss)
     tables_of = [tables(responses[at : at + size], first=at) for at in range(0, len(responses), size)]
-    sums = reduce(add, (partial_sums(*shard, options) for shard in tables_of))
-    return pl.concat([weigh(*shard, options, sums) for shard in tables_of])
+    sums = reduce(add, (partial_sums(*shard, options, loss) for shard in tables_of))
+    return pl.concat([weigh(*shard, options, sums, loss) for shard in tables_of])
 
 
 def reading(key: str, name: str, **values: float) -> Weights:
@@ -147,17 +154,27 @@ def baselined(rows: Sequence[Sequence[float]]) -> list[list[float]]:
     return out
 
 
+def grouped(rows: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Each response's return less the mean one of the others to its prompt; one without any unit counts as none."""
+    prompts = [prompt_of(name) for name in names(rows)]
+    out = []
+    for i, row in enumerate(rows):
+        others = [math.fsum(other) for j, other in enumerate(rows) if j != i and other and prompts[j] == prompts[i]]
+        out.append([math.fsum(row) - (math.fsum(others) / len(others) if others else 0.0)] * len(row))
+    return out
+
+
 def gae_of(a: Sequence[float], v: Sequence[float], gamma: float, lam: float) -> list[float]:
     delta = [a[t] + gamma * (v[t + 1] if t + 1 < len(v) else 0.0) - v[t] for t in range(len(a))]
     return returns(delta, gamma * lam)
 
 
-def features_of(told: Response) -> list[list[float]]:
+def features_of(told: Response, clip: float) -> list[list[float]]:
     """What is known before each unit."""
     rows = []
     for t, u in enumerate(told):
         hidden = u.teacher is None
-        before = [x.advantage for x in told[:t]]
+        before = [min(clip, max(-clip, x.advantage)) for x in told[:t]]
         kept = [c for c in u.candidates if c > -math.inf]
         last = told[t - 1] if t else None
         rows.append(
@@ -166,7 +183,7 @@ def features_of(told: Response) -> list[list[float]]:
                 math.log(1 + t),
                 0.0 if hidden else -math.fsum(math.exp(c) * c for c in kept),
                 0.0 if hidden else math.exp(u.tail),
-                last.advantage if last else 0.0,
+                before[-1] if last else 0.0,
                 -last.student if last and last.teacher is not None else 0.0,
                 math.fsum(before) / t if t else 0.0,
             ]
@@ -179,24 +196,24 @@ def folds_of(responses: Sequence[Response]) -> list[int]:
     return [zlib.crc32(name.encode()) % FOLDS for name in names(responses)]
 
 
-def values_of(responses: Sequence[Response], gamma: float) -> list[list[float]]:
+def values_of(responses: Sequence[Response], gamma: float, clip: float) -> list[list[float]]:
     """Ridge regression by stacking rows: least squares with sqrt(penalty) pseudo-rows, not normal equations."""
     folds = folds_of(responses)
     out = []
     for told, fold in zip(responses, folds, strict=True):
-        x = [f for other, g in zip(responses, folds, strict=True) if g != fold for f in features_of(other)]
+        x = [f for other, g in zip(responses, folds, strict=True) if g != fold for f in features_of(other, clip)]
         y = [
             value
             for other, g in zip(responses, folds, strict=True)
             if g != fold
-            for value in returns([u.advantage for u in other], gamma)
+            for value in returns([min(clip, max(-clip, u.advantage)) for u in other], gamma)
         ]
         if not x:
             out.append([0.0] * len(told))
             continue
         penalty = math.sqrt(estimates.RIDGE) * np.eye(len(x[0]))
         beta = np.linalg.lstsq(np.vstack([x, penalty]), np.concatenate([y, np.zeros(len(penalty))]), rcond=None)[0]
-        out.append([float(np.dot(f, beta)) for f in features_of(told)])
+        out.append([float(np.dot(f, beta)) for f in features_of(told, clip)])
     return out
 
 
@@ -208,30 +225,33 @@ def advantage_frame(*rows: Sequence[float]) -> pl.DataFrame:
 
 
 @settings(deadline=None, max_examples=25)
-@given(batch, shares, shares, st.integers(1, 8))
-def test_credit(responses: list[Response], gamma: float, lam: float, size: int) -> None:
-    """Whatever the responses are cut into, the estimates are those over all of them."""
-    a = [[u.advantage for u in told] for told in responses]
+@given(batch, shares, shares, st.integers(1, 8), st.sampled_from([math.inf, 5.0, 1.5]))
+def test_credit(responses: list[Response], gamma: float, lam: float, size: int, clip: float) -> None:
+    """Whatever the responses are cut into, the estimates are those over all of them, and of clipped advantages."""
+    own = [[u.advantage for u in told] for told in responses]
+    a = [[min(clip, max(-clip, x)) for x in row] for row in own]
     total = [returns(row, 1.0) for row in a]
     scale = 1 + max(map(abs, flat(total)), default=0.0) + max(map(abs, flat(a)), default=0.0) * 12
-    v = values_of(responses, gamma)
+    v = values_of(responses, gamma, clip)
     expected = {
         "immediate": a,
         "return_to_go": total,
         "discounted": [returns(row, gamma) for row in a],
         "baseline": baselined(total),
+        "group": grouped(a),
         "gae": [gae_of(row, guess, gamma, lam) for row, guess in zip(a, v, strict=True)],
-        "residual": residuals_of(responses),
+        "residual": residuals_of(responses, clip),
     }
+    loss = Loss(clip=clip)
     for credit, rows in expected.items():
         options = reading("credit", credit, discount=gamma, gae_lambda=lam)
-        table = in_shards(responses, size, options)
+        table = in_shards(responses, size, options, loss)
         close(table["credit"], rows, scale)
-        close(table["advantage"], a)
+        close(table["advantage"], own)
         # Credit and importance are separate: the weight is always made of advantages.
         assert table["weight"].equals(weigh(*tables(responses), Weights())["weight"])
         if size >= len(responses):
-            assert table.equals(weigh(*tables(responses), options))
+            assert table.equals(weigh(*tables(responses), options, loss=loss))
 
 
 def test_discount_is_stable_over_a_long_response() -> None:
@@ -265,7 +285,7 @@ def test_gae_limits(pairs: list[tuple[float, float]], gamma: float) -> None:
     np.testing.assert_allclose(frame.select(c=gae(gamma, 1.0))["c"], all_of_it, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("credit", ["baseline", "gae", "residual"])
+@pytest.mark.parametrize("credit", ["baseline", "group", "gae", "residual"])
 def test_baseline_and_value_ignore_the_response_itself(credit: str) -> None:
     """What is subtracted at its first unit stays the same when all that the response sampled there changes."""
     rng = np.random.default_rng(1)
@@ -283,6 +303,51 @@ def test_baseline_and_value_ignore_the_response_itself(credit: str) -> None:
         own = [u.advantage for u in rows[0]]
         taken.append((own if credit == "residual" else returns(own, 1.0))[0] - table["credit"][0])
     assert taken[0] == pytest.approx(taken[1], abs=1e-5) and abs(taken[0]) > 1e-3
+
+
+def test_a_group_is_centred_and_a_single_response_is_not() -> None:
+    """Returns of -1 and -3 to p0, -2 alone to p1: their credits are 2, -2 and -2, at every unit."""
+    rows = [[Unit(-2.0, ((-1.0, -1.0),))], [Unit(-2.0, ((-1.5, -1.5),)), Unit(-2.0, ((-0.5, -0.5),))]]
+    rows += [[Unit(None, ((-1.0, -1.0),))] * 0, [Unit(-1.5, ((-0.5, -0.5),)), Unit(-2.5, ((-0.5, -0.5),))]]
+    table = in_shards(rows, 1, Weights(credit="group"))
+    assert table.select("rollout_id", "credit").rows() == [
+        ("r000", 2.0), ("r001", -2.0), ("r001", -2.0), ("r003", -2.0), ("r003", -2.0)
+    ]  # fmt: skip
+
+
+def test_ratios_are_to_what_was_sampled_from_and_correct_what_the_loss_takes_from_samples() -> None:
+    """By unit, in nats: policy -1, behaviour -2, sampler -1.5; the next response's sampler is the model, or wasn't kept."""
+    units = pl.DataFrame({"rollout_id": ["a", "a", "a", "b"], "unit": [0, 1, 2, 0], "s_start": [0, 1, 3, 0]})
+    units = units.with_columns(s_len=pl.Series([1, 2, 1, 1]), kind=pl.Series(["1:1", "n:m", "masked", "n:m"]))
+    units = units.with_columns(teacher_logp=pl.Series([-3.0, -3.0, None, -3.0]))
+    rollouts = pl.DataFrame(
+        {
+            "rollout_id": ["a", "b"],
+            "policy_logp": [[-1.0, -0.5, -0.5, -1.0], [-1.0]],
+            "behavior_logp": [[-2.0, -1.5, -0.5, -9.0], [-2.0]],
+            "sampler_logp": [[-1.5, -1.0, -0.5, -3.0], None],
+        }
+    )
+    half = math.exp(0.5)
+    for loss, expected in (
+        (PLAIN, [1.0, 1.0, 1.0, 1.0]),
+        (Loss.of(tiny.objective(recipe="sampled")), [1 / half, 1 / half, 1.0, 1.0]),
+        (Loss.of(tiny.objective(recipe="dpca")), [1 / half, 1 / half, 1.0, 1.0]),
+        (Loss.of(tiny.objective(recipe="hybrid")), [1.0, 1 / half, 1.0, 1.0]),
+        (Loss.of(tiny.objective(recipe="hybrid", ratio_clip=(0.2, 0.2))), [1.0, 1.0, 1.0, 1.0]),
+        (Loss.of(tiny.objective(recipe="simct")), [1.0, 1.0, 1.0, 1.0]),
+    ):
+        table = weigh(units, rollouts, Weights(scheme="uniform"), loss=loss)
+        assert table["is_ratio"].to_list() == pytest.approx([half, half, 1.0, math.e])
+        assert table["advantage"].to_list() == [-2.0, -2.0, 0.0, -2.0]  # at temperature 1, of the policy
+        assert table["weight"].to_list() == pytest.approx(expected)
+        bounded = weigh(units, rollouts, Weights(scheme="uniform", truncate=2.0), loss=loss)
+        assert bounded["weight"].to_list() == pytest.approx([half, half, 1.0, 2.0])
+    own = weigh(units, rollouts.drop("policy_logp"), Weights(scheme="uniform"), loss=Loss(corrected=("1:1", "n:m")))
+    assert own["is_ratio"].equals(own["weight"].rename("is_ratio"))
+    plain = weigh(units, rollouts.drop("sampler_logp"), Weights(scheme="uniform"), loss=Loss(corrected=("1:1", "n:m")))
+    assert plain["is_ratio"].to_list() == pytest.approx([math.e, math.e, 1.0, math.e])
+    assert plain["weight"].to_list() == [1.0] * 4
 
 
 @settings(deadline=None, max_examples=25)
@@ -347,7 +412,7 @@ def test_ideal_weights_survive_ratios_beyond_float() -> None:
     assert (table["weight"][3999], table["weight"][7999]) == (2.0, 0.0)
 
 
-def residuals_of(responses: Sequence[Response]) -> list[list[float]]:
+def residuals_of(responses: Sequence[Response], clip: float) -> list[list[float]]:
     folds = folds_of(responses)
 
     def bins(t: int, u: Unit) -> tuple[int, int]:
@@ -356,7 +421,7 @@ def residuals_of(responses: Sequence[Response]) -> list[list[float]]:
     out = []
     for told, fold in zip(responses, folds, strict=True):
         others = [
-            (u.token_id, bins(t, u), u.advantage)
+            (u.token_id, bins(t, u), min(clip, max(-clip, u.advantage)))
             for other, g in zip(responses, folds, strict=True)
             if g != fold
             for t, u in enumerate(other)
@@ -371,7 +436,8 @@ def residuals_of(responses: Sequence[Response]) -> list[list[float]]:
         for t, u in enumerate(told):
             by_token = mean(lambda token, _, u=u: token == u.token_id)  # type: ignore[misc]
             by_bin = mean(lambda _, place, t=t, u=u: place == bins(t, u))  # type: ignore[misc]
-            out[-1].append(0.0 if u.teacher is None else u.advantage - (by_token + by_bin) / 2)
+            d = min(clip, max(-clip, u.advantage))
+            out[-1].append(0.0 if u.teacher is None else d - (by_token + by_bin) / 2)
     return out
 
 

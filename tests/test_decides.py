@@ -42,7 +42,7 @@ OTHERWISE_READ = {
         "evaluate.split",
         "evaluate.kl_items",
     },  # of a phase without a shard, and of the other kind of phase
-    "weights": {"weights.alpha", "weights.prefix_share", "weights.discount", "weights.gae_lambda"},
+    "weights": {"objective.recipe", "weights.alpha", "weights.prefix_share", "weights.discount", "weights.gae_lambda"},
     "diagnostics": {"teacher.model"},
     "train": {"train.ema", "train.lora", "rollouts.prompts", "rollouts.samples", "rollouts.rounds", "rollouts.replay"},
 }

@@ -145,7 +145,7 @@ def test_sums_over_row_groups_are_those_of_plain_loops(made: list[tuple[Shard, .
     ratio, log_ratio, weight, advantage = [], dict.fromkeys(of_response, 0.0), [], []
     for unit, row in zip(units, weights, strict=True):
         tenths[row["unit"] * 10 // of_response[row["rollout_id"]]] += abs(row["advantage"])
-        clipped[unit["kind"]] += abs(row["credit"]) > CLIP
+        clipped[unit["kind"]] += abs(row["advantage"]) > CLIP
         if unit["kind"] != "masked":
             ratio.append(row["is_ratio"])
             weight.append(row["weight"])
@@ -261,6 +261,7 @@ def test_the_file_of_a_round(run: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert (found.loss.direction, found.loss.estimator) == ("reverse", "candidates and sampled path")
     assert found.support.k_max == 64
     assert found.sampling.checkpoint == 0 and found.sampling.temperature == 1 and found.sampling.seed == 3
+    assert found.sampling.sampler_logp == 0 and found.sampling.warning is None
     assert found.teacher.source == "b@main" and found.teacher.template == digest(PROMPT)
     assert found.teacher.tokens == {"cache": 21} and found.teacher.warning == consistency(config)
     assert found.staleness.rounds_behind == 0 and found.staleness.same_weights
@@ -271,9 +272,21 @@ def test_the_file_of_a_round(run: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert sum(found.credit.advantage_share.values()) == pytest.approx(1)
     # Hybrid clips longer units only.
     units, weights = (pl.read_parquet(run / "round-0" / name / "*.parquet") for name in ("units", "weights"))
-    assert found.credit.clipped == pytest.approx((weights.filter(units["kind"] == "n:m")["credit"].abs() > CLIP).mean())
+
+    def of_kind(*kinds: str) -> pl.Series:
+        return weights.filter(units["kind"].cast(pl.String).is_in(kinds))["advantage"].abs()
+
+    assert found.credit.clipped == pytest.approx((of_kind("n:m") > CLIP).mean())
     clipped = _write(_config(objective={"recipe": "sampled", "clip": CLIP})).credit.clipped
-    assert clipped == pytest.approx((weights.filter(units["kind"] != "masked")["credit"].abs() > CLIP).mean())
+    every = (of_kind("1:1", "n:m", "stop") > CLIP).mean()
+    assert clipped == pytest.approx(every)
+    # Credit that sums over all units clips all of them.
+    summed = _config(objective={"recipe": "hybrid", "clip": CLIP}, weights={"credit": "return_to_go"})
+    assert _write(summed).credit.clipped == pytest.approx(every)
+    assert _write(_config(objective={"recipe": "vopd", "clip": CLIP})).credit.clipped is None
+    for recipe in ("dpca", "dpca_additive"):
+        found_share = _write(_config(objective={"recipe": recipe, "clip": 0.2})).credit.clipped
+        assert found_share == pytest.approx(token_clip_share(run, recipe, 0.2)) and 0 < found_share < 1
     assert _write(_config(objective={"recipe": "strict_1to1"})).credit.clipped is None
 
     table = checklist.rows([found, found])
@@ -281,6 +294,20 @@ def test_the_file_of_a_round(run: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert table["Staleness"][within] == ["100.0 %, 75.0 %"] * 2
     assert table["Staleness"]["steps taken, budget"] == ["2, 9 (stale)"] * 2
     assert table["Models"]["student fine-tuned on samples of"] == ["c", "c"]
+
+
+def token_clip_share(run: Path, recipe: str, clip: float) -> float:
+    """A loop over tokens: a unit's advantage spread evenly, or as each token's surprisal has it."""
+    units, rollouts = (pl.read_parquet(run / "round-0" / name / "*.parquet") for name in ("units", "rollouts"))
+    said = {row["rollout_id"]: row["behavior_logp"] for row in rollouts.to_dicts()}
+    beyond = []
+    for unit in units.filter(units["kind"] != "masked").to_dicts():
+        tokens = said[unit["rollout_id"]][unit["s_start"] : unit["s_start"] + unit["s_len"]]
+        student, teacher = sum(tokens), unit["teacher_logp"]
+        for token in tokens:
+            even = (teacher - student) / len(tokens)
+            beyond.append(abs(even if recipe == "dpca_additive" else (teacher / student - 1) * token) > clip)
+    return sum(beyond) / len(beyond)
 
 
 def test_what_is_missing_damaged_or_foreign_is_named(run: Path) -> None:

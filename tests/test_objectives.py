@@ -172,7 +172,8 @@ def reference(u: Unit, s_cand: Sequence[float], student: float, advantage: float
 
 
 def clipped(u: Unit, clip: float) -> float:
-    return min(clip, max(-clip, u.teacher - u.student + u.credit_shift))
+    """What one unit says is clipped; what others add to it is not."""
+    return min(clip, max(-clip, u.teacher - u.student)) + u.credit_shift
 
 
 def slope(u: Unit, config: Objective, width: int) -> tuple[list[float], float]:

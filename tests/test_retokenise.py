@@ -37,10 +37,16 @@ def rollouts_of(model: Any, texts: list[str], stopped: list[bool], cut: int | No
                 "prompt_ids": [1, 2],
                 "response_ids": own,
             }
-            | {"response": text, "behavior_logp": (-rng.random(len(own))).tolist(), "sampler_logp": None}
+            | {"response": text, "behavior_logp": (-rng.random(len(own))).tolist()}
+            | {"sampler_logp": (-rng.random(len(own))).tolist() if i % 2 else None}
             | {"top_id": None, "finish_reason": "stop" if stopped[i] else "length", "answer": "a"}
         )
     return pa.Table.from_pylist(rows, schema=arrow_schema("rollouts"))
+
+
+def of_each(row: dict[str, Any]) -> list[str]:
+    """The log-probs that a response has."""
+    return [name for name in ("behavior_logp", "sampler_logp") if row[name] is not None]
 
 
 def ends_of(model: Any, ids: list[int]) -> list[int]:
@@ -67,14 +73,16 @@ def test_sums_over_shared_stretches_are_the_behaviour_policys(direction: str, sm
         assert told[name].equals(given[name])
     for before, after, prompt in zip(given.to_pylist(), told.to_pylist(), prompts, strict=True):
         assert after["prompt_ids"] == prompt.tolist()
-        assert len(after["response_ids"]) == len(after["behavior_logp"])
+        assert [len(after[name]) for name in of_each(before)] == [len(after["response_ids"])] * len(of_each(before))
+        assert (after["sampler_logp"] is None) == (before["sampler_logp"] is None)
         if direction == "to itself":
             assert {**after, "prompt_ids": None} == {**before, "prompt_ids": None}
             continue
         stops = after["finish_reason"] == "stop"
         if stops:
             assert before["finish_reason"] == "stop" and after["response_ids"][-1] in ours.stop()
-            assert after["behavior_logp"][-1] == pytest.approx(before["behavior_logp"][-1])
+            for name in of_each(before):
+                assert after[name][-1] == pytest.approx(before[name][-1])
         ids = after["response_ids"][: len(after["response_ids"]) - stops]
         spelled = b"".join(ours.vocabulary.bytes[i].as_py() for i in ids)
         assert before["response"].encode().startswith(spelled)
@@ -84,8 +92,9 @@ def test_sums_over_shared_stretches_are_the_behaviour_policys(direction: str, sm
         last = (0, 0)
         for end in sorted(set(their_ends) & set(our_ends)):
             here = len([e for e in their_ends if e <= end]), len([e for e in our_ends if e <= end])
-            expected = sum(before["behavior_logp"][last[0] : here[0]])
-            assert sum(after["behavior_logp"][last[1] : here[1]]) == pytest.approx(expected, abs=1e-4)
+            for name in of_each(before):
+                expected = sum(before[name][last[0] : here[0]])
+                assert sum(after[name][last[1] : here[1]]) == pytest.approx(expected, abs=1e-4)
             last = here
         if before["finish_reason"] == "stop" and spelled == before["response"].encode():
             assert stops

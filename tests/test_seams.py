@@ -94,7 +94,7 @@ def test_a_credit_estimator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     [
         (
             {"credit": "magic"},
-            "`weights.credit`: takes immediate, return_to_go, discounted, baseline, gae, residual, found",
+            "`weights.credit`: takes immediate, return_to_go, discounted, baseline, group, gae, residual, found",
         ),
         ({"discount": 0.5}, "`discount: 0.5` means nothing to `credit: immediate`; it is of credit: discounted, gae"),
         ({"credit": "discounted", "gae_lambda": 0.5}, "`gae_lambda: 0.5` means nothing to `credit: discounted`"),

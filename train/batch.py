@@ -26,10 +26,11 @@ class Batch:
         teacher_logp, weight: float32 (U,).
         teacher_entropy: float32 (U,), nats, at the unit's start.
         t_log_z: float32 (U,), nats, see schema `units`; NaN where the scores lack `log_z`.
-        behavior_logp: float32 (U,), nats, log-prob under the policy that sampled the response (the weights' student_logp less
-            log is_ratio, so up to that ratio's clip).
+        behavior_logp: float32 (U,), nats, log-prob under what the response was sampled from, temperature and top-p applied (the
+            weights' student_logp less log is_ratio, so up to that ratio's clip).
         policy_logp: float32 (U,), nats, under the policy that the weights were made with, which the round starts from.
-        credit_shift: float32 (U,), credit less advantage as the weights stage saw them; 0 where credit is immediate.
+        credit_shift: float32 (U,), credit less the advantage that it was formed of, as the weights stage saw and clipped them;
+            0 where credit is immediate.
         cand_id: int64 (U, K), student ids, STOP_ID for the stop candidate; 0 in unused slots.
         cand_logp: float32 (U, K), -inf in unused slots.
         responses: names of the responses.

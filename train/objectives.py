@@ -19,13 +19,26 @@ SMALLEST_SUM = 1e-8
 """nats; the multiplicative credit of a unit that the student is surer of than this would divide by nothing."""
 
 
-def clipped_sampled_path(student_logp: torch.Tensor, teacher_logp: torch.Tensor, clip: float) -> torch.Tensor:
-    """Policy-gradient surrogate of reverse KL on the sampled unit: -sg[clamp(log p_T - log p_S)] * log p_S.
+def clipped_sampled_path(
+    student_logp: torch.Tensor, teacher_logp: torch.Tensor, clip: float, credit_shift: torch.Tensor | float = 0.0
+) -> torch.Tensor:
+    """Policy-gradient surrogate of reverse KL on the sampled unit: -sg[clamp(log p_T - log p_S) + shift] * log p_S.
 
-    Lightning OPD (arXiv 2604.13010; there clip is 10) and Thinking Machines' on-policy distillation. (U,) x (U,) -> (U,).
+    Lightning OPD (arXiv 2604.13010; there clip is 10, of a unit's own advantage) and Thinking Machines' on-policy distillation.
+    The clip bounds what one unit can say. What credit adds, `credit_shift` (U,), is a sum over other units, clipped each when
+    it was formed; clipping the sum again would leave only the sign of a long response's.
+
+    Args:
+        student_logp, teacher_logp: (U,), of the realised unit.
+    Returns:
+        (U,).
     """
-    advantage = (teacher_logp - student_logp.detach()).clamp(-clip, clip)
-    return -advantage * student_logp
+    return -(_clipped(student_logp, teacher_logp, clip) + credit_shift) * student_logp
+
+
+def _clipped(student_logp: torch.Tensor, teacher_logp: torch.Tensor, clip: float) -> torch.Tensor:
+    """A = clamp(log p_T - log p_S), a constant to the gradient."""
+    return (teacher_logp - student_logp.detach()).clamp(-clip, clip)
 
 
 def ratio_clipped(
@@ -35,26 +48,27 @@ def ratio_clipped(
     clip: float,
     low: float,
     high: float,
+    credit_shift: torch.Tensor | float = 0.0,
 ) -> torch.Tensor:
-    """PPO's surrogate of the sampled path: -min(r A, clamp(r, 1 - low, 1 + high) A), r = p_S / p_behavior of the unit.
+    """PPO's surrogate of the sampled path: -min(r A, clamp(r, 1 - low, 1 + high) A), r = p_S / p_sampler of the unit.
 
     PPO eq. 7 (arXiv 1707.06347); two bounds as in the code of DPCA (arXiv 2606.09456; low .2, high .28). A is
-    `clipped_sampled_path`'s and detached. Without bounds the gradient is r times that one's; a unit with A > 0 has none once
-    r > 1 + high, one with A < 0 none once r < 1 - low: what was gained since the sampling is enough. Only
-    MAX_LOG_RATIO bounds the loss of a unit with A < 0 that has become likelier; `outside_trust_region` leaves it out.
+    `clipped_sampled_path`'s with its `credit_shift`, and detached. Without bounds the gradient is r times that one's; a unit
+    with A > 0 has none once r > 1 + high, one with A < 0 none once r < 1 - low: what was gained since the sampling is enough.
+    Only MAX_LOG_RATIO bounds the loss of a unit with A < 0 that has become likelier; `outside_trust_region` leaves it out.
 
     Args:
-        student_logp, teacher_logp, behavior_logp: (U,), of the realised unit; the last under the policy that sampled it.
+        student_logp, teacher_logp, behavior_logp: (U,), of the realised unit; the last under what it was sampled from.
     Returns:
         (U,).
     """
-    advantage = (teacher_logp - student_logp.detach()).clamp(-clip, clip)
+    advantage = _clipped(student_logp, teacher_logp, clip) + credit_shift
     ratio = (student_logp - behavior_logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
 
 
 def outside_trust_region(student_logp: torch.Tensor, behavior_logp: torch.Tensor, radius: float) -> torch.Tensor:
-    """Units whose |log p_S - log p_behavior| is above `radius` nats: a trust region by masking. (U,) x (U,) -> bool (U,)."""
+    """Units whose |log p_S - log p_sampler| is above `radius` nats: a trust region by masking. (U,) x (U,) -> bool (U,)."""
     return (student_logp.detach() - behavior_logp).abs() > radius
 
 
@@ -97,7 +111,7 @@ def cr_opd(
     Returns:
         (U,).
     """
-    advantage = (teacher_logp - student_logp.detach()).clamp(-clip, clip)
+    advantage = _clipped(student_logp, teacher_logp, clip)
     policy = student_cand.detach()
     inside = others & (teacher_cand > -torch.inf) & (policy.exp() >= eps)
     score = (alpha * teacher_cand + (1 - alpha) * policy).masked_fill(~inside, -torch.inf)

@@ -172,10 +172,10 @@ def _divergence(
 
 def sampled_path(student: UnitLogps, batch: Batch, objective: config.SampledPath, _: torch.Tensor) -> torch.Tensor:
     # The unit's own advantage under the model as it is now, and what credit assignment added when the weights were made.
-    teacher = batch.teacher_logp + batch.credit_shift
+    path, clip, shift = (student.unit, batch.teacher_logp), objective.clip, batch.credit_shift
     if objective.ratio_clip is None:
-        return objectives.clipped_sampled_path(student.unit, teacher, objective.clip)
-    return objectives.ratio_clipped(student.unit, teacher, batch.behavior_logp, objective.clip, *objective.ratio_clip)
+        return objectives.clipped_sampled_path(*path, clip, shift)
+    return objectives.ratio_clipped(*path, batch.behavior_logp, clip, *objective.ratio_clip, shift)
 
 
 def _vopd(student: UnitLogps, batch: Batch, objective: config.Vopd, _: torch.Tensor) -> torch.Tensor:

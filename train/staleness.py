@@ -1,4 +1,4 @@
-"""How far the policy in training has moved from the one that sampled: r = pi_theta / pi_behavior of units and of responses."""
+"""How far the policy in training is from what was sampled from: r = pi_theta / pi_sampler of units and of responses."""
 
 from collections.abc import Mapping, Sequence
 
@@ -25,7 +25,8 @@ def ratio_sums(
 
     Args:
         unit_logp: (U,), nats, log-probs of the compared units under the policy in training.
-        behavior_logp, policy_logp: (U,), nats, under the one that sampled and the one that the round started from.
+        behavior_logp, policy_logp: (U,), nats, under what was sampled from, temperature and top-p applied, and under the policy
+            that the round started from.
         response: int64 (U,), the response of each unit.
     """
     log_ratio = (unit_logp.detach() - behavior_logp).double()
@@ -46,9 +47,10 @@ def ratio_figures(sums: Mapping[str, float]) -> dict[str, float]:
     """`ess` and `chi2` over units, `response_ess` and `response_chi2` over responses, whose r is the product over their units.
 
     `drift_ess` and `drift_chi2` are over units, of the policy in training over the one that the round started from: the same as
-    `ess` where that one sampled, and 1 at the round's first step also where another one did (`reuse`, `rollouts.replay`).
+    `ess` where that one was sampled as it is, and 1 at the round's first step also where another one was (`reuse`,
+    `rollouts.replay`, a temperature or top-p that isn't 1).
 
-    ESS is a share, (sum r)^2 / (n sum r^2); chi^2(pi_theta || pi_behavior) is estimated by n sum r^2 / (sum r)^2 - 1 =
+    ESS is a share, (sum r)^2 / (n sum r^2); chi^2(pi_theta || pi_sampler) is estimated by n sum r^2 / (sum r)^2 - 1 =
     1 / ESS - 1. Without units ESS is 1: nothing says that the policy has moved.
     """
     found = {}

@@ -195,6 +195,10 @@ def _decode(shards: Triple, group: int) -> _Group:
         for name in table.column_names
         if name not in ("rollout_id", "unit", "kind", "cand_id", "cand_logp")
     }
+    # What credit adds is to the advantages that it was formed of, which were clipped as the weights' manifest says.
+    clip = shards[2].manifest.identity.get("loss", {}).get("clip")
+    if clip is not None:
+        columns["advantage"] = columns["advantage"].clip(-clip, clip)
     columns["comparable"] = pc.not_equal(units["kind"], KINDS[MASKED]).to_numpy()
     compared = np.append(0, np.cumsum(columns["comparable"]))
     prompt, response = _ragged(rollouts, "prompt_ids"), _ragged(rollouts, "response_ids")

@@ -2,12 +2,14 @@
 a phase of any size takes the memory of one group.
 """
 
-from collections.abc import Iterable
-from functools import reduce
+from collections.abc import Callable, Iterable
+from functools import partial, reduce
 
+import numpy as np
 import polars as pl
 
 from pipeline.align.units import KINDS
+from pipeline.weights.cross_fitting import tokens_of_units
 from pipeline.weights.importance import MAX_LOG_WEIGHT, ess
 from schemas.diagnostics import Credit, Entropy, Ratios, Texts
 
@@ -20,14 +22,30 @@ TENTHS = range(10)
 COMPARED = pl.col("kind") != "masked"
 
 
-def measure(groups: Iterable[tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame, pl.DataFrame]], clip: float) -> Sums:
+Spread = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+"""Advantage of each token, nats, from its log-prob, its unit's two log-probs, the student's and the teacher's, and tokens."""
+
+
+def measure(
+    groups: Iterable[tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame, pl.DataFrame]],
+    clip: float,
+    spread: Spread | None = None,
+) -> Sums:
     """Sums over all row groups.
 
     Args:
-        groups: (rollouts, scores, units, weights) of the schemas of those names, of the same whole responses.
+        groups: (rollouts, scores, units, weights) of the schemas of those names, of the same whole responses; rollouts with
+            `policy_logp` where another policy sampled them.
         clip: nats, `objective.clip`.
+        spread: how the recipe spreads a unit's advantage over its tokens before it is clipped; None: it doesn't.
     """
-    return reduce(add, (sums(*group, clip) for group in groups))
+    return reduce(add, map(partial(_sums_of, clip=clip, spread=spread), groups))
+
+
+def _sums_of(
+    group: tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame, pl.DataFrame], clip: float, spread: Spread | None
+) -> Sums:
+    return sums(*group, clip) | (_of_tokens(group[0], group[2], clip, spread) if spread else {})
 
 
 def add(left: Sums, right: Sums) -> Sums:
@@ -117,7 +135,7 @@ def _of_weights(weights: pl.DataFrame, kind: pl.Series, clip: float) -> Sums:
         table.select(
             advantage=pl.col("advantage").filter(COMPARED).cast(pl.Float64).sum(),
             **{f"advantage_in_tenth_{n}": size.filter(pl.col("tenth") == n).sum() for n in TENTHS},
-            **{f"clipped_{name}": ((pl.col("kind") == name) & (pl.col("credit").abs() > clip)).sum() for name in KINDS},
+            **{f"clipped_{name}": ((pl.col("kind") == name) & (size > clip)).sum() for name in KINDS},
             ratio=is_ratio.sum(),
             ratio_squared=(is_ratio * is_ratio).sum(),
             weight=weight.sum(),
@@ -131,6 +149,20 @@ def _of_weights(weights: pl.DataFrame, kind: pl.Series, clip: float) -> Sums:
             response_ratio_squared=(2 * pl.col("log_ratio")).exp().sum(),
         )
     )
+
+
+def _of_tokens(rollouts: pl.DataFrame, units: pl.DataFrame, clip: float, spread: Spread) -> Sums:
+    """Student tokens of compared units, and how many of them `spread` gives more than `clip`."""
+    compared = units.filter(COMPARED)
+    column = "policy_logp" if "policy_logp" in rollouts.columns else "behavior_logp"
+    logp, start, end = tokens_of_units(compared, rollouts, column)
+    size = end - start
+    unit = np.repeat(np.arange(len(size)), size)
+    token = logp[np.repeat(start + size - np.cumsum(size), size) + np.arange(len(unit))].astype(np.float64)
+    student = np.bincount(unit, token, len(size))
+    teacher = compared["teacher_logp"].cast(pl.Float64).to_numpy()
+    credit = spread(token, student[unit], teacher[unit], size[unit])
+    return {"path_tokens": float(len(token)), "path_tokens_clipped": float((np.abs(credit) > clip).sum())}
 
 
 def texts(total: Sums) -> Texts:
@@ -164,14 +196,21 @@ def ratios(total: Sums) -> tuple[Ratios, Ratios, float | None]:
     return units, responses, ratio(total["log_ratio"], total["weighed_responses"])
 
 
-def credit(total: Sums, clipped_kinds: Iterable[str]) -> Credit:
-    """Section `credit`; `clipped_kinds` are the kinds of unit whose credit the recipe clips."""
-    kinds = list(clipped_kinds)
+def clipped(total: Sums, kinds: Iterable[str]) -> float | None:
+    """Share of units of these kinds whose advantage is clipped, or of tokens where it is spread over them; None of nothing."""
+    if "path_tokens" in total:
+        return ratio(total["path_tokens_clipped"], total["path_tokens"])
+    of_kinds = list(kinds)
+    return ratio(sum(total[f"clipped_{kind}"] for kind in of_kinds), sum(total[f"units_{kind}"] for kind in of_kinds))
+
+
+def credit(total: Sums, clipped_share: float | None) -> Credit:
+    """Section `credit`; `clipped_share` is what `clipped` gives, None where the recipe clips nothing that is known here."""
     sizes = {n: total[f"advantage_in_tenth_{n}"] for n in TENTHS}
     return Credit(
         advantage_mean=ratio(total["advantage"], compared(total)),
         advantage_share={n: size / (sum(sizes.values()) or 1.0) for n, size in sizes.items()},
-        clipped=ratio(sum(total[f"clipped_{kind}"] for kind in kinds), sum(total[f"units_{kind}"] for kind in kinds)),
+        clipped=clipped_share,
         weight_ess=ess(compared(total), total["weight"], total["weight_squared"]),
     )
 

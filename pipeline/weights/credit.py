@@ -1,5 +1,8 @@
 """Advantages and credit of units as polars expressions, and the weights table. No loop over tokens.
 
+Every ratio is to the distribution that was sampled from: `sampler_logp` where rollouts have it, else the behaviour policy's own
+`behavior_logp`. Advantages are always at temperature 1, log p_T - log p_theta.
+
 What the weights of a shard need of others is in sums: `partial_sums` of every shard, added, are what `weigh` takes. A masked
 unit has advantage 0 and takes part as one: it is a step of a discount and a position of its response. Its own credit is what
 the definition gives there, and no loss ever reads it.
@@ -14,6 +17,9 @@ import polars as pl
 from pipeline.weights.cross_fitting import (
     Sums,
     folds_of,
+    group,
+    group_keys,
+    group_sums,
     position_sums,
     residual,
     residual_keys,
@@ -23,8 +29,8 @@ from pipeline.weights.cross_fitting import (
     value_sums,
     values,
 )
-from pipeline.weights.estimator import Estimator
-from pipeline.weights.importance import SCHEMES, truncated
+from pipeline.weights.estimator import PLAIN, Estimator, Loss
+from pipeline.weights.importance import SCHEMES, corrected, truncated
 from schemas.config import Weights
 from schemas.errors import OpdError
 from schemas.tables import WEIGHTS
@@ -35,16 +41,17 @@ MAX_LOG_RATIO = 20.0
 
 
 def advantages(units: pl.DataFrame, rollouts: pl.DataFrame) -> pl.DataFrame:
-    """Add `student_logp`, `is_ratio` and `advantage` to units.
+    """Add `student_logp`, `is_ratio`, `sampler_ratio` and `advantage` to units.
 
     Args:
         units: schema `units`.
-        rollouts: schema `rollouts`, at least `rollout_id` and `behavior_logp`; with `policy_logp` (schema `policy`) too
-            when another policy than the behaviour policy is weighed.
+        rollouts: schema `rollouts`, at least `rollout_id` and `behavior_logp`; `sampler_logp` where the sampler was another
+            distribution; with `policy_logp` (schema `policy`) too when another policy than the behaviour policy is weighed.
     Returns:
         `units` with student_logp, the sum of the policy's log-probs over the unit's tokens (null when masked),
-        advantage = teacher_logp - student_logp (0 when masked): A = log p_T - log p_S, design section 4, and
-        is_ratio = exp(student_logp - the behaviour policy's sum), 1 when masked; all float64.
+        advantage = teacher_logp - student_logp (0 when masked): A = log p_T - log p_S, design section 4,
+        is_ratio = exp(student_logp - the sampler's sum), and of it sampler_ratio = exp(the behaviour policy's sum - the
+        sampler's), what temperature and top-p make of it; both 1 when masked; all float64.
     Raises:
         OpdError: a log-prob of a unit that is not masked is missing, NaN or infinite; names the column, the first rollout
             and the count. -inf is no log-prob either: a softmax leaves every token some mass, and the student's view has
@@ -53,15 +60,30 @@ def advantages(units: pl.DataFrame, rollouts: pl.DataFrame) -> pl.DataFrame:
     policy = "policy_logp" if "policy_logp" in rollouts.columns else "behavior_logp"
     behavior = _unit_sums(units, rollouts, "behavior_logp")
     student = behavior if policy == "behavior_logp" else _unit_sums(units, rollouts, policy)
+    sampler = behavior
+    if warped(rollouts):
+        kept = rollouts.with_columns(sampler_logp=pl.coalesce("sampler_logp", "behavior_logp"))
+        sampler = _unit_sums(units, kept, "sampler_logp")
     teacher = units["teacher_logp"].cast(pl.Float64)
-    for name, column in (("teacher_logp", teacher), ("behavior_logp", behavior), (policy, student)):
+    columns = {"teacher_logp": teacher, "behavior_logp": behavior, "sampler_logp": sampler, policy: student}
+    for name, column in columns.items():
         _refuse(units, name, ~column.is_finite().fill_null(False), "missing, NaN or infinite", "finite nats")
-    log_ratio = (pl.lit(student) - pl.lit(behavior)).clip(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+    def over_sampler(logp: pl.Series) -> pl.Expr:
+        log_ratio = (pl.lit(logp) - pl.lit(sampler)).clip(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        return pl.when(~MASKED).then(log_ratio.exp()).otherwise(1.0)
+
     return units.with_columns(
         student_logp=pl.when(~MASKED).then(pl.lit(student)),
-        is_ratio=pl.when(~MASKED).then(log_ratio.exp()).otherwise(1.0),
+        is_ratio=over_sampler(student),
+        sampler_ratio=over_sampler(behavior),
         advantage=pl.when(~MASKED).then(pl.lit(teacher) - pl.lit(student)).otherwise(0.0),
     )
+
+
+def warped(rollouts: pl.DataFrame) -> int:
+    """How many responses have the log-probs of a sampler that was another distribution than the model's."""
+    return len(rollouts) - rollouts["sampler_logp"].null_count() if "sampler_logp" in rollouts.columns else 0
 
 
 def _unit_sums(units: pl.DataFrame, rollouts: pl.DataFrame, column: str) -> pl.Series:
@@ -84,7 +106,7 @@ def _refuse(units: pl.DataFrame, name: str, is_wrong: pl.Series, found: str, exp
         )
 
 
-_HOME = {"behavior_logp": "rollouts", "policy_logp": "policy"}
+_HOME = {"behavior_logp": "rollouts", "sampler_logp": "rollouts", "policy_logp": "policy"}
 """The table that a column is of, if not units."""
 
 
@@ -165,6 +187,13 @@ CREDITS: dict[str, Estimator] = {
         prepare=lambda units, rollouts, options: units.with_columns(return_to_go=return_to_go()),
         by_position=("return_to_go",),
     ),
+    "group": Estimator(
+        lambda options: pl.col("group"),
+        prepare=lambda units, rollouts, options: group_keys(units, rollouts),
+        sums=group_sums,
+        estimate=group,
+        rollouts=("prompt_id",),
+    ),
     "gae": Estimator(
         lambda options: gae(options.discount, options.gae_lambda),
         prepare=lambda units, rollouts, options: value_features(
@@ -202,46 +231,64 @@ def columns_read(options: Weights) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(chain(*units))), list(dict.fromkeys(chain(*rollouts)))
 
 
-def partial_sums(units: pl.DataFrame, rollouts: pl.DataFrame, options: Weights) -> Sums:
+def partial_sums(units: pl.DataFrame, rollouts: pl.DataFrame, options: Weights, loss: Loss = PLAIN) -> Sums:
     """First pass over a shard: what it adds to the sums that `weigh` needs, none where no responses are compared.
 
     Arguments and errors are those of `weigh`.
     """
-    return _sums(_prepare(units, rollouts, options), options)
+    return _sums(_prepare(units, rollouts, options, loss), options)
 
 
-def weigh(units: pl.DataFrame, rollouts: pl.DataFrame, options: Weights, sums: Sums | None = None) -> pl.DataFrame:
+def weigh(
+    units: pl.DataFrame, rollouts: pl.DataFrame, options: Weights, sums: Sums | None = None, loss: Loss = PLAIN
+) -> pl.DataFrame:
     """Second pass: the weights table of a shard (schema `weights`).
+
+    Credit is formed of advantages clipped to +-`loss.clip`, weights of unclipped ones, and the column `advantage` holds those.
+    With `options.truncate` a unit's weight has the factor min(pi_theta / pi_sampler, truncate). Without, it has pi_behavior /
+    pi_sampler at the kinds `loss.corrected`: the sampled path's expected gradient, the sum over y of pi_sampler(y) w(y) A(y)
+    grad log pi_theta(y), is that of pi_behavior only with that factor, wherever the sampler has mass. It corrects for the unit
+    itself; the texts before it stay those that the sampler prefers.
 
     Args:
         units: schema `units`, whole responses; of what only some estimators read, the columns that `columns_read` names.
         rollouts: as `advantages` takes it, and likewise.
         options: section `weights` of the config.
         sums: `partial_sums` of all shards that are compared, added; None: `units` are all there are.
+        loss: what the weights are for; by default a loss that neither clips nor is corrected.
     Raises:
         OpdError: a log-prob of a unit that is not masked is missing, NaN or infinite; names column, rollout and count.
     """
-    table = _prepare(units, rollouts, options)
+    table = _prepare(units, rollouts, options, loss)
     sums = _sums(table, options) if sums is None else sums
     if "position" in sums:
         table = table.join(sums["position"], on="unit", how="left", maintain_order="left")
     for name, estimator in _estimators(options).items():
+        seen = _seen(table, name)
         if estimator.estimate:
-            table = table.with_columns(estimator.estimate(table, sums))
-        table = table.with_columns(estimator.value(options).alias(name))
+            seen = seen.with_columns(estimator.estimate(seen, sums))
+        table = table.with_columns(seen.with_columns(estimator.value(options).alias(name))[name])
     if options.truncate is not None:
         table = table.with_columns(weight=pl.col("weight") * truncated(options.truncate))
+    elif loss.corrected:
+        table = table.with_columns(weight=pl.col("weight") * corrected(loss.corrected))
     floats = [c.name for c in WEIGHTS if c.name not in ("rollout_id", "unit")]
     return table.select("rollout_id", "unit", pl.col(floats).cast(pl.Float32))
 
 
-def _prepare(units: pl.DataFrame, rollouts: pl.DataFrame, options: Weights) -> pl.DataFrame:
-    """Units with advantages and the columns that estimators add to them."""
-    table = advantages(units, rollouts)
-    for estimator in _estimators(options).values():
+def _prepare(units: pl.DataFrame, rollouts: pl.DataFrame, options: Weights, loss: Loss) -> pl.DataFrame:
+    """Units with advantages, `clipped` ones, and the columns that estimators add to them."""
+    table = advantages(units, rollouts).with_columns(clipped=pl.col("advantage").clip(-loss.clip, loss.clip))
+    for name, estimator in _estimators(options).items():
         if estimator.prepare:
-            table = estimator.prepare(table, rollouts, options)
+            added = estimator.prepare(_seen(table, name), rollouts, options)
+            table = table.with_columns(added.select(pl.exclude(table.columns)))
     return table
+
+
+def _seen(table: pl.DataFrame, name: str) -> pl.DataFrame:
+    """The table as the estimator of a column sees it: `advantage` is clipped where credit is formed of it."""
+    return table.with_columns(advantage="clipped") if name == "credit" else table
 
 
 def _sums(table: pl.DataFrame, options: Weights) -> Sums:
@@ -249,9 +296,9 @@ def _sums(table: pl.DataFrame, options: Weights) -> Sums:
     sums: Sums = {}
     if by_position := [name for estimator in estimators for name in estimator.by_position]:
         sums["position"] = position_sums(table, by_position)
-    for estimator in estimators:
+    for name, estimator in _estimators(options).items():
         if estimator.sums:
-            sums |= estimator.sums(table)
+            sums |= estimator.sums(_seen(table, name))
     return sums
 
 
@@ -265,6 +312,7 @@ class Summary:
         units: number of rows, masked ones included.
         advantage: nats, sum of A.
         weight, weight_squared: sums of w and of w^2.
+        warped: responses whose sampler was another distribution than the model's, and whose log-probs under it are kept.
     """
 
     responses: int = 0
@@ -273,6 +321,7 @@ class Summary:
     advantage: float = 0.0
     weight: float = 0.0
     weight_squared: float = 0.0
+    warped: int = 0
 
     def __add__(self, other: "Summary") -> "Summary":
         return Summary(**{name: getattr(self, name) + getattr(other, name) for name in vars(self)})
@@ -288,8 +337,8 @@ class Summary:
         return self.weight**2 / (self.units * self.weight_squared) if self.weight_squared else 0.0
 
 
-def summary(weights: pl.DataFrame, responses: int) -> Summary:
-    """Summarise a weights table (schema `weights`) of so many responses."""
+def summary(weights: pl.DataFrame, responses: int, warped: int = 0) -> Summary:
+    """Summarise a weights table (schema `weights`) of so many responses, so many of them `warped`."""
     w = weights["weight"].cast(pl.Float64).to_numpy()
     compared = weights.filter(pl.col("student_logp").is_not_null())["rollout_id"].n_unique()
     return Summary(
@@ -299,4 +348,5 @@ def summary(weights: pl.DataFrame, responses: int) -> Summary:
         advantage=weights.select(pl.col("advantage").cast(pl.Float64).sum()).item(),
         weight=float(w.sum()),
         weight_squared=float(w @ w),
+        warped=warped,
     )

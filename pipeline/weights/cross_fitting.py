@@ -152,6 +152,33 @@ def values(table: pl.DataFrame, sums: Sums) -> pl.Series:
     return pl.Series("value", np.einsum("ij,ij->i", features, beta[table["fold"].to_numpy()]), dtype=pl.Float64)
 
 
+def group_keys(units: pl.DataFrame, rollouts: pl.DataFrame) -> pl.DataFrame:
+    """Add `prompt_id` (of `rollouts`) and `total`, the response's whole return: its sum of advantages, nats."""
+    prompts = rollouts.select("rollout_id", "prompt_id")
+    total = pl.col("advantage").sum().over("rollout_id")
+    return units.with_columns(total=total).join(prompts, on="rollout_id", how="left", maintain_order="left")
+
+
+def group_sums(table: pl.DataFrame) -> Sums:
+    """Number of responses and sum of their returns by prompt, kind `group`; `table` is what `group_keys` gives."""
+    responses = table.unique("rollout_id", keep="first", maintain_order=True)
+    return {"group": sums_by(responses, ["prompt_id"], ["total"])}
+
+
+def group(table: pl.DataFrame, sums: Sums) -> pl.Series:
+    """R_i less the mean R_j of the *other* responses j to the same prompt, nats; R = sum of A. 0 stands for no others.
+
+    RLOO's leave-one-out baseline (Kool et al. 2019; Ahmadian et al., arXiv 2402.14740) with the return of reverse KL,
+    R = log p_T - log p_S of the whole response, and, like RLOO's, the same at every unit. R_i is the return to go and what
+    came before, which depends on the history only and adds nothing to the expected gradient; neither does the baseline, which
+    depends on other responses only. A response without any unit counts as none.
+    """
+    both = table.select("prompt_id", "total").join(sums["group"], on="prompt_id", how="left", maintain_order="left")
+    own, others = pl.col("total"), pl.col("count") - 1
+    mean = pl.when(others > 0).then((pl.col("total_sum") - own) / others).otherwise(0.0)
+    return both.select(group=own - mean).to_series()
+
+
 def residual_keys(units: pl.DataFrame, rollouts: pl.DataFrame) -> pl.DataFrame:
     """Add what Lightning OPD 2.0's residual groups by: `fold`, `token_id`, `position_bin`, `surprisal_bin`.
 

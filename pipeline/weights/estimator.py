@@ -6,11 +6,42 @@ adds what the sums say of each unit (`estimate`), and computes the expression (`
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
+from typing import Any
 
 import polars as pl
 
 from pipeline.weights.cross_fitting import Sums
-from schemas.config import Weights
+from schemas.config import Recipe, SampledPath, Weights
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What weights and credit take of the loss that they are for.
+
+    Attributes:
+        clip: nats, `objective.clip` of a loss that reads credit; inf: advantages aren't clipped.
+        corrected: kinds of unit whose loss is an estimate from what was sampled there, and has no importance ratio of its own
+            (`objective.ratio_clip`).
+    """
+
+    clip: float = inf
+    corrected: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, objective: Recipe) -> "Loss":
+        """Of a recipe's section."""
+        if not isinstance(objective, SampledPath):
+            return cls(corrected=objective.sampled)
+        return cls(objective.clip, objective.sampled if objective.ratio_clip is None else ())
+
+    def identity(self) -> dict[str, Any]:
+        """What of it determines the weights."""
+        return {"loss": {"clip": None if self.clip == inf else self.clip, "corrected": list(self.corrected)}}
+
+
+PLAIN = Loss()
+"""A loss that neither clips what credit is formed of nor is corrected."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +50,7 @@ class Estimator:
 
     Attributes:
         value: the expression, given the config's section; reads what `credit.advantages` gives and the columns below.
+            To a credit `advantage` is clipped (`Loss.clip`), to a weight it is not.
         prepare: `units` of a shard with more columns, of (units, rollouts, options); None: there are none.
         by_position: columns of these whose sums over all responses that have a unit at the same index it reads, as `count`
             and `<column>_sum`.

@@ -4,6 +4,8 @@ All read the column `advantage` (nats, 0 when masked) in the order of the units.
 advantage; its own weight is what the definition gives there and multiplies no loss.
 """
 
+from collections.abc import Sequence
+
 import polars as pl
 
 from pipeline.weights.estimator import Estimator
@@ -76,11 +78,21 @@ def ideal() -> pl.Expr:
 
 
 def truncated(ceiling: float) -> pl.Expr:
-    """Truncated importance sampling, min(pi_theta / pi_behavior, ceiling), a factor of any other weight.
+    """Truncated importance sampling, min(pi_theta / pi_sampler, ceiling), a factor of any other weight.
 
-    Reads `is_ratio`: 1 when masked, and everywhere when the policy that is trained sampled the response.
+    Reads `is_ratio`: 1 when masked, and everywhere when the policy that is trained sampled the response as it is. At a unit
+    whose loss doesn't depend on what was sampled there it changes the variance; its mean is 1, less what the ceiling takes.
     """
     return pl.col("is_ratio").clip(upper_bound=ceiling)
+
+
+def corrected(kinds: Sequence[str]) -> pl.Expr:
+    """pi_behavior / pi_sampler of units of these kinds, 1 at others: what temperature and top-p made likelier weighs less.
+
+    Reads `sampler_ratio`, which is 1 everywhere when nothing but the model's own distribution was sampled from. The policy that
+    is trained isn't in it: what that has moved since the sampling is for `truncated`.
+    """
+    return pl.when(pl.col("kind").is_in(list(kinds))).then("sampler_ratio").otherwise(1.0)
 
 
 def ess(count: float, total: float, squared: float) -> float | None:

@@ -24,9 +24,11 @@ from pipeline.weights.credit import (
     compares_responses,
     partial_sums,
     summary,
+    warped,
     weigh,
 )
 from pipeline.weights.cross_fitting import Sums, add
+from pipeline.weights.estimator import PLAIN, Loss
 from schemas.config import Weights
 from schemas.errors import OpdError
 from schemas.manifest import digest
@@ -52,26 +54,26 @@ class Part:
     weights: Path
 
 
-def tasks(parts: Sequence[Part], options: Weights) -> list[Delayed]:
+def tasks(parts: Sequence[Part], options: Weights, loss: Loss = PLAIN) -> list[Delayed]:
     """What writes the weights of each shard of `parts` and gives its `Summary`.
 
     Raises OpdError when a shard's manifest is missing; computing them raises it as `open_shard`, `credit.weigh` and
     `credit.check_candidates` do, with the path of the units.
     """
     if not compares_responses(options):
-        return [delayed(_write)(part, options, None, None) for part in parts]
+        return [delayed(_write)(part, options, loss, None, None) for part in parts]
     read = [path for part in parts for path in (part.rollouts, part.units, part.policy) if path]
     phase = digest([read_manifest(path).sha256 for path in read])
-    sums = reduce(delayed(add), [delayed(_sums)(part, options) for part in parts])
-    return [delayed(_write)(part, options, sums, phase) for part in parts]
+    sums = reduce(delayed(add), [delayed(_sums)(part, options, loss) for part in parts])
+    return [delayed(_write)(part, options, loss, sums, phase) for part in parts]
 
 
-def compute(parts: Sequence[Part], options: Weights) -> Summary:
-    """Write the weights of all shards of `parts` with `options.scheduler`; the summary of them all.
+def compute(parts: Sequence[Part], options: Weights, loss: Loss = PLAIN) -> Summary:
+    """Write the weights of all shards of `parts` for a loss with `options.scheduler`; the summary of them all.
 
     Raises OpdError as `tasks` says, and when no scheduler answers at that address.
     """
-    work = tasks(parts, options)
+    work = tasks(parts, options, loss)
     if options.scheduler == "local":
         return sum(dask.compute(*work, scheduler="synchronous"), Summary())
     from distributed import Client  # noqa: PLC0415 - it takes a second
@@ -94,24 +96,24 @@ def compute(parts: Sequence[Part], options: Weights) -> Summary:
         return sum(client.gather(client.compute(work, retries=RETRIES)), Summary())
 
 
-def _sums(part: Part, options: Weights) -> Sums:
+def _sums(part: Part, options: Weights, loss: Loss) -> Sums:
     read = _read(part, options)
     with _naming(part.units):
-        return partial_sums(read.units, read.rollouts, options)
+        return partial_sums(read.units, read.rollouts, options, loss)
 
 
-def _write(part: Part, options: Weights, sums: Sums | None, phase: str | None) -> Summary:
+def _write(part: Part, options: Weights, loss: Loss, sums: Sums | None, phase: str | None) -> Summary:
     """Publish the weights of a shard; `phase` is the digest of all that `sums` were made of."""
     read = _read(part, options, check=True)
     with _naming(part.units):
-        table = weigh(read.units, read.rollouts, options, sums)
+        table = weigh(read.units, read.rollouts, options, sums, loss)
     inputs = read.inputs | ({"phase": phase} if phase else {})
-    with open_writer(part.weights, "weights", options.identity(), inputs) as writer:
+    with open_writer(part.weights, "weights", options.identity() | loss.identity(), inputs) as writer:
         at = 0
         for size in read.sizes:
             writer.write(pa.Table.from_batches(table.slice(at, size).to_arrow().to_batches()))
             at += size
-    return summary(table, len(read.rollouts))
+    return summary(table, len(read.rollouts), warped(read.rollouts))
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def _read(part: Part, options: Weights, check: bool = False) -> _Read:
             with _naming(part.units):
                 check_candidates(group)
         groups.append(group.select(kept))
-    sampled = pl.concat(_groups(rollouts, ["rollout_id", "behavior_logp", *of_rollouts]))
+    sampled = pl.concat(_groups(rollouts, ["rollout_id", "behavior_logp", "sampler_logp", *of_rollouts]))
     inputs = made_from | {"units": units.manifest.sha256}
     if part.policy:
         policy = open_shard(part.policy, "policy", inputs=made_from)

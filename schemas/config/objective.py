@@ -24,7 +24,12 @@ Beta = Annotated[
 ]
 Clip = Annotated[
     float,
-    Field(gt=0, description="advantages of the sampled path (dpca: of each token) are clipped to +-clip nats"),
+    Field(
+        gt=0,
+        description="nats; a unit's own advantage log p_T - log p_S is clipped to +-clip, before credit is formed of it and "
+        "not after: what `weights.credit` adds up is clipped advantages (vopd: the advantage with its baseline; dpca: each "
+        "token's share)",
+    ),
 ]
 MaxUnit = Annotated[
     int | None,
@@ -42,8 +47,8 @@ class Recipe(Section):
     """What the loss is a sum over, for `diagnostics.json`."""
     reads_credit: ClassVar[bool] = False
     """Whether `weights.credit` other than `immediate` changes the loss."""
-    clips: ClassVar[tuple[str, ...]] = ()
-    """Kinds of unit whose credit, as the weights table holds it, is clipped to `clip`."""
+    sampled: ClassVar[tuple[str, ...]] = ()
+    """Kinds of unit whose loss is an estimate from what was sampled there, so that how it was sampled matters."""
 
 
 class Candidates(Recipe):
@@ -106,6 +111,7 @@ class Clipped(Limited):
     """Recipes whose loss is an advantage times the log-prob of what was sampled."""
 
     estimator: ClassVar[str] = "sampled path"
+    sampled: ClassVar[tuple[str, ...]] = ("1:1", "n:m", "stop")
     clip: Clip = 5.0
 
 
@@ -113,11 +119,11 @@ class SampledPath(Clipped):
     """Recipes with a unit's credit times its log-prob (`train.recipes.sampled_path`)."""
 
     reads_credit: ClassVar[bool] = True
-    clips: ClassVar[tuple[str, ...]] = ("1:1", "n:m", "stop")
     ratio_clip: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0)]] | None = Field(
         None,
-        description="[low, high], such as [0.2, 0.28]: the sampled path's loss is PPO's, with r = pi_theta / pi_behavior of a "
-        "unit clipped to 1 - low and 1 + high. It stands in for `weights.truncate`, and the two are refused together, which "
+        description="[low, high], such as [0.2, 0.28]: the sampled path's loss is PPO's, with r = pi_theta / pi_sampler of a "
+        "unit clipped to 1 - low and 1 + high; the sampler's temperature and top-p count, so that away from 1 r doesn't start "
+        "at 1. It stands in for `weights.truncate`, and the two are refused together, which "
         "would count r twice. null: no ratio in the loss",
     )
     trust_region: float | None = Field(
@@ -133,7 +139,7 @@ class Hybrid(SampledPath, Tailed, Directed, OneToOne):
 
     recipe: Literal["hybrid"] = "hybrid"
     estimator: ClassVar[str] = "candidates and sampled path"
-    clips: ClassVar[tuple[str, ...]] = ("n:m",)
+    sampled: ClassVar[tuple[str, ...]] = ("n:m",)
 
 
 class EveryUnit(Limited, Directed):
@@ -255,6 +261,8 @@ class Own(Limited):
     recipe: str
     options: dict[str, Any] = Field({}, description="what the function takes as its options")
     estimator: ClassVar[str] = "a function of one's own"
+    # A loss that doesn't depend on what was sampled is none the worse for it: the ratio's mean is 1.
+    sampled: ClassVar[tuple[str, ...]] = Clipped.sampled
     reads_credit: ClassVar[bool] = True
 
     @field_validator("recipe")

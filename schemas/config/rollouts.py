@@ -18,8 +18,18 @@ class Rollouts(Section):
     prompts: int = Field(128, ge=1, description="train prompts per round")
     samples: int = Field(1, ge=1, description="responses per prompt")
     max_new_tokens: int = Field(16, ge=1, description="tokens per response at most")
-    temperature: float = Field(1.0, gt=0, description="sampling temperature")
-    top_p: float = Field(1.0, gt=0, le=1, description="nucleus mass")
+    temperature: float = Field(
+        1.0,
+        gt=0,
+        description="sampling temperature; where it or `top_p` isn't 1, every importance ratio is to what was sampled from, "
+        "and the sampled path is corrected by it (`weights.truncate`)",
+    )
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="nucleus mass; below 1 no ratio brings back what was never sampled: the loss is that of the nucleus",
+    )
     top_k: int = Field(
         0, ge=0, description="the student's likeliest ids to record at each position, for `scores.support`"
     )

@@ -101,12 +101,22 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _a_group_has_others(self) -> "Config":
+        if self.weights.credit == "group" and self.rollouts.samples == 1:
+            raise ValueError(
+                "`weights.credit: group` compares the responses to one prompt, but `rollouts.samples: 1` gives each a single "
+                "one: set `rollouts.samples` to 2 or more, or use `weights.credit: baseline`, which compares those to other "
+                "prompts"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_ratio(self) -> "Config":
         ratio_clip = self.objective.ratio_clip if isinstance(self.objective, SampledPath) else None
         if ratio_clip is not None and self.weights.truncate is not None:
             raise ValueError(
                 f"`objective.ratio_clip` and `weights.truncate: {self.weights.truncate:g}` would both multiply the loss by "
-                "pi_theta / pi_behavior; set one of them to null"
+                "pi_theta / pi_sampler; set one of them to null"
             )
         return self
 

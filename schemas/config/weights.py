@@ -25,6 +25,10 @@ CREDITS = {
     "return_to_go": Option("the sum from it on"),
     "discounted": Option("likewise, by `discount` a unit", ("discount",)),
     "baseline": Option("return_to_go less the mean of the phase's other responses at the same unit index"),
+    "group": Option(
+        "RLOO: a response's whole return, the sum of its advantages, less the mean one of the phase's other responses to its "
+        "prompt; the same at each of its units (needs `rollouts.samples` above 1)"
+    ),
     "gae": Option(
         "generalised advantages with a value cross-fitted over the phase's responses (a hypothesis of arXiv 2606.22793)",
         ("discount", "gae_lambda"),
@@ -49,14 +53,16 @@ class Weights(Section):
     truncate: float | None = Field(
         None,
         gt=0,
-        description="truncated importance sampling, a factor min(pi_theta / pi_behavior, truncate) of any scheme's weight, "
-        "with the pi_theta that the round starts from; matters to `reuse`d and replayed rollouts; not with "
-        "`objective.ratio_clip`, whose loss has the ratio already; null: no factor",
+        description="truncated importance sampling, a factor min(pi_theta / pi_sampler, truncate) of any scheme's weight, "
+        "with the pi_theta that the round starts from; matters to `reuse`d and replayed rollouts, and where "
+        "`rollouts.temperature` or `rollouts.top_p` isn't 1: pi_sampler is what was really sampled from. Not with "
+        "`objective.ratio_clip`, whose loss has the ratio already. null: no factor, but for units of the sampled path that "
+        "weren't sampled from the model as it is: pi_model / pi_sampler, without which their gradient is another one",
     )
     credit: Annotated[str, AfterValidator(one_of(CREDITS))] = Field(
         "immediate",
-        description="what the sampled path of hybrid, sampled, lightning and iw_opd multiplies log-probs by. "
-        + describe(CREDITS),
+        description="what the sampled path of hybrid, sampled, lightning and iw_opd multiplies log-probs by; formed of "
+        "advantages that are clipped to `objective.clip`. " + describe(CREDITS),
     )
     discount: float = Field(0.99, ge=0, le=1, description="of discounted and gae, per unit; 1: none")
     gae_lambda: float = Field(0.95, ge=0, le=1, description="of gae; 0: one step and the value, 1: all and the value")
