@@ -18,7 +18,18 @@ from hypothesis import strategies as st
 from test_objectives import INF, NAN, Unit, plain_kl, random_distribution, random_unit, random_units, tensors
 
 from pipeline.store.shards import open_shard, open_writer
-from schemas.config import Config, Objective, Recipe, parse_config, variants
+from schemas.config import (
+    Config,
+    Objective,
+    Recipe,
+    Rollouts,
+    Scores,
+    Section,
+    Weights,
+    overridden,
+    parse_config,
+    variants,
+)
 from schemas.errors import OpdError
 from schemas.tables import STOP_ID
 from train import objectives
@@ -34,8 +45,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("forward_kl", {"tau": 2.5}),
     ("forward_kl", {"tail": "bucket"}),
     ("jsd", {}),
-    ("jsd", {"beta": 0.1, "tau": 0.7}),
-    ("jsd", {"beta": 0.9, "tail": "bucket"}),
+    ("jsd", {"beta": 0.1, "tau": 0.7, "tail": "renormalise"}),
+    ("jsd", {"beta": 0.9}),
     ("kbucket", {}),
     ("kbucket", {"direction": "forward"}),
     ("kbucket", {"direction": "jsd", "beta": 0.3}),
@@ -63,8 +74,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("vopd", {"clip": 0.5, "max_unit": 2}),
     ("dpca", {}),
     ("dpca", {"clip": 0.4, "max_unit": 2}),
+    ("dpca", {"ratio_clip": None}),
     ("dpca_additive", {}),
-    ("dpca_additive", {"clip": 0.4, "max_unit": None}),
+    ("dpca_additive", {"clip": 0.4, "max_unit": None, "ratio_clip": (0.5, 0.1)}),
     ("cr_opd", {}),
     ("cr_opd", {"cr_alpha": 0.0, "cr_eps": 0.1}),
     ("cr_opd", {"cr_alpha": 1.0, "cr_eps": 0.0, "clip": 0.5, "max_unit": 2}),
@@ -124,10 +136,14 @@ def divergence(u: Unit, x: Numbers, config: Objective) -> float:
 
 def path(u: Unit, x: Numbers, at: Numbers, config: Objective) -> float:
     advantage = clamp(u.teacher - at.unit, config.clip)
-    if config.ratio_clip is None:
-        return -advantage * x.unit
-    low, high = config.ratio_clip
-    r = exp(x.unit) / exp(u.behavior)
+    return ppo(advantage, x.unit, u.behavior, config.ratio_clip)
+
+
+def ppo(advantage: float, logp: float, behavior: float, bounds: tuple[float, float] | None) -> float:
+    if bounds is None:
+        return -advantage * logp
+    low, high = bounds
+    r = exp(logp) / exp(behavior)
     return -min(r * advantage, min(1 + high, max(1 - low, r)) * advantage)
 
 
@@ -148,14 +164,19 @@ def vopd(u: Unit, x: Numbers, at: Numbers, config: Objective) -> float:
     return -clamp(u.teacher - at.unit + plain_kl(p_s, p_t), config.clip) * x.unit
 
 
+def sampled_at(u: Unit, tokens: Sequence[float]) -> list[float]:
+    """Log-probs of a unit's tokens under the policy that sampled; each token has moved otherwise since."""
+    return [token - (1 + j) * u.log_ratio for j, token in enumerate(tokens)]
+
+
 def dpca(u: Unit, x: Numbers, at: Numbers, config: Objective) -> float:
     loss, total = 0.0, sum(at.tokens)
-    for token, was in zip(x.tokens, at.tokens, strict=True):
+    for token, was, behavior in zip(x.tokens, at.tokens, sampled_at(u, at.tokens), strict=True):
         if config.recipe == "dpca_additive" or abs(total) < 1e-8:
             credit = (u.teacher - total) / len(x.tokens)
         else:
             credit = (u.teacher / total - 1) * was
-        loss -= clamp(credit, config.clip) * token
+        loss += ppo(clamp(credit, config.clip), token, behavior, config.ratio_clip)
     return loss
 
 
@@ -206,7 +227,9 @@ def told(units: Sequence[Unit], seed: int = 0, spare: int = 0) -> tuple[list[Num
         for name in ("tokens", "log_z")
     )
     of_token = torch.repeat_interleave(torch.arange(len(units)), batch.s_len)
-    return numbers, replace(student, token=token, log_z=log_z), replace(batch, token_unit=of_token)
+    behavior = [logp for u, n in zip(units, numbers, strict=True) for logp in sampled_at(u, n.tokens)]
+    batch = replace(batch, token_unit=of_token, token_behavior_logp=torch.tensor(behavior, dtype=torch.float64))
+    return numbers, replace(student, token=token, log_z=log_z), batch
 
 
 def run(student: UnitLogps, batch: Batch, config: Objective) -> tuple[np.ndarray, list[np.ndarray], list[bool]]:
@@ -278,7 +301,12 @@ def test_a_unit_is_the_same_alone_and_beside_others_and_padding(recipe: str) -> 
         }
         zero = torch.zeros(1, dtype=torch.int64)
         alone = replace(
-            batch, **one, targets=batch.targets[mine], unit_row=zero, token_unit=torch.zeros_like(batch.targets[mine])
+            batch,
+            **one,
+            targets=batch.targets[mine],
+            unit_row=zero,
+            token_unit=torch.zeros_like(batch.targets[mine]),
+            token_behavior_logp=batch.token_behavior_logp[mine],
         )
         found = UnitLogps(student.token[mine], student.unit[i : i + 1], student.cand[i : i + 1], student.log_z[mine])
         assert losses(found, alone, config).loss.item() == pytest.approx(loss[i], rel=1e-12)
@@ -292,7 +320,11 @@ def test_masked_tokens_carry_nothing_and_a_batch_of_them_is_empty(recipe: str) -
     _, student, batch = told(units)
     loss, slopes, _ = run(student, batch, config)
     masked = replace(batch, token_unit=torch.cat([batch.token_unit, torch.full((3,), len(units))]))
-    masked = replace(masked, targets=torch.cat([batch.targets, torch.tensor([1, 2, 3])]))
+    masked = replace(
+        masked,
+        targets=torch.cat([batch.targets, torch.tensor([1, 2, 3])]),
+        token_behavior_logp=torch.cat([batch.token_behavior_logp, torch.full((3,), -9.0)]),
+    )
     token, log_z = (
         torch.cat([x.detach(), torch.full((3,), -9.0, dtype=torch.float64)]).requires_grad_()
         for x in (student.token, student.log_z)
@@ -480,7 +512,7 @@ def test_both_credits_are_the_sampled_path_on_single_tokens() -> None:
     rows = []
     for recipe in ("dpca", "dpca_additive", "sampled"):
         _, student, batch = told(units)
-        loss, (_, unit, token, _), _ = run(student, batch, tiny.objective(recipe=recipe, clip=10.0))
+        loss, (_, unit, token, _), _ = run(student, batch, tiny.objective(recipe=recipe, clip=10.0, ratio_clip=None))
         rows.append((loss, unit + token))
     for loss, slope in rows[1:]:
         np.testing.assert_allclose(loss, rows[0][0], rtol=1e-12)
@@ -514,11 +546,12 @@ def every_outcome(seed: int, vocab: int = 12) -> tuple[torch.Tensor, torch.Tenso
         batch, targets=ids, token_unit=ids, cand_id=ids.expand(vocab, -1), cand_logp=teacher.expand(vocab, -1)
     )
     found = UnitLogps(student, student, student.expand(vocab, -1), logits.logsumexp(-1).expand(vocab))
-    return logits, teacher, found, replace(batch, teacher_logp=teacher)
+    return logits, teacher, found, replace(batch, teacher_logp=teacher, token_behavior_logp=student.detach())
 
 
 @pytest.mark.parametrize("recipe", ["sampled", "vopd", "dpca", "dpca_additive"])
 def test_the_expected_gradient_is_that_of_reverse_kl(recipe: str) -> None:
+    """DPCA's with its ratio, which is 1 for the policy that samples."""
     logits, teacher, student, batch = every_outcome(seed=26)
     p = student.unit.detach().exp()
     loss = losses(student, batch, tiny.objective(recipe=recipe, clip=50.0)).loss
@@ -541,6 +574,23 @@ def test_importance_sampling_from_another_policy_has_the_gradient_of_reverse_kl(
         (ours,) = torch.autograd.grad((behavior.exp() * loss).sum(), logits, retain_graph=True)
         errors[ratio_clip] = float((ours - exact).abs().max())
     assert errors[1.0, 1e9] < 1e-12 and errors[None] > 0.05
+
+
+def test_the_ratio_of_a_token_leaves_the_spread_of_credit_as_it_is() -> None:
+    """Two tokens of a unit that have moved by .9 and 1.1: within the bounds each has r A of its own, not of the unit."""
+    _, batch = tensors([Unit(2, 2, (1, 2), (5,), (-1.0,), (-2.0,), -4.0, -3.0)])
+    tokens = torch.tensor([-1.0, -3.0], dtype=torch.float64, requires_grad=True)
+    moved = torch.tensor([0.9, 1.1], dtype=torch.float64)
+    batch = replace(
+        batch, token_unit=torch.zeros(2, dtype=torch.int64), token_behavior_logp=tokens.detach() - moved.log()
+    )
+    cases = {(0.2, 0.28): [0.9, 1.1], None: [1.0, 1.0], (0.05, 0.28): [0.9, 1.1], (0.2, 0.05): [0.9, 0.0]}
+    for ratio_clip, ratios in cases.items():
+        student = UnitLogps(tokens, tokens.sum()[None], torch.full((1, 1), -1.0), torch.zeros(2))
+        scored = losses(student, batch, tiny.objective(recipe="dpca", ratio_clip=ratio_clip))
+        (slope,) = torch.autograd.grad(scored.loss.sum(), tokens)
+        # A = (3/4 - 1) log p: .25 and .75, which add up to the unit's 1.
+        np.testing.assert_allclose(slope, [-r * a for r, a in zip(ratios, [0.25, 0.75], strict=True)], rtol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -612,6 +662,7 @@ def test_a_models_gradient_is_finite(recipe: str, options: dict[str, Any], tmp_p
 
 
 DIVERGENCE, PATH, RATIO = {"direction", "tail", "tau", "beta"}, {"clip", "max_unit"}, {"ratio_clip", "trust_region"}
+WIDE = {"scores.min_p": 0.0, "scores.mass": 1.0, "scores.k_max": 1024}
 READS = {
     "hybrid": DIVERGENCE | PATH | RATIO,
     "simct": {"direction", "unit_score", "mask_first", "tau", "beta", "max_unit"},
@@ -624,12 +675,23 @@ READS = {
     "lightning": PATH | RATIO,
     "iw_opd": PATH | RATIO,
     "vopd": PATH,
-    "dpca": PATH,
-    "dpca_additive": PATH,
+    "dpca": PATH | {"ratio_clip"},
+    "dpca_additive": PATH | {"ratio_clip"},
     "cr_opd": PATH | {"cr_alpha", "cr_eps"},
 }
-DPCA = {"clip": 10.0, "max_unit": 6}
-PAPERS = {"lightning": {"clip": 10.0}, "dpca": DPCA, "dpca_additive": DPCA}
+DPCA = {"clip": 10.0, "max_unit": 6, "ratio_clip": (0.2, 0.28)}
+PAPERS = {"lightning": {"clip": 10.0}, "jsd": {"tail": "bucket"}, "dpca": DPCA, "dpca_additive": DPCA}
+UNIFORM, IW_OPD = {"weights.scheme": "uniform"}, {"weights.scheme": "iw_opd", "weights.gamma": 0.5}
+OFFLINE = {"weights.credit": "immediate", "weights.truncate": None, "rollouts.rounds": 1, "rollouts.samples": 1}
+PRESETS = dict.fromkeys(READS, UNIFORM) | {
+    "hybrid": IW_OPD,
+    "iw_opd": IW_OPD,
+    "simct": UNIFORM | WIDE,
+    "simct_released": UNIFORM | WIDE | {"scores.log_z": True},
+    "strict_1to1": UNIFORM | WIDE,
+    "jsd": UNIFORM | WIDE,
+    "lightning": UNIFORM | OFFLINE,
+}
 KINDS = variants(Config.model_fields["objective"].annotation)
 
 
@@ -645,13 +707,70 @@ def test_every_recipe_has_its_keys_and_no_others() -> None:
 def test_defaults_are_the_papers(recipe: str) -> None:
     plain = tiny.objective(recipe=recipe)
     own = PAPERS.get(recipe, {})
-    for key, value in {"clip": 5.0, "max_unit": None, "beta": 0.5, "tau": 1.0}.items():
+    plainly = {"clip": 5.0, "max_unit": None, "beta": 0.5, "tau": 1.0, "tail": "renormalise", "ratio_clip": None}
+    for key, value in plainly.items():
         assert key not in READS[recipe] or getattr(plain, key) == own.get(key, value)
     assert tiny.objective(**plain.model_dump()) == plain
     if "clip" in READS[recipe]:
         assert tiny.objective(recipe=recipe, clip=2.0, max_unit=None) == plain.model_copy(
             update={"clip": 2.0, "max_unit": None}
         )
+
+
+def effective(recipe: str, **sections: dict[str, Any]) -> Config:
+    return parse_config({**MINIMAL, "objective": {"recipe": recipe}, **sections}, "my.yaml")
+
+
+@pytest.mark.parametrize("recipe", [*NAMES, "my_recipes:loss"])
+def test_a_recipe_sets_what_its_paper_sets_and_nothing_else(recipe: str) -> None:
+    """Every key is its preset, or as it is without any; what a run stores says so, and says the same when it is read again."""
+    config = effective(recipe)
+    plain = {section: kind() for section, kind in (("weights", Weights), ("scores", Scores), ("rollouts", Rollouts))}
+    expected = {place: value for section in plain for place, value in flat(section, plain[section]).items()}
+    found = {place: value for section in plain for place, value in flat(section, getattr(config, section)).items()}
+    assert found == expected | PRESETS.get(recipe, UNIFORM) and overridden(config) == []
+    assert parse_config(config.model_dump(mode="json"), "runs/x/config.yaml") == config
+
+
+def flat(section: str, values: Section) -> dict[str, Any]:
+    return {f"{section}.{key}": value for key, value in values}
+
+
+def test_what_the_file_names_wins_over_a_preset() -> None:
+    """Also where it names a default, and key by key."""
+    config = effective("simct_released", scores={"k_max": 20}, weights={"scheme": "iw_opd", "gamma": 0.3})
+    assert (config.scores.k_max, config.scores.min_p, config.scores.log_z) == (20, 0.0, True)
+    assert (config.weights.scheme, config.weights.gamma) == ("iw_opd", 0.3)
+    assert overridden(config) == [
+        "`weights.scheme: iw_opd`, where `objective.recipe: simct_released` presets uniform",
+        "`scores.k_max: 20`, where `objective.recipe: simct_released` presets 1024",
+    ]
+    assert effective("lightning", rollouts={"rounds": 2}).rollouts.rounds == 2
+    assert effective("hybrid", weights={"scheme": "uniform"}).weights.scheme == "uniform"
+    # A whole section is named altogether.
+    given = Config(objective=tiny.objective(recipe="simct"), scores=Scores(), **MINIMAL)
+    assert (given.scores, given.weights.scheme) == (Scores(), "uniform")
+
+
+def test_an_error_says_where_a_value_comes_from_that_the_file_does_not_name() -> None:
+    with pytest.raises(OpdError) as caught:
+        effective("lightning", weights={"gamma": 0.1})
+    text = str(caught.value)
+    assert "`gamma: 0.1` means nothing to `scheme: uniform`" in text
+    assert text.endswith("; `weights.scheme: uniform` is what `objective.recipe: lightning` presets")
+    with pytest.raises(OpdError) as caught:
+        effective("lightning", weights={"gamma": 0.1, "scheme": "uniform"})
+    assert "presets" not in str(caught.value)
+
+
+@pytest.mark.parametrize("recipe", NAMES)
+def test_candidates_are_read_where_the_recipe_says_so(recipe: str) -> None:
+    _, student, batch = told(random_units(seed=34))
+    config = tiny.objective(recipe=recipe)
+    fewer = batch.cand_logp.clone()
+    fewer[:, 0] = -INF
+    plain, moved = (losses(student, given, config).loss.tolist() for given in (batch, replace(batch, cand_logp=fewer)))
+    assert KINDS[recipe].reads_candidates == (plain != moved)
 
 
 @pytest.mark.parametrize("recipe", NAMES)
@@ -667,7 +786,6 @@ def test_credit_is_read_and_clipped_where_the_recipe_says_so(recipe: str) -> Non
     changed = {kind for kind, a, b in zip(kinds, plain.tolist(), moved.tolist(), strict=True) if a != b}
     assert changed == set(kind.clips) and kind.reads_credit == bool(changed)
     weighed = {**MINIMAL, "objective": {"recipe": recipe}, "weights": {"credit": "gae"}}
-    weighed |= {"scores": {"log_z": True}}
     if kind.reads_credit:
         assert parse_config(weighed, "my.yaml").weights.credit == "gae"
         return
@@ -765,7 +883,7 @@ def test_raw_logits_need_log_z(tmp_path: Path) -> None:
         with pytest.raises(
             OpdError, match=r"`objective.recipe: simct.* take the teacher's log Z .* `scores.log_z: true`"
         ):
-            parse_config({**MINIMAL, "objective": objective}, "my.yaml")
+            parse_config({**MINIMAL, "objective": objective, "scores": {"log_z": False}}, "my.yaml")
         parsed = parse_config({**MINIMAL, "objective": objective, "scores": {"log_z": True}}, "my.yaml").objective
         # Scores may be those of another run.
         for kept in (True, False):

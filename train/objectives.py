@@ -49,6 +49,16 @@ def ratio_clipped(
         (U,).
     """
     advantage = (teacher_logp - student_logp.detach()).clamp(-clip, clip)
+    return ppo(advantage, student_logp, behavior_logp, low, high)
+
+
+def ppo(
+    advantage: torch.Tensor, student_logp: torch.Tensor, behavior_logp: torch.Tensor, low: float, high: float
+) -> torch.Tensor:
+    """PPO's surrogate of given advantages: -min(r A, clamp(r, 1 - low, 1 + high) A), r = p_S / p_behavior; see `ratio_clipped`.
+
+    All of units (U,), or of tokens (R,), of which r is that of the token alone.
+    """
     ratio = (student_logp - behavior_logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
 

@@ -188,15 +188,21 @@ def _cr_opd(student: UnitLogps, batch: Batch, objective: config.CrOpd, _: torch.
 
 
 def _dpca(credit: Callable[..., torch.Tensor]) -> Part:
-    """The sampled path token by token, with a unit's advantage spread over its tokens by `credit` and then clipped."""
+    """The sampled path token by token, with a unit's advantage spread over its tokens by `credit` and then clipped.
 
-    def part(
-        student: UnitLogps, batch: Batch, objective: config.Dpca | config.DpcaAdditive, _: torch.Tensor
-    ) -> torch.Tensor:
+    The ratio is each token's: a unit's would multiply every share of the advantage by all of the unit's gradient, and undo
+    what `credit` spreads.
+    """
+
+    def part(student: UnitLogps, batch: Batch, objective: config.TokenCredit, _: torch.Tensor) -> torch.Tensor:
         compared = batch.token_unit < len(batch.unit_row)
         unit, token = batch.token_unit[compared], student.token[compared]
         advantage = credit(token, student.unit[unit], batch.teacher_logp[unit], batch.s_len[unit])
-        loss = -advantage.clamp(-objective.clip, objective.clip) * token
+        advantage = advantage.clamp(-objective.clip, objective.clip)
+        if objective.ratio_clip is None:
+            loss = -advantage * token
+        else:
+            loss = objectives.ppo(advantage, token, batch.token_behavior_logp[compared], *objective.ratio_clip)
         return torch.zeros_like(student.unit).index_add(0, unit, loss)
 
     return part

@@ -6,7 +6,7 @@ from schemas.config.model import VLLM_OPTIONS, Model
 from schemas.config.objective import Candidates, Hybrid, Objective, Own, Recipe, SampledPath, Strict1to1
 from schemas.config.prompts import Prompts, Splits
 from schemas.config.rollouts import Rollouts
-from schemas.config.root import Config, consistency
+from schemas.config.root import Config, consistency, overridden
 from schemas.config.scores import Audit, Coverage, Scores
 from schemas.config.section import Section, section, variants
 from schemas.config.train import TRAIN_OPERATION, Lora, Train
@@ -37,6 +37,7 @@ __all__ = [
     "Weights",
     "consistency",
     "load_config",
+    "overridden",
     "parse_config",
     "section",
     "variants",

@@ -40,7 +40,7 @@ CREDITS = {
 class Weights(Section):
     """Importance weights and credit of units."""
 
-    scheme: Annotated[str, AfterValidator(one_of(SCHEMES))] = Field("iw_opd", description=describe(SCHEMES))
+    scheme: Annotated[str, AfterValidator(one_of(SCHEMES))] = Field("uniform", description=describe(SCHEMES))
     gamma: float = Field(0.5, ge=0, description="strength of iw_opd and signed; 0 is uniform")
     alpha: float = Field(0.05, ge=0, description="exponent of ideal; 0 is uniform, 0.1 collapses within tens of tokens")
     prefix_share: float = Field(
