@@ -623,6 +623,65 @@ def test_a_trust_region_is_as_wide_either_way() -> None:
     assert objectives.outside_trust_region(s, b, 0.5).tolist() == [False, True, False, False, True]
 
 
+@pytest.mark.parametrize("select", ["entropy", "soft_or"])
+@pytest.mark.parametrize("recipe", ["hybrid", "strict_1to1", "sampled", "dpca"])
+def test_what_is_selected_of_each_response_is_the_formula(recipe: str, select: str) -> None:
+    """Of the units that the recipe has a loss for, response by response; these keep theirs, and the others have none."""
+    units, share = random_units(seed=35), 0.4
+    responses = np.sort(np.random.default_rng(36).integers(0, 5, len(units)))
+    _, student, batch = told(units)
+    batch = replace(batch, response_of_unit=torch.from_numpy(responses))
+    plain, config = tiny.objective(recipe=recipe), tiny.objective(recipe=recipe, select=select, select_share=share)
+    everywhere, scored = (losses(student, batch, each) for each in (plain, config))
+    expected = [False] * len(units)
+    for response in range(5):
+        mine = [i for i in range(len(units)) if responses[i] == response and everywhere.used[i]]
+        h, d = [], []
+        for u in (units[i] for i in mine):
+            s, t = ([*(exp(x) for x in row), 1 - sum(exp(x) for x in row)] for row in (u.s_cand, u.t_cand))
+            h.append(-sum(p * log(p) for p in s))
+            d.append(plain_kl(s, t))
+        score = h
+        if select == "soft_or":
+            score = [a / max(h) + b / max(d) - a / max(h) * b / max(d) for a, b in zip(h, d, strict=True)]
+        for rank, i in enumerate(sorted(range(len(mine)), key=lambda i: -score[i])):
+            expected[mine[i]] = rank < share * len(mine)
+    assert scored.used.tolist() == expected and 0 < sum(expected) < len(units)
+    np.testing.assert_array_equal(scored.loss.detach(), torch.where(scored.used, everywhere.loss, 0.0).detach())
+    whole = losses(student, batch, tiny.objective(recipe=recipe, select=select, select_share=1.0))
+    assert torch.equal(whole.used, everywhere.used) and torch.equal(whole.loss, everywhere.loss)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4)), max_size=30), st.sampled_from([0.05, 0.3, 0.5, 0.55, 1.0])
+)
+def test_a_share_of_each_group_is_its_highest_and_the_first_of_equals(
+    pairs: list[tuple[int, int]], share: float
+) -> None:
+    group, score = (torch.tensor([pair[i] for pair in pairs], dtype=torch.int64) for i in (0, 1))
+    found = objectives.top_share(score.double(), group, share).tolist()
+    for g in {g for g, _ in pairs}:
+        mine = sorted((-s, i) for i, (h, s) in enumerate(pairs) if h == g)
+        count = next(n for n in range(len(mine) + 1) if n / len(mine) >= share)
+        assert {i for _, i in mine if found[i]} == {i for _, i in mine[:count]}
+
+
+def test_soft_or_finds_where_the_student_is_sure_and_wrong() -> None:
+    """The entropy of two such units is the same; where every token is a candidate it is the exact one."""
+    s = torch.tensor([[0.98, 0.01, 0.01], [0.98, 0.01, 0.01], [0.4, 0.3, 0.3]], dtype=torch.float64)
+    t = torch.tensor([[0.98, 0.01, 0.01], [0.01, 0.98, 0.01], [0.4, 0.3, 0.3]], dtype=torch.float64)
+    one = torch.zeros(3, dtype=torch.int64)
+    np.testing.assert_allclose(objectives.entropy(s.log()), -(s * s.log()).sum(-1), atol=2e-5)
+    score = objectives.soft_or(s.log(), t.log(), one)
+    h = float(objectives.entropy(s.log())[0] / objectives.entropy(s.log())[2])
+    np.testing.assert_allclose(score, [h, 1.0, 1.0], atol=1e-6)
+    assert objectives.soft_or(s[:1].log(), s[:1].log(), one[:1]).tolist() == [1.0]
+    sure = torch.tensor([[0.0, -INF]], dtype=torch.float64)
+    assert 0 <= float(objectives.soft_or(sure, sure, one[:1])) <= 1
+    assert objectives.top_share(torch.zeros(0), one[:0], 0.5).shape == (0,)
+
+
 def test_the_baseline_centres_the_advantage() -> None:
     _, teacher, student, _ = every_outcome(seed=27)
     s = student.unit.detach().requires_grad_()
@@ -661,6 +720,7 @@ def test_a_models_gradient_is_finite(recipe: str, options: dict[str, Any], tmp_p
     assert all(torch.isfinite(g).all() for g in gradients) and any(g.any() for g in gradients)
 
 
+SELECT = {"select", "select_share"}
 DIVERGENCE, PATH, RATIO = {"direction", "tail", "tau", "beta"}, {"clip", "max_unit"}, {"ratio_clip", "trust_region"}
 WIDE = {"scores.min_p": 0.0, "scores.mass": 1.0, "scores.k_max": 1024}
 READS = {
@@ -696,7 +756,7 @@ KINDS = variants(Config.model_fields["objective"].annotation)
 
 
 def test_every_recipe_has_its_keys_and_no_others() -> None:
-    assert {name: set(kind.model_fields) - {"recipe"} for name, kind in KINDS.items()} == READS | {
+    assert {name: set(kind.model_fields) - {"recipe"} - SELECT for name, kind in KINDS.items()} == READS | {
         "module:function": {"max_unit", "options"}
     }
     assert {name: kind for name, kind in KINDS.items() if name in NAMES} == dict(zip(NAMES, RECIPES, strict=True))
@@ -810,9 +870,13 @@ MINIMAL: dict[str, Any] = {"prompts": {"source": "p.jsonl"}, "student": {"model"
         ({"tau": 0}, "`objective.tau`: input should be greater than 0"),
         (
             {"recipe": "jsd", "clip": 5.0},
-            "unknown key `objective.clip`; known keys here, with `recipe: jsd`: recipe, tail, tau, beta",
+            "unknown key `objective.clip`; known keys here, with `recipe: jsd`: recipe, select, select_share, tail",
         ),
-        ({"clp": 5.0}, "unknown key `objective.clp`; known keys here, with `recipe: hybrid`: recipe, direction, beta"),
+        (
+            {"clp": 5.0},
+            "unknown key `objective.clp`; known keys here, with `recipe: hybrid`: recipe, select, select_sha",
+        ),
+        ({"select_share": 0.3}, "`select_share: 0.3` means nothing without `select`"),
         (
             {"recipe": "hybrid", "support": "bucket"},
             "unknown key `objective.support`, which is `tail` now; known keys here, with `recipe: hybrid`",
@@ -833,7 +897,7 @@ def test_combinations_without_meaning_are_refused_by_name(objective: dict[str, A
 def test_a_key_that_a_recipe_does_not_read_is_refused_even_at_its_default() -> None:
     every = {key: kind.model_fields[key].default for kind in KINDS.values() for key in kind.model_fields}
     for recipe in NAMES:
-        for key in set(every) - READS[recipe] - {"recipe"}:
+        for key in set(every) - READS[recipe] - SELECT - {"recipe"}:
             with pytest.raises(
                 OpdError, match=f"unknown key `objective.{key}`; known keys here, with `recipe: {recipe}`:"
             ):

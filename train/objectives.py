@@ -202,6 +202,53 @@ def entropy_gate(
     return torch.where(teacher_entropy > threshold, forward, reverse)
 
 
+def soft_or(student_logp: torch.Tensor, teacher_logp: torch.Tensor, response: torch.Tensor) -> torch.Tensor:
+    """How much there is to learn at a unit: h + d - h d, of the student's entropy h and its reverse KL d to the teacher.
+
+    TIP (arXiv 2604.14084): 0 where neither is there, 1 where one is as large as anywhere in the response, so that units where
+    the student is sure and wrong count as much as those where it is unsure. Each is over its largest in the response; how the
+    paper scales them is not stated where we could read it. Entropy and KL are of `with_rest`, and so lower bounds.
+
+    Args:
+        student_logp, teacher_logp: (U, K), of the candidates; -inf in both marks an unused slot.
+        response: int64 (U,), which response a unit is of.
+    Returns:
+        (U,), in [0, 1]; a constant to the gradient.
+    """
+    student, teacher = student_logp.detach(), teacher_logp.detach()
+    h, d = (_of_largest(x, response) for x in (entropy(student), bucket_kl(student, teacher)))
+    return h + d - h * d
+
+
+def entropy(logp: torch.Tensor) -> torch.Tensor:
+    """Entropy over K candidates and one class for all else, a lower bound of that over the vocabulary. (U, K) -> (U,), nats."""
+    whole = with_rest(logp)
+    return -(whole.exp() * whole.masked_fill(whole == -torch.inf, 0.0)).sum(-1)
+
+
+def _of_largest(value: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """Values >= 0 as shares of the largest one of their group; 0 where all are 0."""
+    groups = int(group.max()) + 1 if len(group) else 0
+    largest = value.new_zeros(groups).scatter_reduce(0, group, value, "amax")[group]
+    return value.clamp(min=0.0) / largest.masked_fill(largest <= 0, 1.0)
+
+
+def top_share(score: torch.Tensor, group: torch.Tensor, share: float) -> torch.Tensor:
+    """The units of the highest scores in each group: rank r of n, from 0, is in where r / n < share, so at least one is.
+
+    Of equal scores the first ones are in. It depends on no other group, so that how responses are batched changes nothing.
+    (U,), int64 (U,) -> bool (U,).
+    """
+    falling = score.argsort(descending=True, stable=True)
+    falling = falling[group[falling].argsort(stable=True)]
+    count = group.bincount()
+    first = count.cumsum(0) - count
+    rank = torch.empty_like(group)
+    rank[falling] = torch.arange(len(group), device=group.device) - first[group[falling]]
+    # A division that is correctly rounded keeps r / n = share exact where share * n is not.
+    return rank.double() / count[group] < share
+
+
 def renormalised(score: torch.Tensor, tau: float = 1.0) -> torch.Tensor:
     """Log-probs over the support alone at temperature tau: log softmax(score / tau). (U, K) -> (U, K).
 

@@ -70,7 +70,20 @@ def losses(student: UnitLogps, batch: Batch, objective: config.Objective) -> Sco
         on_path = every if parts.single is sampled_path else ~one
         outside = objectives.outside_trust_region(student.unit, batch.behavior_logp, objective.trust_region)
         kept = kept & ~(on_path & outside)
+    if objective.select is not None:
+        kept = kept & _selected(student, batch, objective, scored.used & kept)
     return Scored(torch.where(kept, scored.loss, 0.0), scored.used & kept)
+
+
+def _selected(student: UnitLogps, batch: Batch, objective: config.Recipe, among: torch.Tensor) -> torch.Tensor:
+    """bool (U,): those `among` the units (bool (U,)) that their response's `objective.select_share` takes in."""
+    used = among.nonzero()[:, 0]
+    teacher, response = batch.cand_logp[used], batch.response_of_unit[used]
+    policy = student.cand[used].detach().masked_fill(teacher == -torch.inf, -torch.inf)
+    score = (
+        objectives.entropy(policy) if objective.select == "entropy" else objectives.soft_or(policy, teacher, response)
+    )
+    return torch.zeros_like(among).index_put((used,), objectives.top_share(score, response, objective.select_share))
 
 
 def parts_of(objective: config.Objective) -> Parts:

@@ -10,7 +10,7 @@ from schemas.config.root import Config, consistency, overridden
 from schemas.config.scores import Audit, Coverage, Scores
 from schemas.config.section import Section, section, variants
 from schemas.config.train import TRAIN_OPERATION, Lora, Train
-from schemas.config.weights import Weights
+from schemas.config.weights import Gate, Weights
 
 __all__ = [
     "TRAIN_OPERATION",
@@ -20,6 +20,7 @@ __all__ = [
     "Config",
     "Coverage",
     "Evaluate",
+    "Gate",
     "Hybrid",
     "Lora",
     "Model",

@@ -60,6 +60,16 @@ class Recipe(Section):
     """
 
     recipe: str
+    select: Literal["entropy", "soft_or"] | None = Field(
+        None,
+        description="train on some units of each response only, as TIP does (arXiv 2604.14084). entropy: those where the "
+        "student is least sure | soft_or: or far from the teacher, by h + d - h d of its entropy and reverse KL, each over the "
+        "response's largest; both over the candidates and a class for all else. The loss is divided by all units as ever, and "
+        "memory is not saved. null: all",
+    )
+    select_share: float = Field(
+        0.5, gt=0, le=1, description="`select`: share of a response's units that carry loss; 1: all"
+    )
     source: ClassVar[str] = HERE
     """What it is called where it is from, with the arXiv number."""
     presets: ClassVar[Mapping[str, Any]] = {"weights.scheme": "uniform"}
@@ -73,6 +83,12 @@ class Recipe(Section):
     """Whether the teacher's candidates, which `scores` keeps, change the loss."""
     clips: ClassVar[tuple[str, ...]] = ()
     """Kinds of unit whose credit, as the weights table holds it, is clipped to `clip`."""
+
+    @model_validator(mode="after")
+    def _share_is_of_select(self) -> Self:
+        if self.select is None and self.select_share != type(self).model_fields["select_share"].default:
+            raise ValueError(f"`select_share: {self.select_share:g}` means nothing without `select`; set that too")
+        return self
 
 
 class Candidates(Recipe):

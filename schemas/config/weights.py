@@ -37,6 +37,23 @@ CREDITS = {
 """What `weights.credit` takes; `pipeline.weights.credit.CREDITS` computes them."""
 
 
+class Gate(Section):
+    """Factors of the weights of whole responses, those of `texts.truncated` and `texts.repetitive` in `diagnostics.json`."""
+
+    truncated: float = Field(
+        1.0,
+        ge=0,
+        description="of a response that was cut at `rollouts.max_new_tokens`; 0: it carries no loss. That such responses may "
+        "come to make up most of the rollouts, and repeat themselves, is a finding of StableOPD (arXiv 2604.08527), whose "
+        "cures are others: a divergence from a reference, and rollouts that are mixed in",
+    )
+    repetitive: float = Field(
+        1.0,
+        ge=0,
+        description="of a response of whose 4-grams more than half have been there before; 0: it carries no loss",
+    )
+
+
 class Weights(Section):
     """Importance weights and credit of units."""
 
@@ -53,6 +70,7 @@ class Weights(Section):
         "with the pi_theta that the round starts from; matters to `reuse`d and replayed rollouts; not with "
         "`objective.ratio_clip`, whose loss has the ratio already; null: no factor",
     )
+    gate: Gate = Gate()
     credit: Annotated[str, AfterValidator(one_of(CREDITS))] = Field(
         "immediate",
         description="what the sampled path of hybrid, sampled, lightning and iw_opd multiplies log-probs by. "

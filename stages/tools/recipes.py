@@ -60,8 +60,8 @@ def in_full(kind: type[Recipe]) -> list[tuple[str, str]]:
 
 
 def reads(kind: type[Recipe]) -> list[str]:
-    """The keys of `objective` that a recipe reads, with its defaults, and what it reads beside them."""
-    own = {name: field.default for name, field in kind.model_fields.items() if name != "recipe"}
+    """The keys of `objective` that a recipe and not every one reads, with its defaults, and what it reads beside them."""
+    own = {name: field.default for name, field in kind.model_fields.items() if name not in Recipe.model_fields}
     return [*written(own), _beside(kind)]
 
 
