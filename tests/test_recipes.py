@@ -77,6 +77,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("dpca", {"ratio_clip": None}),
     ("dpca_additive", {}),
     ("dpca_additive", {"clip": 0.4, "max_unit": None, "ratio_clip": (0.5, 0.1)}),
+    ("exopd", {}),
+    ("exopd", {"scale": 2.5, "clip": 0.7, "max_unit": 2}),
+    ("exopd", {"scale": 0.0}),
     ("cr_opd", {}),
     ("cr_opd", {"cr_alpha": 0.0, "cr_eps": 0.1}),
     ("cr_opd", {"cr_alpha": 1.0, "cr_eps": 0.0, "clip": 0.5, "max_unit": 2}),
@@ -180,6 +183,16 @@ def dpca(u: Unit, x: Numbers, at: Numbers, config: Objective) -> float:
     return loss
 
 
+def exopd(u: Unit, x: Numbers, at: Numbers, config: Objective) -> float:
+    advantage = config.scale * (u.teacher - started(u)) - (at.unit - started(u))
+    return -clamp(advantage, config.clip) * x.unit
+
+
+def started(u: Unit) -> float:
+    """What the round's first policy says of a unit; neither the student nor the sampler."""
+    return u.student - 0.7 * u.log_ratio - 0.1
+
+
 def cr_opd(u: Unit, x: Numbers, at: Numbers, config: Objective) -> float:
     advantage = clamp(u.teacher - at.unit, config.clip)
     chosen = [i for i, c in enumerate(u.ids) if c != u.targets[0] and exp(at.cand[i]) >= config.cr_eps]
@@ -194,7 +207,7 @@ def reference(u: Unit, x: Numbers, at: Numbers, config: Objective) -> float:
     """A unit's loss where the student says `x`; what is detached sees `at`."""
     if left_out(u, config):
         return 0.0
-    special = {"vopd": vopd, "dpca": dpca, "dpca_additive": dpca, "cr_opd": cr_opd}.get(config.recipe)
+    special = {"vopd": vopd, "dpca": dpca, "dpca_additive": dpca, "cr_opd": cr_opd, "exopd": exopd}.get(config.recipe)
     if special:
         return special(u, x, at, config)
     if on_path(u, config.recipe):
@@ -228,7 +241,10 @@ def told(units: Sequence[Unit], seed: int = 0, spare: int = 0) -> tuple[list[Num
     )
     of_token = torch.repeat_interleave(torch.arange(len(units)), batch.s_len)
     behavior = [logp for u, n in zip(units, numbers, strict=True) for logp in sampled_at(u, n.tokens)]
-    batch = replace(batch, token_unit=of_token, token_behavior_logp=torch.tensor(behavior, dtype=torch.float64))
+    policy = torch.tensor([started(u) for u in units], dtype=torch.float64)
+    batch = replace(
+        batch, policy_logp=policy, token_unit=of_token, token_behavior_logp=torch.tensor(behavior, dtype=torch.float64)
+    )
     return numbers, replace(student, token=token, log_z=log_z), batch
 
 
@@ -296,7 +312,7 @@ def test_a_unit_is_the_same_alone_and_beside_others_and_padding(recipe: str) -> 
             name: getattr(batch, name)[i : i + 1]
             for name in (
                 *("weight", "cand_id", "cand_logp", "response_of_unit"),
-                *("t_log_z", "teacher_entropy", "behavior_logp"),
+                *("t_log_z", "teacher_entropy", "behavior_logp", "policy_logp"),
             )
         }
         zero = torch.zeros(1, dtype=torch.int64)
@@ -342,6 +358,7 @@ def test_masked_tokens_carry_nothing_and_a_batch_of_them_is_empty(recipe: str) -
         "t_log_z",
         "teacher_entropy",
         "behavior_logp",
+        "policy_logp",
         "weight",
         "credit_shift",
         "cand_id",
@@ -561,6 +578,29 @@ def test_the_expected_gradient_is_that_of_reverse_kl(recipe: str) -> None:
     np.testing.assert_allclose(ours, exact, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1.25, 3.0])
+def test_the_gradient_of_exopd_is_that_of_the_kl_to_the_extrapolated_teacher(scale: float) -> None:
+    """p_ref (p_T / p_ref)^scale, normalised; nothing is left to gain once the policy is that."""
+    logits, teacher, student, batch = every_outcome(seed=37)
+    reference = torch.from_numpy(np.random.default_rng(38).normal(size=len(logits))).log_softmax(-1)
+    target = (reference + scale * (teacher - reference)).log_softmax(-1)
+    config = tiny.objective(recipe="exopd", scale=scale, clip=50.0)
+    for there in (False, True):
+        if there:
+            logits = target.clone().requires_grad_()
+            student = replace(student, unit=logits.log_softmax(-1))
+        s = logits.log_softmax(-1)
+        p = s.detach().exp()
+        loss = losses(student, replace(batch, policy_logp=reference), config).loss
+        (ours,) = torch.autograd.grad((p * loss).sum(), logits, retain_graph=True)
+        (exact,) = torch.autograd.grad((s.exp() * (s - target)).sum(), logits)
+        np.testing.assert_allclose(ours, exact, atol=1e-12)
+        assert bool(exact.abs().max() < 1e-12) == there
+    if scale == 1:
+        plain = losses(student, batch, tiny.objective(recipe="sampled", clip=50.0)).loss
+        torch.testing.assert_close(loss, plain)
+
+
 def test_importance_sampling_from_another_policy_has_the_gradient_of_reverse_kl() -> None:
     """The ratio without bounds: sum over y of p_b(y) grad loss(y) is exact whatever p_b; without it, it is another one."""
     logits, teacher, student, batch = every_outcome(seed=28)
@@ -738,6 +778,7 @@ READS = {
     "dpca": PATH | {"ratio_clip"},
     "dpca_additive": PATH | {"ratio_clip"},
     "cr_opd": PATH | {"cr_alpha", "cr_eps"},
+    "exopd": PATH | {"scale"},
 }
 DPCA = {"clip": 10.0, "max_unit": 6, "ratio_clip": (0.2, 0.28)}
 PAPERS = {"lightning": {"clip": 10.0}, "jsd": {"tail": "bucket"}, "dpca": DPCA, "dpca_additive": DPCA}
@@ -751,6 +792,7 @@ PRESETS = dict.fromkeys(READS, UNIFORM) | {
     "strict_1to1": UNIFORM | WIDE,
     "jsd": UNIFORM | WIDE,
     "lightning": UNIFORM | OFFLINE,
+    "exopd": UNIFORM | {"rollouts.rounds": 1},
 }
 KINDS = variants(Config.model_fields["objective"].annotation)
 

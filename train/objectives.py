@@ -2,8 +2,6 @@
 
 Shapes: U units, K candidate slots (padded with -inf on the teacher's side and masked out), R student tokens. Log-probs are in
 nats, natural log. Gradients flow through the student only; the teacher's tensors come from disk and carry none.
-
-Not here, because a batch lacks what it needs, the log-probs of a reference policy: ExOPD.
 """
 
 from math import log, log1p
@@ -66,6 +64,17 @@ def ppo(
 def outside_trust_region(student_logp: torch.Tensor, behavior_logp: torch.Tensor, radius: float) -> torch.Tensor:
     """Units whose |log p_S - log p_behavior| is above `radius` nats: a trust region by masking. (U,) x (U,) -> bool (U,)."""
     return (student_logp.detach() - behavior_logp).abs() > radius
+
+
+def extrapolated(teacher_logp: torch.Tensor, reference_logp: torch.Tensor, scale: float) -> torch.Tensor:
+    """What the sampled path is drawn to instead of log p_T: log p_ref + scale (log p_T - log p_ref). (U,) x (U,) -> (U,).
+
+    G-OPD (arXiv 2602.12125), which maximises scale * log(p_T / p_ref) under a KL to p_ref: its policy is p_ref times
+    (p_T / p_ref)^scale, normalised, whose constant is the same for all that may be sampled at a place and adds nothing to the
+    expected gradient. The advantage is scale (log p_T - log p_ref) - (log p_S - log p_ref). Above 1 it is ExOPD, 1 is
+    distillation, 0 stays at p_ref.
+    """
+    return torch.lerp(reference_logp, teacher_logp, scale)
 
 
 def vopd(student_logp: torch.Tensor, teacher_logp: torch.Tensor, kl: torch.Tensor, clip: float) -> torch.Tensor:

@@ -185,6 +185,11 @@ def _vopd(student: UnitLogps, batch: Batch, objective: config.Vopd, _: torch.Ten
     )
 
 
+def _exopd(student: UnitLogps, batch: Batch, objective: config.ExOpd, _: torch.Tensor) -> torch.Tensor:
+    target = objectives.extrapolated(batch.teacher_logp, batch.policy_logp, objective.scale)
+    return objectives.clipped_sampled_path(student.unit, target, objective.clip)
+
+
 def _cr_opd(student: UnitLogps, batch: Batch, objective: config.CrOpd, _: torch.Tensor) -> torch.Tensor:
     # A longer unit is known by its first token here: other tokens that spell a part of it count as alternatives.
     others = batch.cand_id != _first_target(batch)[:, None]
@@ -238,6 +243,7 @@ RECIPES: dict[type[config.Recipe], Parts] = {
     config.Dpca: Parts(_multiplicative, _multiplicative),
     config.DpcaAdditive: Parts(_additive, _additive),
     config.CrOpd: Parts(_cr_opd, _cr_opd),
+    config.ExOpd: Parts(_exopd, _exopd),
 }
 """By the section that holds a recipe's keys."""
 

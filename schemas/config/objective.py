@@ -326,6 +326,25 @@ class Vopd(Clipped):
     )
 
 
+class ExOpd(Clipped):
+    """The sampled path towards more of what the teacher adds to a reference policy, here the one that a round starts from:
+    ExOPD (arXiv 2602.12125)."""
+
+    recipe: Literal["exopd"] = "exopd"
+    source: ClassVar[str] = "ExOPD, arXiv 2602.12125"
+    presets: ClassVar[Mapping[str, Any]] = {"weights.scheme": "uniform", "rollouts.rounds": 1}
+    departs: ClassVar[tuple[str, ...]] = (
+        _CLIP,
+        "the reference is one policy, such as the student before training; so it is here with one round, and with more of them "
+        "each has its own",
+    )
+    scale: float = Field(
+        1.25,
+        ge=0,
+        description="factor of log p_T - log p_ref; 1: plain distillation, above: beyond the teacher, 0: stay",
+    )
+
+
 class TokenCredit(RatioClipped):
     """DPCA's two recipes; clips, bounds and longest unit are those of its authors' code."""
 
@@ -409,6 +428,7 @@ Objective = Annotated[
     | Annotated[Dpca, Tag("dpca")]
     | Annotated[DpcaAdditive, Tag("dpca_additive")]
     | Annotated[CrOpd, Tag("cr_opd")]
+    | Annotated[ExOpd, Tag("exopd")]
     | Annotated[Own, Tag(OWN)],
     Discriminator(recipe_of),
 ]
