@@ -13,7 +13,7 @@ from snakemake.exceptions import WorkflowError
 from snakemake.utils import min_version
 
 from pipeline.store.cache import relink
-from schemas.config import consistency, parse_config
+from schemas.config import consistency, overridden, parse_config
 from schemas.errors import OpdError
 from stages.run import console
 from stages.run.run import run_of, write_config
@@ -381,6 +381,8 @@ onstart:
         sys.exit(f"error: {error}")
     if warning := consistency(CONFIG):
         console.warn(warning)
+    for otherwise in overridden(CONFIG):
+        console.say(f"{RUN.config.run}: {otherwise}")
 
 
 onsuccess:

@@ -89,6 +89,7 @@ def batch_of(tokens: int) -> Batch:
         "unit_row": (np.arange(responses)[:, None] * LENGTH + starts).ravel(),
         "response_of_unit": np.repeat(np.arange(responses), len(starts)),
         "token_unit": np.repeat(np.arange(units), np.tile(s_len, responses)),
+        "token_behavior_logp": np.full(responses * LENGTH, -1.0, np.float32),
         "s_len": np.tile(s_len, responses),
         "t_len": np.tile(s_len, responses),
         "teacher_logp": np.log(share[:, -1]).astype(np.float32),

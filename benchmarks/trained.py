@@ -3,8 +3,8 @@
 Trains the run of a config under several losses, all else the same, each at the learning rate that is best for it on the dev
 split over the first two seeds, and measures it on the test split for every seed: accuracy of greedy answers, the unbiased
 on-policy reverse KL, and a paired test over items against the first arm. The functions are those of the stages; models stay in
-memory from one run to the next, and nothing is kept of a run but its figures, a line each in `results.jsonl`, from which the same
-command goes on. On a GPU several workers share it (`--workers`).
+memory from one run to the next, and nothing is kept of a run but its figures, a line each in `results.jsonl`, from which the
+same command goes on. On a GPU several workers share it (`--workers`).
 """
 
 import argparse

@@ -133,7 +133,7 @@ def growth(folder: Path) -> None:
     parts = [fabricate(folder, i, SMALL) for i in range(SHARDS * TIMES)]
     print(f"\n| | {SHARDS} shards, MB | {len(parts)} shards, MB | ratio |\n|---|---|---|---|")
     for changes in ({}, {"credit": "baseline", "scheme": "ideal"}, {"credit": "gae"}, {"credit": "residual"}):
-        options = Weights(**changes)  # type: ignore[arg-type]
+        options = Weights(**{"scheme": "iw_opd"} | changes)  # type: ignore[arg-type]
         few, many = peak(parts[:SHARDS], options), peak(parts, options)
         name = ", ".join(f"`{key}: {value}`" for key, value in changes.items()) or "default"
         print(f"| {name} | {few:.0f} | {many:.0f} | {many / few:.2f} |", flush=True)

@@ -10,13 +10,17 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from pipeline.prompts import collect
 from schemas.config import Config, Evaluate, Rollouts, Train, load_config, parse_config
+from schemas.config.objective import RECIPES
 from schemas.errors import OpdError
 from stages.run.run import run_of
+from stages.tools.cli import app
 from stages.tools.config import config_markdown
 from stages.tools.config import main as config_keys
+from stages.tools.recipes import recipes_markdown
 
 MINIMAL = {"prompts": {"source": "p.jsonl"}, "student": {"model": "a/b"}, "teacher": {"model": "c/d"}}
 
@@ -68,7 +72,7 @@ def test_the_papers_that_are_named_are_cited_and_the_licence_is_there() -> None:
     }
     named = set(re.findall(r"arxiv\.org/abs/([\d.]+\d)", Path("README.md").read_text()))
     named |= set(re.findall(r"arXiv (\d{4}\.\d{5})", Path("config/README.md").read_text()))
-    assert cited == named and len(cited) == 8
+    assert cited == named and len(cited) == 11
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
     assert project["license"] == "Apache-2.0" and "Apache License" in Path("LICENSE").read_text()[:200]
 
@@ -85,6 +89,34 @@ def test_pre_commit_runs_what_ci_runs() -> None:
 def test_config_readme_documents_every_key() -> None:
     assert config_markdown() in Path("config/README.md").read_text(), (
         "run: opd config, and paste it into config/README.md"
+    )
+
+
+def test_the_page_of_recipes_is_what_the_classes_say() -> None:
+    assert recipes_markdown() in Path("docs/recipes.md").read_text(), "run: opd recipes --markdown, and paste it there"
+
+
+def test_every_recipe_is_printed_with_its_source_presets_keys_and_departures() -> None:
+    whole = CliRunner().invoke(app, ["recipes"], env={"COLUMNS": "400"}).output
+    for tag, kind in RECIPES.items():
+        one = CliRunner().invoke(app, ["recipes", tag], env={"COLUMNS": "400"}).output
+        keys = {f"objective.{key}" for key in kind.model_fields if key != "recipe"}
+        said = [kind.source, *kind.departs, *(f"{place.partition('.')[2]}: " for place in kind.presets)]
+        assert all(text in whole for text in (tag, *said))
+        assert all(text in one for text in (kind.source, *kind.departs, *kind.presets, *keys))
+        assert ("weights.credit" in one.partition("reads too")[2].partition("\n")[0]) == kind.reads_credit
+        papers = set(re.findall(r"arXiv \d{4}\.\d{5}", kind.__doc__ or ""))
+        assert all(paper in kind.source for paper in papers), "the meaning names another paper than the source"
+    unknown = CliRunner().invoke(app, ["recipes", "simt"])
+    assert unknown.exit_code and "no recipe 'simt'; there are hybrid, simct" in unknown.output
+
+
+def test_a_check_tells_what_the_recipe_presets_otherwise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL | {"objective": {"recipe": "simct"}, "scores": {"k_max": 20}}))
+    config_keys(path)
+    assert "`scores.k_max: 20`, where `objective.recipe: simct` presets 1024" in " ".join(
+        capsys.readouterr().err.split()
     )
 
 

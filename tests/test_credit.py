@@ -92,7 +92,7 @@ def test_weights_are_those_of_a_loop_over_responses(responses: list[Response], g
 @given(batch_of_responses)
 def test_no_gamma_and_no_scheme_weigh_nothing(responses: list[Response]) -> None:
     units, rollouts = tables(responses)
-    for table in (weigh(units, rollouts, o) for o in (Weights(gamma=0.0), Weights(scheme="uniform"))):
+    for table in (weigh(units, rollouts, o) for o in (Weights(scheme="iw_opd", gamma=0.0), Weights(scheme="uniform"))):
         assert table["weight"].to_list() == [1.0] * len(units)
 
 
@@ -104,7 +104,7 @@ def test_pinned_vector() -> None:
 def test_response_without_advantage() -> None:
     """D_t / D counts as 0, and the response beside it is none the worse for it."""
     zero, other = [Unit(-1.5, (-1.0, -0.5))] * 3, [Unit(-0.5, (-0.7,)), Unit(-1.0, (-0.7,)), Unit(-0.2, (-0.7,))]
-    table = weigh(*tables([zero, other]), Weights())
+    table = weigh(*tables([zero, other]), Weights(scheme="iw_opd"))
     assert table["advantage"].to_list()[:3] == [0.0] * 3
     np.testing.assert_allclose(table["weight"], [1.5, 1.5, 1.5, 1.5, 1.4, 1.25], rtol=1e-6)
 
@@ -114,8 +114,8 @@ def test_masked_unit_carries_nothing() -> None:
     table = advantages(*tables([response]))
     assert table["student_logp"].to_list() == [-0.75, None, -0.5]
     assert table["advantage"].to_list() == [-0.25, 0.0, -1.5]
-    masked = weigh(*tables([response]), Weights())["weight"].to_list()
-    left_out = weigh(*tables([[response[0], response[2]]]), Weights())["weight"].to_list()
+    masked = weigh(*tables([response]), Weights(scheme="iw_opd"))["weight"].to_list()
+    left_out = weigh(*tables([[response[0], response[2]]]), Weights(scheme="iw_opd"))["weight"].to_list()
     assert [masked[0], masked[2]] == left_out
 
 
@@ -126,7 +126,7 @@ def test_summaries_of_shards_add_up() -> None:
         return [Unit(float(-rng.integers(1, 64)) / 16, (float(-rng.integers(1, 64)) / 16,)) for _ in range(n)]
 
     shards = [[response(10), response(23)], [response(1), []], [[Unit(None, (-1.0,))] * 3]]
-    figures = sum((summary(weigh(*tables(shard), Weights()), len(shard)) for shard in shards), Summary())
+    figures = sum((summary(weigh(*tables(shard), Weights(scheme="iw_opd")), len(shard)) for shard in shards), Summary())
     told = [row for shard in shards for row in shard]
     weights = [w for row in told for w in importance([abs(u.advantage) for u in row], 0.5)]
     assert (figures.responses, figures.incomparable, figures.units) == (5, 2, 37)

@@ -125,6 +125,7 @@ def tensors(units: Sequence[Unit], spare: int = 0) -> tuple[UnitLogps, Batch]:
         unit_row=s_len.cumsum(0) - s_len,
         response_of_unit=torch.zeros_like(s_len),
         token_unit=torch.repeat_interleave(s_len),
+        token_behavior_logp=torch.full((int(s_len.sum()),), NAN),
         s_len=s_len,
         t_len=torch.tensor([u.t_len for u in units]),
         teacher_logp=torch.tensor([u.teacher for u in units], dtype=torch.float64),

@@ -109,7 +109,8 @@ def batch_of(told: Sequence[Told]) -> Batch:
         ids = np.array([c for unit in one.units for c in unit.candidates], np.int32)
         prompt, response = (np.array(x, np.int32) for x in (one.prompt, one.tokens))
         logp = np.full(len(ids), -2.0, np.float32)
-        responses.append(Response(f"r{i}", prompt, response, one.stopped, columns, counts, ids, logp))
+        sampled = np.full(len(response), -math.log(tiny.VOCAB), np.float32)  # near what a model without training says
+        responses.append(Response(f"r{i}", prompt, response, sampled, one.stopped, columns, counts, ids, logp))
     return collate(responses)
 
 
@@ -260,7 +261,9 @@ def test_loss_and_gradients_are_those_of_all_logits_at_once(
     slopes = gradients(model, theirs)
     scale = max(float(slope.abs().max()) for slope in slopes)
     for a, b in zip(gradients(model, ours), slopes, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6 * scale, rtol=0)
+        torch.testing.assert_close(
+            a, b, atol=2e-6 * scale, rtol=0
+        )  # dpca's ratio is the exponential of what is rounded
 
 
 def test_a_body_that_recomputes_too(monkeypatch: pytest.MonkeyPatch) -> None:

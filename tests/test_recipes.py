@@ -21,7 +21,18 @@ from test_objectives import INF, NAN, Unit, plain_kl, random_distribution, rando
 from pipeline.store.shards import open_shard, open_writer
 from pipeline.weights.credit import weigh
 from pipeline.weights.estimator import Loss
-from schemas.config import Config, Objective, Recipe, parse_config, variants
+from schemas.config import (
+    Config,
+    Objective,
+    Recipe,
+    Rollouts,
+    Scores,
+    Section,
+    Weights,
+    overridden,
+    parse_config,
+    variants,
+)
 from schemas.errors import OpdError
 from schemas.tables import STOP_ID
 from train import objectives
@@ -37,8 +48,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("forward_kl", {"tau": 2.5}),
     ("forward_kl", {"tail": "bucket"}),
     ("jsd", {}),
-    ("jsd", {"beta": 0.1, "tau": 0.7}),
-    ("jsd", {"beta": 0.9, "tail": "bucket"}),
+    ("jsd", {"beta": 0.1, "tau": 0.7, "tail": "renormalise"}),
+    ("jsd", {"beta": 0.9}),
     ("kbucket", {}),
     ("kbucket", {"direction": "forward"}),
     ("kbucket", {"direction": "jsd", "beta": 0.3}),
@@ -66,8 +77,12 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("vopd", {"clip": 0.5, "max_unit": 2}),
     ("dpca", {}),
     ("dpca", {"clip": 0.4, "max_unit": 2}),
+    ("dpca", {"ratio_clip": None}),
     ("dpca_additive", {}),
-    ("dpca_additive", {"clip": 0.4, "max_unit": None}),
+    ("dpca_additive", {"clip": 0.4, "max_unit": None, "ratio_clip": (0.5, 0.1)}),
+    ("exopd", {}),
+    ("exopd", {"scale": 2.5, "clip": 0.7, "max_unit": 2}),
+    ("exopd", {"scale": 0.0}),
     ("cr_opd", {}),
     ("cr_opd", {"cr_alpha": 0.0, "cr_eps": 0.1}),
     ("cr_opd", {"cr_alpha": 1.0, "cr_eps": 0.0, "clip": 0.5, "max_unit": 2}),
@@ -127,10 +142,14 @@ def divergence(u: Unit, x: Numbers, config: Objective) -> float:
 
 def path(u: Unit, x: Numbers, at: Numbers, config: Objective) -> float:
     advantage = clamp(u.teacher - at.unit, config.clip)
-    if config.ratio_clip is None:
-        return -advantage * x.unit
-    low, high = config.ratio_clip
-    r = exp(x.unit) / exp(u.behavior)
+    return ppo(advantage, x.unit, u.behavior, config.ratio_clip)
+
+
+def ppo(advantage: float, logp: float, behavior: float, bounds: tuple[float, float] | None) -> float:
+    if bounds is None:
+        return -advantage * logp
+    low, high = bounds
+    r = exp(logp) / exp(behavior)
     return -min(r * advantage, min(1 + high, max(1 - low, r)) * advantage)
 
 
@@ -151,15 +170,30 @@ def vopd(u: Unit, x: Numbers, at: Numbers, config: Objective) -> float:
     return -clamp(u.teacher - at.unit + plain_kl(p_s, p_t), config.clip) * x.unit
 
 
+def sampled_at(u: Unit, tokens: Sequence[float]) -> list[float]:
+    """Log-probs of a unit's tokens under the policy that sampled; each token has moved otherwise since."""
+    return [token - (1 + j) * u.log_ratio for j, token in enumerate(tokens)]
+
+
 def dpca(u: Unit, x: Numbers, at: Numbers, config: Objective) -> float:
     loss, total = 0.0, sum(at.tokens)
-    for token, was in zip(x.tokens, at.tokens, strict=True):
+    for token, was, behavior in zip(x.tokens, at.tokens, sampled_at(u, at.tokens), strict=True):
         if config.recipe == "dpca_additive" or abs(total) < 1e-8:
             credit = (u.teacher - total) / len(x.tokens)
         else:
             credit = (u.teacher / total - 1) * was
-        loss -= clamp(credit, config.clip) * token
+        loss += ppo(clamp(credit, config.clip), token, behavior, config.ratio_clip)
     return loss
+
+
+def exopd(u: Unit, x: Numbers, at: Numbers, config: Objective) -> float:
+    advantage = config.scale * (u.teacher - started(u)) - (at.unit - started(u))
+    return -clamp(advantage, config.clip) * x.unit
+
+
+def started(u: Unit) -> float:
+    """What the round's first policy says of a unit; neither the student nor the sampler."""
+    return u.student - 0.7 * u.log_ratio - 0.1
 
 
 def cr_opd(u: Unit, x: Numbers, at: Numbers, config: Objective) -> float:
@@ -176,7 +210,7 @@ def reference(u: Unit, x: Numbers, at: Numbers, config: Objective) -> float:
     """A unit's loss where the student says `x`; what is detached sees `at`."""
     if left_out(u, config):
         return 0.0
-    special = {"vopd": vopd, "dpca": dpca, "dpca_additive": dpca, "cr_opd": cr_opd}.get(config.recipe)
+    special = {"vopd": vopd, "dpca": dpca, "dpca_additive": dpca, "cr_opd": cr_opd, "exopd": exopd}.get(config.recipe)
     if special:
         return special(u, x, at, config)
     if on_path(u, config.recipe):
@@ -209,7 +243,12 @@ def told(units: Sequence[Unit], seed: int = 0, spare: int = 0) -> tuple[list[Num
         for name in ("tokens", "log_z")
     )
     of_token = torch.repeat_interleave(torch.arange(len(units)), batch.s_len)
-    return numbers, replace(student, token=token, log_z=log_z), replace(batch, token_unit=of_token)
+    behavior = [logp for u, n in zip(units, numbers, strict=True) for logp in sampled_at(u, n.tokens)]
+    policy = torch.tensor([started(u) for u in units], dtype=torch.float64)
+    batch = replace(
+        batch, policy_logp=policy, token_unit=of_token, token_behavior_logp=torch.tensor(behavior, dtype=torch.float64)
+    )
+    return numbers, replace(student, token=token, log_z=log_z), batch
 
 
 def run(student: UnitLogps, batch: Batch, config: Objective) -> tuple[np.ndarray, list[np.ndarray], list[bool]]:
@@ -276,12 +315,17 @@ def test_a_unit_is_the_same_alone_and_beside_others_and_padding(recipe: str) -> 
             name: getattr(batch, name)[i : i + 1]
             for name in (
                 *("weight", "cand_id", "cand_logp", "response_of_unit"),
-                *("t_log_z", "teacher_entropy", "behavior_logp"),
+                *("t_log_z", "teacher_entropy", "behavior_logp", "policy_logp"),
             )
         }
         zero = torch.zeros(1, dtype=torch.int64)
         alone = replace(
-            batch, **one, targets=batch.targets[mine], unit_row=zero, token_unit=torch.zeros_like(batch.targets[mine])
+            batch,
+            **one,
+            targets=batch.targets[mine],
+            unit_row=zero,
+            token_unit=torch.zeros_like(batch.targets[mine]),
+            token_behavior_logp=batch.token_behavior_logp[mine],
         )
         found = UnitLogps(student.token[mine], student.unit[i : i + 1], student.cand[i : i + 1], student.log_z[mine])
         assert losses(found, alone, config).loss.item() == pytest.approx(loss[i], rel=1e-12)
@@ -295,7 +339,11 @@ def test_masked_tokens_carry_nothing_and_a_batch_of_them_is_empty(recipe: str) -
     _, student, batch = told(units)
     loss, slopes, _ = run(student, batch, config)
     masked = replace(batch, token_unit=torch.cat([batch.token_unit, torch.full((3,), len(units))]))
-    masked = replace(masked, targets=torch.cat([batch.targets, torch.tensor([1, 2, 3])]))
+    masked = replace(
+        masked,
+        targets=torch.cat([batch.targets, torch.tensor([1, 2, 3])]),
+        token_behavior_logp=torch.cat([batch.token_behavior_logp, torch.full((3,), -9.0)]),
+    )
     token, log_z = (
         torch.cat([x.detach(), torch.full((3,), -9.0, dtype=torch.float64)]).requires_grad_()
         for x in (student.token, student.log_z)
@@ -313,6 +361,7 @@ def test_masked_tokens_carry_nothing_and_a_batch_of_them_is_empty(recipe: str) -
         "t_log_z",
         "teacher_entropy",
         "behavior_logp",
+        "policy_logp",
         "weight",
         "credit_shift",
         "cand_id",
@@ -483,7 +532,7 @@ def test_both_credits_are_the_sampled_path_on_single_tokens() -> None:
     rows = []
     for recipe in ("dpca", "dpca_additive", "sampled"):
         _, student, batch = told(units)
-        loss, (_, unit, token, _), _ = run(student, batch, tiny.objective(recipe=recipe, clip=10.0))
+        loss, (_, unit, token, _), _ = run(student, batch, tiny.objective(recipe=recipe, clip=10.0, ratio_clip=None))
         rows.append((loss, unit + token))
     for loss, slope in rows[1:]:
         np.testing.assert_allclose(loss, rows[0][0], rtol=1e-12)
@@ -517,11 +566,12 @@ def every_outcome(seed: int, vocab: int = 12) -> tuple[torch.Tensor, torch.Tenso
         batch, targets=ids, token_unit=ids, cand_id=ids.expand(vocab, -1), cand_logp=teacher.expand(vocab, -1)
     )
     found = UnitLogps(student, student, student.expand(vocab, -1), logits.logsumexp(-1).expand(vocab))
-    return logits, teacher, found, replace(batch, teacher_logp=teacher)
+    return logits, teacher, found, replace(batch, teacher_logp=teacher, token_behavior_logp=student.detach())
 
 
 @pytest.mark.parametrize("recipe", ["sampled", "vopd", "dpca", "dpca_additive"])
 def test_the_expected_gradient_is_that_of_reverse_kl(recipe: str) -> None:
+    """DPCA's with its ratio, which is 1 for the policy that samples."""
     logits, teacher, student, batch = every_outcome(seed=26)
     p = student.unit.detach().exp()
     loss = losses(student, batch, tiny.objective(recipe=recipe, clip=50.0)).loss
@@ -529,6 +579,29 @@ def test_the_expected_gradient_is_that_of_reverse_kl(recipe: str) -> None:
     s = logits.log_softmax(-1)
     (exact,) = torch.autograd.grad((s.exp() * (s - teacher)).sum(), logits)
     np.testing.assert_allclose(ours, exact, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1.25, 3.0])
+def test_the_gradient_of_exopd_is_that_of_the_kl_to_the_extrapolated_teacher(scale: float) -> None:
+    """p_ref (p_T / p_ref)^scale, normalised; nothing is left to gain once the policy is that."""
+    logits, teacher, student, batch = every_outcome(seed=37)
+    reference = torch.from_numpy(np.random.default_rng(38).normal(size=len(logits))).log_softmax(-1)
+    target = (reference + scale * (teacher - reference)).log_softmax(-1)
+    config = tiny.objective(recipe="exopd", scale=scale, clip=50.0)
+    for there in (False, True):
+        if there:
+            logits = target.clone().requires_grad_()
+            student = replace(student, unit=logits.log_softmax(-1))
+        s = logits.log_softmax(-1)
+        p = s.detach().exp()
+        loss = losses(student, replace(batch, policy_logp=reference), config).loss
+        (ours,) = torch.autograd.grad((p * loss).sum(), logits, retain_graph=True)
+        (exact,) = torch.autograd.grad((s.exp() * (s - target)).sum(), logits)
+        np.testing.assert_allclose(ours, exact, atol=1e-12)
+        assert bool(exact.abs().max() < 1e-12) == there
+    if scale == 1:
+        plain = losses(student, batch, tiny.objective(recipe="sampled", clip=50.0)).loss
+        torch.testing.assert_close(loss, plain)
 
 
 def test_importance_sampling_from_another_policy_has_the_gradient_of_reverse_kl() -> None:
@@ -594,6 +667,23 @@ def test_sampling_away_from_temperature_one_keeps_the_gradient_of_reverse_kl(top
     assert cosine["plain"] < wrong and cosine["weighed"] > (0.99 if top_p < 1 else 1 - 1e-9)
 
 
+def test_the_ratio_of_a_token_leaves_the_spread_of_credit_as_it_is() -> None:
+    """Two tokens of a unit that have moved by .9 and 1.1: within the bounds each has r A of its own, not of the unit."""
+    _, batch = tensors([Unit(2, 2, (1, 2), (5,), (-1.0,), (-2.0,), -4.0, -3.0)])
+    tokens = torch.tensor([-1.0, -3.0], dtype=torch.float64, requires_grad=True)
+    moved = torch.tensor([0.9, 1.1], dtype=torch.float64)
+    batch = replace(
+        batch, token_unit=torch.zeros(2, dtype=torch.int64), token_behavior_logp=tokens.detach() - moved.log()
+    )
+    cases = {(0.2, 0.28): [0.9, 1.1], None: [1.0, 1.0], (0.05, 0.28): [0.9, 1.1], (0.2, 0.05): [0.9, 0.0]}
+    for ratio_clip, ratios in cases.items():
+        student = UnitLogps(tokens, tokens.sum()[None], torch.full((1, 1), -1.0), torch.zeros(2))
+        scored = losses(student, batch, tiny.objective(recipe="dpca", ratio_clip=ratio_clip))
+        (slope,) = torch.autograd.grad(scored.loss.sum(), tokens)
+        # A = (3/4 - 1) log p: .25 and .75, which add up to the unit's 1.
+        np.testing.assert_allclose(slope, [-r * a for r, a in zip(ratios, [0.25, 0.75], strict=True)], rtol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("advantage", "ratio", "loss", "slope"),
     [
@@ -622,6 +712,65 @@ def test_a_trust_region_is_as_wide_either_way() -> None:
     s = torch.tensor([-1.0, -1.0, -1.0, -1.0, -1.0])
     b = torch.tensor([-1.0, -0.49, -0.51, -1.49, -1.51])
     assert objectives.outside_trust_region(s, b, 0.5).tolist() == [False, True, False, False, True]
+
+
+@pytest.mark.parametrize("select", ["entropy", "soft_or"])
+@pytest.mark.parametrize("recipe", ["hybrid", "strict_1to1", "sampled", "dpca"])
+def test_what_is_selected_of_each_response_is_the_formula(recipe: str, select: str) -> None:
+    """Of the units that the recipe has a loss for, response by response; these keep theirs, and the others have none."""
+    units, share = random_units(seed=35), 0.4
+    responses = np.sort(np.random.default_rng(36).integers(0, 5, len(units)))
+    _, student, batch = told(units)
+    batch = replace(batch, response_of_unit=torch.from_numpy(responses))
+    plain, config = tiny.objective(recipe=recipe), tiny.objective(recipe=recipe, select=select, select_share=share)
+    everywhere, scored = (losses(student, batch, each) for each in (plain, config))
+    expected = [False] * len(units)
+    for response in range(5):
+        mine = [i for i in range(len(units)) if responses[i] == response and everywhere.used[i]]
+        h, d = [], []
+        for u in (units[i] for i in mine):
+            s, t = ([*(exp(x) for x in row), 1 - sum(exp(x) for x in row)] for row in (u.s_cand, u.t_cand))
+            h.append(-sum(p * log(p) for p in s))
+            d.append(plain_kl(s, t))
+        score = h
+        if select == "soft_or":
+            score = [a / max(h) + b / max(d) - a / max(h) * b / max(d) for a, b in zip(h, d, strict=True)]
+        for rank, i in enumerate(sorted(range(len(mine)), key=lambda i: -score[i])):
+            expected[mine[i]] = rank < share * len(mine)
+    assert scored.used.tolist() == expected and 0 < sum(expected) < len(units)
+    np.testing.assert_array_equal(scored.loss.detach(), torch.where(scored.used, everywhere.loss, 0.0).detach())
+    whole = losses(student, batch, tiny.objective(recipe=recipe, select=select, select_share=1.0))
+    assert torch.equal(whole.used, everywhere.used) and torch.equal(whole.loss, everywhere.loss)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4)), max_size=30), st.sampled_from([0.05, 0.3, 0.5, 0.55, 1.0])
+)
+def test_a_share_of_each_group_is_its_highest_and_the_first_of_equals(
+    pairs: list[tuple[int, int]], share: float
+) -> None:
+    group, score = (torch.tensor([pair[i] for pair in pairs], dtype=torch.int64) for i in (0, 1))
+    found = objectives.top_share(score.double(), group, share).tolist()
+    for g in {g for g, _ in pairs}:
+        mine = sorted((-s, i) for i, (h, s) in enumerate(pairs) if h == g)
+        count = next(n for n in range(len(mine) + 1) if n / len(mine) >= share)
+        assert {i for _, i in mine if found[i]} == {i for _, i in mine[:count]}
+
+
+def test_soft_or_finds_where_the_student_is_sure_and_wrong() -> None:
+    """The entropy of two such units is the same; where every token is a candidate it is the exact one."""
+    s = torch.tensor([[0.98, 0.01, 0.01], [0.98, 0.01, 0.01], [0.4, 0.3, 0.3]], dtype=torch.float64)
+    t = torch.tensor([[0.98, 0.01, 0.01], [0.01, 0.98, 0.01], [0.4, 0.3, 0.3]], dtype=torch.float64)
+    one = torch.zeros(3, dtype=torch.int64)
+    np.testing.assert_allclose(objectives.entropy(s.log()), -(s * s.log()).sum(-1), atol=2e-5)
+    score = objectives.soft_or(s.log(), t.log(), one)
+    h = float(objectives.entropy(s.log())[0] / objectives.entropy(s.log())[2])
+    np.testing.assert_allclose(score, [h, 1.0, 1.0], atol=1e-6)
+    assert objectives.soft_or(s[:1].log(), s[:1].log(), one[:1]).tolist() == [1.0]
+    sure = torch.tensor([[0.0, -INF]], dtype=torch.float64)
+    assert 0 <= float(objectives.soft_or(sure, sure, one[:1])) <= 1
+    assert objectives.top_share(torch.zeros(0), one[:0], 0.5).shape == (0,)
 
 
 def test_the_baseline_centres_the_advantage() -> None:
@@ -662,7 +811,9 @@ def test_a_models_gradient_is_finite(recipe: str, options: dict[str, Any], tmp_p
     assert all(torch.isfinite(g).all() for g in gradients) and any(g.any() for g in gradients)
 
 
+SELECT = {"select", "select_share"}
 DIVERGENCE, PATH, RATIO = {"direction", "tail", "tau", "beta"}, {"clip", "max_unit"}, {"ratio_clip", "trust_region"}
+WIDE = {"scores.min_p": 0.0, "scores.mass": 1.0, "scores.k_max": 1024}
 READS = {
     "hybrid": DIVERGENCE | PATH | RATIO,
     "simct": {"direction", "unit_score", "mask_first", "tau", "beta", "max_unit"},
@@ -675,17 +826,30 @@ READS = {
     "lightning": PATH | RATIO,
     "iw_opd": PATH | RATIO,
     "vopd": PATH,
-    "dpca": PATH,
-    "dpca_additive": PATH,
+    "dpca": PATH | {"ratio_clip"},
+    "dpca_additive": PATH | {"ratio_clip"},
     "cr_opd": PATH | {"cr_alpha", "cr_eps"},
+    "exopd": PATH | {"scale"},
 }
-DPCA = {"clip": 10.0, "max_unit": 6}
-PAPERS = {"lightning": {"clip": 10.0}, "dpca": DPCA, "dpca_additive": DPCA}
+DPCA = {"clip": 10.0, "max_unit": 6, "ratio_clip": (0.2, 0.28)}
+PAPERS = {"lightning": {"clip": 10.0}, "jsd": {"tail": "bucket"}, "dpca": DPCA, "dpca_additive": DPCA}
+UNIFORM, IW_OPD = {"weights.scheme": "uniform"}, {"weights.scheme": "iw_opd", "weights.gamma": 0.5}
+OFFLINE = {"weights.credit": "immediate", "weights.truncate": None, "rollouts.rounds": 1, "rollouts.samples": 1}
+PRESETS = dict.fromkeys(READS, UNIFORM) | {
+    "hybrid": IW_OPD,
+    "iw_opd": IW_OPD,
+    "simct": UNIFORM | WIDE,
+    "simct_released": UNIFORM | WIDE | {"scores.log_z": True},
+    "strict_1to1": UNIFORM | WIDE,
+    "jsd": UNIFORM | WIDE,
+    "lightning": UNIFORM | OFFLINE,
+    "exopd": UNIFORM | {"rollouts.rounds": 1},
+}
 KINDS = variants(Config.model_fields["objective"].annotation)
 
 
 def test_every_recipe_has_its_keys_and_no_others() -> None:
-    assert {name: set(kind.model_fields) - {"recipe"} for name, kind in KINDS.items()} == READS | {
+    assert {name: set(kind.model_fields) - {"recipe"} - SELECT for name, kind in KINDS.items()} == READS | {
         "module:function": {"max_unit", "options"}
     }
     assert {name: kind for name, kind in KINDS.items() if name in NAMES} == dict(zip(NAMES, RECIPES, strict=True))
@@ -696,13 +860,70 @@ def test_every_recipe_has_its_keys_and_no_others() -> None:
 def test_defaults_are_the_papers(recipe: str) -> None:
     plain = tiny.objective(recipe=recipe)
     own = PAPERS.get(recipe, {})
-    for key, value in {"clip": 5.0, "max_unit": None, "beta": 0.5, "tau": 1.0}.items():
+    plainly = {"clip": 5.0, "max_unit": None, "beta": 0.5, "tau": 1.0, "tail": "renormalise", "ratio_clip": None}
+    for key, value in plainly.items():
         assert key not in READS[recipe] or getattr(plain, key) == own.get(key, value)
     assert tiny.objective(**plain.model_dump()) == plain
     if "clip" in READS[recipe]:
         assert tiny.objective(recipe=recipe, clip=2.0, max_unit=None) == plain.model_copy(
             update={"clip": 2.0, "max_unit": None}
         )
+
+
+def effective(recipe: str, **sections: dict[str, Any]) -> Config:
+    return parse_config({**MINIMAL, "objective": {"recipe": recipe}, **sections}, "my.yaml")
+
+
+@pytest.mark.parametrize("recipe", [*NAMES, "my_recipes:loss"])
+def test_a_recipe_sets_what_its_paper_sets_and_nothing_else(recipe: str) -> None:
+    """Every key is its preset, or as it is without any; what a run stores says so, and says the same when it is read again."""
+    config = effective(recipe)
+    plain = {section: kind() for section, kind in (("weights", Weights), ("scores", Scores), ("rollouts", Rollouts))}
+    expected = {place: value for section in plain for place, value in flat(section, plain[section]).items()}
+    found = {place: value for section in plain for place, value in flat(section, getattr(config, section)).items()}
+    assert found == expected | PRESETS.get(recipe, UNIFORM) and overridden(config) == []
+    assert parse_config(config.model_dump(mode="json"), "runs/x/config.yaml") == config
+
+
+def flat(section: str, values: Section) -> dict[str, Any]:
+    return {f"{section}.{key}": value for key, value in values}
+
+
+def test_what_the_file_names_wins_over_a_preset() -> None:
+    """Also where it names a default, and key by key."""
+    config = effective("simct_released", scores={"k_max": 20}, weights={"scheme": "iw_opd", "gamma": 0.3})
+    assert (config.scores.k_max, config.scores.min_p, config.scores.log_z) == (20, 0.0, True)
+    assert (config.weights.scheme, config.weights.gamma) == ("iw_opd", 0.3)
+    assert overridden(config) == [
+        "`weights.scheme: iw_opd`, where `objective.recipe: simct_released` presets uniform",
+        "`scores.k_max: 20`, where `objective.recipe: simct_released` presets 1024",
+    ]
+    assert effective("lightning", rollouts={"rounds": 2}).rollouts.rounds == 2
+    assert effective("hybrid", weights={"scheme": "uniform"}).weights.scheme == "uniform"
+    # A whole section is named altogether.
+    given = Config(objective=tiny.objective(recipe="simct"), scores=Scores(), **MINIMAL)
+    assert (given.scores, given.weights.scheme) == (Scores(), "uniform")
+
+
+def test_an_error_says_where_a_value_comes_from_that_the_file_does_not_name() -> None:
+    with pytest.raises(OpdError) as caught:
+        effective("lightning", weights={"gamma": 0.1})
+    text = str(caught.value)
+    assert "`gamma: 0.1` means nothing to `scheme: uniform`" in text
+    assert text.endswith("; `weights.scheme: uniform` is what `objective.recipe: lightning` presets")
+    with pytest.raises(OpdError) as caught:
+        effective("lightning", weights={"gamma": 0.1, "scheme": "uniform"})
+    assert "presets" not in str(caught.value)
+
+
+@pytest.mark.parametrize("recipe", NAMES)
+def test_candidates_are_read_where_the_recipe_says_so(recipe: str) -> None:
+    _, student, batch = told(random_units(seed=34))
+    config = tiny.objective(recipe=recipe)
+    fewer = batch.cand_logp.clone()
+    fewer[:, 0] = -INF
+    plain, moved = (losses(student, given, config).loss.tolist() for given in (batch, replace(batch, cand_logp=fewer)))
+    assert KINDS[recipe].reads_candidates == (plain != moved)
 
 
 @pytest.mark.parametrize("recipe", NAMES)
@@ -718,7 +939,6 @@ def test_credit_is_read_where_the_recipe_says_so(recipe: str) -> None:
     changed = {kind for kind, a, b in zip(kinds, plain.tolist(), moved.tolist(), strict=True) if a != b}
     assert changed == (set(kind.sampled) if kind.reads_credit else set())
     weighed = {**MINIMAL, "objective": {"recipe": recipe}, "weights": {"credit": "gae"}}
-    weighed |= {"scores": {"log_z": True}}
     if kind.reads_credit:
         assert parse_config(weighed, "my.yaml").weights.credit == "gae"
         return
@@ -743,9 +963,13 @@ MINIMAL: dict[str, Any] = {"prompts": {"source": "p.jsonl"}, "student": {"model"
         ({"tau": 0}, "`objective.tau`: input should be greater than 0"),
         (
             {"recipe": "jsd", "clip": 5.0},
-            "unknown key `objective.clip`; known keys here, with `recipe: jsd`: recipe, tail, tau, beta",
+            "unknown key `objective.clip`; known keys here, with `recipe: jsd`: recipe, select, select_share, tail",
         ),
-        ({"clp": 5.0}, "unknown key `objective.clp`; known keys here, with `recipe: hybrid`: recipe, direction, beta"),
+        (
+            {"clp": 5.0},
+            "unknown key `objective.clp`; known keys here, with `recipe: hybrid`: recipe, select, select_sha",
+        ),
+        ({"select_share": 0.3}, "`select_share: 0.3` means nothing without `select`"),
         (
             {"recipe": "hybrid", "support": "bucket"},
             "unknown key `objective.support`, which is `tail` now; known keys here, with `recipe: hybrid`",
@@ -766,7 +990,7 @@ def test_combinations_without_meaning_are_refused_by_name(objective: dict[str, A
 def test_a_key_that_a_recipe_does_not_read_is_refused_even_at_its_default() -> None:
     every = {key: kind.model_fields[key].default for kind in KINDS.values() for key in kind.model_fields}
     for recipe in NAMES:
-        for key in set(every) - READS[recipe] - {"recipe"}:
+        for key in set(every) - READS[recipe] - SELECT - {"recipe"}:
             with pytest.raises(
                 OpdError, match=f"unknown key `objective.{key}`; known keys here, with `recipe: {recipe}`:"
             ):
@@ -816,7 +1040,7 @@ def test_raw_logits_need_log_z(tmp_path: Path) -> None:
         with pytest.raises(
             OpdError, match=r"`objective.recipe: simct.* take the teacher's log Z .* `scores.log_z: true`"
         ):
-            parse_config({**MINIMAL, "objective": objective}, "my.yaml")
+            parse_config({**MINIMAL, "objective": objective, "scores": {"log_z": False}}, "my.yaml")
         parsed = parse_config({**MINIMAL, "objective": objective, "scores": {"log_z": True}}, "my.yaml").objective
         # Scores may be those of another run.
         for kept in (True, False):

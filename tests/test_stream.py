@@ -250,6 +250,8 @@ def test_batches_hold_what_the_tables_say(shards: list[Triple]) -> None:
             targets = [*response[:-1], STOP_ID] if row["finish_reason"] == "stop" else response
             mine = slice(tokens, tokens + len(response))
             assert part.targets[mine].tolist() == targets
+            sampled = row["behavior_logp"] if row["sampler_logp"] is None else row["sampler_logp"]
+            assert part.token_behavior_logp[mine].tolist() == sampled
             first = i * part.ids.shape[1] + len(prompt) - 1
             assert part.rows[mine].tolist() == list(range(first, first + len(response)))
             for unit in units[name]:

@@ -22,6 +22,7 @@ class Batch:
         unit_row: int64 (U,), the unit's first token as an index into R.
         response_of_unit: int64 (U,), the unit's response as an index into B.
         token_unit: int64 (R,), the unit each token belongs to; U for tokens of masked units.
+        token_behavior_logp: float32 (R,), nats, of each token where it was sampled (the sampler's, if that warped the policy).
         s_len, t_len: int64 (U,), tokens of the unit on either side; a stop counts one.
         teacher_logp, weight: float32 (U,).
         teacher_entropy: float32 (U,), nats, at the unit's start.
@@ -43,6 +44,7 @@ class Batch:
     unit_row: torch.Tensor
     response_of_unit: torch.Tensor
     token_unit: torch.Tensor
+    token_behavior_logp: torch.Tensor
     s_len: torch.Tensor
     t_len: torch.Tensor
     teacher_logp: torch.Tensor
@@ -71,6 +73,7 @@ class Response:
     name: str
     prompt: np.ndarray
     response: np.ndarray
+    behavior_logp: np.ndarray
     stopped: bool
     units: dict[str, np.ndarray]
     cand_count: np.ndarray
@@ -136,6 +139,7 @@ def collate(responses: Sequence[Response]) -> Batch:
         "unit_row": unit_row[keep].astype(np.int64),
         "response_of_unit": response_of_unit[keep],
         "token_unit": token_unit,
+        "token_behavior_logp": np.concatenate([r.behavior_logp for r in responses]),
         "s_len": s_len[keep],
         "t_len": np.maximum(units["t_len"], 1)[keep].astype(np.int64),
         "teacher_logp": units["teacher_logp"][keep].astype(np.float32),

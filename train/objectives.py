@@ -2,8 +2,6 @@
 
 Shapes: U units, K candidate slots (padded with -inf on the teacher's side and masked out), R student tokens. Log-probs are in
 nats, natural log. Gradients flow through the student only; the teacher's tensors come from disk and carry none.
-
-Not here, because a batch lacks what it needs, the log-probs of a reference policy: ExOPD.
 """
 
 from math import log, log1p
@@ -63,6 +61,16 @@ def ratio_clipped(
         (U,).
     """
     advantage = _clipped(student_logp, teacher_logp, clip) + credit_shift
+    return ppo(advantage, student_logp, behavior_logp, low, high)
+
+
+def ppo(
+    advantage: torch.Tensor, student_logp: torch.Tensor, behavior_logp: torch.Tensor, low: float, high: float
+) -> torch.Tensor:
+    """PPO's surrogate of given advantages: -min(r A, clamp(r, 1 - low, 1 + high) A), r = p_S / p_behavior; see `ratio_clipped`.
+
+    All of units (U,), or of tokens (R,), of which r is that of the token alone.
+    """
     ratio = (student_logp - behavior_logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
 
@@ -70,6 +78,17 @@ def ratio_clipped(
 def outside_trust_region(student_logp: torch.Tensor, behavior_logp: torch.Tensor, radius: float) -> torch.Tensor:
     """Units whose |log p_S - log p_sampler| is above `radius` nats: a trust region by masking. (U,) x (U,) -> bool (U,)."""
     return (student_logp.detach() - behavior_logp).abs() > radius
+
+
+def extrapolated(teacher_logp: torch.Tensor, reference_logp: torch.Tensor, scale: float) -> torch.Tensor:
+    """What the sampled path is drawn to instead of log p_T: log p_ref + scale (log p_T - log p_ref). (U,) x (U,) -> (U,).
+
+    G-OPD (arXiv 2602.12125), which maximises scale * log(p_T / p_ref) under a KL to p_ref: its policy is p_ref times
+    (p_T / p_ref)^scale, normalised, whose constant is the same for all that may be sampled at a place and adds nothing to the
+    expected gradient. The advantage is scale (log p_T - log p_ref) - (log p_S - log p_ref). Above 1 it is ExOPD, 1 is
+    distillation, 0 stays at p_ref.
+    """
+    return torch.lerp(reference_logp, teacher_logp, scale)
 
 
 def vopd(student_logp: torch.Tensor, teacher_logp: torch.Tensor, kl: torch.Tensor, clip: float) -> torch.Tensor:
@@ -230,6 +249,53 @@ def entropy_gate(
     After Entropy-Aware OPD (arXiv 2603.07079), whose abstract adds the forward KL there; here it takes the reverse one's place.
     """
     return torch.where(teacher_entropy > threshold, forward, reverse)
+
+
+def soft_or(student_logp: torch.Tensor, teacher_logp: torch.Tensor, response: torch.Tensor) -> torch.Tensor:
+    """How much there is to learn at a unit: h + d - h d, of the student's entropy h and its reverse KL d to the teacher.
+
+    TIP (arXiv 2604.14084): 0 where neither is there, 1 where one is as large as anywhere in the response, so that units where
+    the student is sure and wrong count as much as those where it is unsure. Each is over its largest in the response; how the
+    paper scales them is not stated where we could read it. Entropy and KL are of `with_rest`, and so lower bounds.
+
+    Args:
+        student_logp, teacher_logp: (U, K), of the candidates; -inf in both marks an unused slot.
+        response: int64 (U,), which response a unit is of.
+    Returns:
+        (U,), in [0, 1]; a constant to the gradient.
+    """
+    student, teacher = student_logp.detach(), teacher_logp.detach()
+    h, d = (_of_largest(x, response) for x in (entropy(student), bucket_kl(student, teacher)))
+    return h + d - h * d
+
+
+def entropy(logp: torch.Tensor) -> torch.Tensor:
+    """Entropy over K candidates and one class for all else, a lower bound of that over the vocabulary. (U, K) -> (U,), nats."""
+    whole = with_rest(logp)
+    return -(whole.exp() * whole.masked_fill(whole == -torch.inf, 0.0)).sum(-1)
+
+
+def _of_largest(value: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """Values >= 0 as shares of the largest one of their group; 0 where all are 0."""
+    groups = int(group.max()) + 1 if len(group) else 0
+    largest = value.new_zeros(groups).scatter_reduce(0, group, value, "amax")[group]
+    return value.clamp(min=0.0) / largest.masked_fill(largest <= 0, 1.0)
+
+
+def top_share(score: torch.Tensor, group: torch.Tensor, share: float) -> torch.Tensor:
+    """The units of the highest scores in each group: rank r of n, from 0, is in where r / n < share, so at least one is.
+
+    Of equal scores the first ones are in. It depends on no other group, so that how responses are batched changes nothing.
+    (U,), int64 (U,) -> bool (U,).
+    """
+    falling = score.argsort(descending=True, stable=True)
+    falling = falling[group[falling].argsort(stable=True)]
+    count = group.bincount()
+    first = count.cumsum(0) - count
+    rank = torch.empty_like(group)
+    rank[falling] = torch.arange(len(group), device=group.device) - first[group[falling]]
+    # A division that is correctly rounded keeps r / n = share exact where share * n is not.
+    return rank.double() / count[group] < share
 
 
 def renormalised(score: torch.Tensor, tau: float = 1.0) -> torch.Tensor:

@@ -70,7 +70,20 @@ def losses(student: UnitLogps, batch: Batch, objective: config.Objective) -> Sco
         on_path = every if parts.single is sampled_path else ~one
         outside = objectives.outside_trust_region(student.unit, batch.behavior_logp, objective.trust_region)
         kept = kept & ~(on_path & outside)
+    if objective.select is not None:
+        kept = kept & _selected(student, batch, objective, scored.used & kept)
     return Scored(torch.where(kept, scored.loss, 0.0), scored.used & kept)
+
+
+def _selected(student: UnitLogps, batch: Batch, objective: config.Recipe, among: torch.Tensor) -> torch.Tensor:
+    """bool (U,): those `among` the units (bool (U,)) that their response's `objective.select_share` takes in."""
+    used = among.nonzero()[:, 0]
+    teacher, response = batch.cand_logp[used], batch.response_of_unit[used]
+    policy = student.cand[used].detach().masked_fill(teacher == -torch.inf, -torch.inf)
+    score = (
+        objectives.entropy(policy) if objective.select == "entropy" else objectives.soft_or(policy, teacher, response)
+    )
+    return torch.zeros_like(among).index_put((used,), objectives.top_share(score, response, objective.select_share))
 
 
 def parts_of(objective: config.Objective) -> Parts:
@@ -134,9 +147,7 @@ def candidate_kl(student: UnitLogps, batch: Batch, divergence: Divergence, where
     )
 
 
-def _with_sampled_rest(
-    student: UnitLogps, batch: Batch, divergence: Divergence, outside: torch.Tensor
-) -> torch.Tensor:
+def _with_sampled_rest(student: UnitLogps, batch: Batch, divergence: Divergence, outside: torch.Tensor) -> torch.Tensor:
     unused = batch.cand_logp == -torch.inf
     candidates = student.cand.masked_fill(unused, -torch.inf)
     rest = objectives.sampled_rest(
@@ -185,6 +196,11 @@ def _vopd(student: UnitLogps, batch: Batch, objective: config.Vopd, _: torch.Ten
     )
 
 
+def _exopd(student: UnitLogps, batch: Batch, objective: config.ExOpd, _: torch.Tensor) -> torch.Tensor:
+    target = objectives.extrapolated(batch.teacher_logp, batch.policy_logp, objective.scale)
+    return objectives.clipped_sampled_path(student.unit, target, objective.clip)
+
+
 def _cr_opd(student: UnitLogps, batch: Batch, objective: config.CrOpd, _: torch.Tensor) -> torch.Tensor:
     # A longer unit is known by its first token here: other tokens that spell a part of it count as alternatives.
     others = batch.cand_id != _first_target(batch)[:, None]
@@ -201,15 +217,21 @@ def _cr_opd(student: UnitLogps, batch: Batch, objective: config.CrOpd, _: torch.
 
 
 def _dpca(credit: Callable[..., torch.Tensor]) -> Part:
-    """The sampled path token by token, with a unit's advantage spread over its tokens by `credit` and then clipped."""
+    """The sampled path token by token, with a unit's advantage spread over its tokens by `credit` and then clipped.
 
-    def part(
-        student: UnitLogps, batch: Batch, objective: config.Dpca | config.DpcaAdditive, _: torch.Tensor
-    ) -> torch.Tensor:
+    The ratio is each token's: a unit's would multiply every share of the advantage by all of the unit's gradient, and undo
+    what `credit` spreads.
+    """
+
+    def part(student: UnitLogps, batch: Batch, objective: config.TokenCredit, _: torch.Tensor) -> torch.Tensor:
         compared = batch.token_unit < len(batch.unit_row)
         unit, token = batch.token_unit[compared], student.token[compared]
         advantage = credit(token, student.unit[unit], batch.teacher_logp[unit], batch.s_len[unit])
-        loss = -advantage.clamp(-objective.clip, objective.clip) * token
+        advantage = advantage.clamp(-objective.clip, objective.clip)
+        if objective.ratio_clip is None:
+            loss = -advantage * token
+        else:
+            loss = objectives.ppo(advantage, token, batch.token_behavior_logp[compared], *objective.ratio_clip)
         return torch.zeros_like(student.unit).index_add(0, unit, loss)
 
     return part
@@ -232,6 +254,7 @@ RECIPES: dict[type[config.Recipe], Parts] = {
     config.Dpca: Parts(_multiplicative, _multiplicative),
     config.DpcaAdditive: Parts(_additive, _additive),
     config.CrOpd: Parts(_cr_opd, _cr_opd),
+    config.ExOpd: Parts(_exopd, _exopd),
 }
 """By the section that holds a recipe's keys."""
 

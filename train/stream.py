@@ -126,7 +126,7 @@ class _AtOnce(Executor):
 
 
 _READ = (
-    ["rollout_id", "prompt_ids", "response_ids", "finish_reason"],
+    ["rollout_id", "prompt_ids", "response_ids", "behavior_logp", "sampler_logp", "finish_reason"],
     [
         *("rollout_id", "unit", "kind", "s_start", "s_len", "t_len", "teacher_logp", "t_log_z"),
         *("teacher_entropy", "cand_id", "cand_logp", "tail_logp", "dropped_logp"),
@@ -143,7 +143,7 @@ class _Group:
     Attributes:
         lengths: int64 (B,), tokens that each response's forward pass takes: prompt and response without its last.
         compared: int64 (B,), units that are not masked.
-        prompt, response, cand_id, cand_logp: flat values and where each row's begin, with one more for the end.
+        prompt, response, behavior_logp, cand_id, cand_logp: flat values and where each row's begin, with one more for the end.
         unit_at: int64 (B + 1,), where each response's units begin.
         units: (U,) by column.
     """
@@ -154,6 +154,7 @@ class _Group:
     compared: np.ndarray
     prompt: tuple[np.ndarray, np.ndarray]
     response: tuple[np.ndarray, np.ndarray]
+    behavior_logp: tuple[np.ndarray, np.ndarray]
     unit_at: np.ndarray
     units: dict[str, np.ndarray]
     cand_id: tuple[np.ndarray, np.ndarray]
@@ -166,6 +167,7 @@ class _Group:
             self.names[i],
             _between(self.prompt, i, i + 1),
             _between(self.response, i, i + 1),
+            _between(self.behavior_logp, i, i + 1),
             bool(self.stopped[i]),
             {name: column[a:b] for name, column in self.units.items()},
             np.diff(self.cand_id[1][a : b + 1]),
@@ -202,6 +204,7 @@ def _decode(shards: Triple, group: int) -> _Group:
     columns["comparable"] = pc.not_equal(units["kind"], KINDS[MASKED]).to_numpy()
     compared = np.append(0, np.cumsum(columns["comparable"]))
     prompt, response = _ragged(rollouts, "prompt_ids"), _ragged(rollouts, "response_ids")
+    sampled = pa.table({"logp": pc.coalesce(rollouts["sampler_logp"], rollouts["behavior_logp"])})
     return _Group(
         names=names,
         stopped=pc.equal(rollouts["finish_reason"], "stop").to_numpy(),
@@ -209,6 +212,7 @@ def _decode(shards: Triple, group: int) -> _Group:
         compared=np.diff(compared[unit_at]),
         prompt=prompt,
         response=response,
+        behavior_logp=_ragged(sampled, "logp"),
         unit_at=unit_at,
         units=columns,
         cand_id=_ragged(units, "cand_id"),

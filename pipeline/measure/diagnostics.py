@@ -10,14 +10,12 @@ import polars as pl
 
 from pipeline.align.units import KINDS
 from pipeline.weights.cross_fitting import tokens_of_units
+from pipeline.weights.gates import REPETITIVE, seq_rep
 from pipeline.weights.importance import MAX_LOG_WEIGHT, ess
 from schemas.diagnostics import Credit, Entropy, Ratios, Texts
 
 Sums = dict[str, float]
 
-NGRAM = 4
-REPETITIVE = 0.5
-"""seq-rep-4 above which most of a response's 4-grams have been there before."""
 TENTHS = range(10)
 COMPARED = pl.col("kind") != "masked"
 
@@ -61,24 +59,6 @@ def sums(rollouts: pl.DataFrame, scores: pl.DataFrame, units: pl.DataFrame, weig
         | _of_units(units)
         | _of_weights(weights, units["kind"], clip)
     )
-
-
-def seq_rep(ids: pl.Series) -> pl.Series:
-    """seq-rep-4 of each response: 1 - distinct/all 4-grams of its tokens, 0 where it has none.
-
-    Welleck et al. (arXiv 1908.04319), section 4. `ids` is a list column (responses,); float64 (responses,).
-    """
-    responses = pl.DataFrame({"ids": ids}).with_row_index("response")
-    tokens = responses.filter(pl.col("ids").list.len() > 0).explode("ids")
-    names = [f"token_{k}" for k in range(NGRAM)]
-    grams = tokens.select(
-        "response",
-        *(pl.col("ids").shift(-k).alias(name) for k, name in enumerate(names)),
-        last=pl.col("response").shift(1 - NGRAM),
-    ).filter(pl.col("last") == pl.col("response"))
-    rep = grams.group_by("response").agg(seq_rep=1 - pl.struct(names).n_unique() / pl.len())
-    joined = responses.join(rep, on="response", how="left", maintain_order="left")
-    return joined["seq_rep"].fill_null(0.0)
 
 
 def _row(frame: pl.DataFrame) -> Sums:

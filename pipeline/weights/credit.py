@@ -14,6 +14,7 @@ from itertools import chain
 import numpy as np
 import polars as pl
 
+from pipeline.weights import gates
 from pipeline.weights.cross_fitting import (
     Sums,
     folds_of,
@@ -228,7 +229,8 @@ def columns_read(options: Weights) -> tuple[list[str], list[str]]:
     """The columns of units and of rollouts that `weigh` takes beside those of advantages."""
     estimators = _estimators(options).values()
     units, rollouts = ([*e.units] for e in estimators), ([*e.rollouts] for e in estimators)
-    return list(dict.fromkeys(chain(*units))), list(dict.fromkeys(chain(*rollouts)))
+    gate = gates.columns_read(options.gate)
+    return list(dict.fromkeys(chain(*units))), list(dict.fromkeys(chain(*rollouts, gate)))
 
 
 def partial_sums(units: pl.DataFrame, rollouts: pl.DataFrame, options: Weights, loss: Loss = PLAIN) -> Sums:
@@ -272,6 +274,7 @@ def weigh(
         table = table.with_columns(weight=pl.col("weight") * truncated(options.truncate))
     elif loss.corrected:
         table = table.with_columns(weight=pl.col("weight") * corrected(loss.corrected))
+    table = gates.gated(table, rollouts, options.gate)
     floats = [c.name for c in WEIGHTS if c.name not in ("rollout_id", "unit")]
     return table.select("rollout_id", "unit", pl.col(floats).cast(pl.Float32))
 

@@ -12,7 +12,7 @@ from typing import Any
 import polars as pl
 
 from pipeline.weights.cross_fitting import Sums
-from schemas.config import Recipe, SampledPath, Weights
+from schemas.config import RatioClipped, Recipe, SampledPath, Weights
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Loss:
     @classmethod
     def of(cls, objective: Recipe) -> "Loss":
         """Of a recipe's section."""
-        if not isinstance(objective, SampledPath):
-            return cls(corrected=objective.sampled)
-        return cls(objective.clip, objective.sampled if objective.ratio_clip is None else ())
+        has_ratio = isinstance(objective, RatioClipped) and objective.ratio_clip is not None
+        clip = objective.clip if isinstance(objective, SampledPath) else inf
+        return cls(clip, () if has_ratio else objective.sampled)
 
     def identity(self) -> dict[str, Any]:
         """What of it determines the weights."""

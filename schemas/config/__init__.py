@@ -3,14 +3,14 @@
 from schemas.config.evaluate import Evaluate
 from schemas.config.load import load_config, parse_config
 from schemas.config.model import VLLM_OPTIONS, Model
-from schemas.config.objective import Candidates, Hybrid, Objective, Own, Recipe, SampledPath, Strict1to1
+from schemas.config.objective import Candidates, Hybrid, Objective, Own, RatioClipped, Recipe, SampledPath, Strict1to1
 from schemas.config.prompts import Prompts, Splits
 from schemas.config.rollouts import Rollouts
-from schemas.config.root import Config, consistency
+from schemas.config.root import Config, consistency, overridden
 from schemas.config.scores import Audit, Coverage, Scores
 from schemas.config.section import Section, section, variants
 from schemas.config.train import TRAIN_OPERATION, Lora, Train
-from schemas.config.weights import Weights
+from schemas.config.weights import Gate, Weights
 
 __all__ = [
     "TRAIN_OPERATION",
@@ -20,12 +20,14 @@ __all__ = [
     "Config",
     "Coverage",
     "Evaluate",
+    "Gate",
     "Hybrid",
     "Lora",
     "Model",
     "Objective",
     "Own",
     "Prompts",
+    "RatioClipped",
     "Recipe",
     "Rollouts",
     "SampledPath",
@@ -37,6 +39,7 @@ __all__ = [
     "Weights",
     "consistency",
     "load_config",
+    "overridden",
     "parse_config",
     "section",
     "variants",

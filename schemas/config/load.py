@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from schemas.config.objective import presets_of, recipe_of
 from schemas.config.reuse import INHERITED, inherit, stored_config
 from schemas.config.root import Config
 from schemas.config.section import Section, section, variants
@@ -19,14 +20,16 @@ def parse_config(values: Any, where: str) -> Config:
     """
     if not isinstance(values, dict):
         raise OpdError(f"{where}: expected a mapping of keys, found {type(values).__name__}")
+    whole = inherit(values, where)
     try:
-        return Config.model_validate(inherit(values, where))
+        return Config.model_validate(whole)
     except ValidationError as error:
         wrong = [_explain(e) for e in error.errors()]
         taken = [name for name in INHERITED if name not in values and any(f"`{name}" in text for text in wrong)]
         if taken and (stored := stored_config(values)):
             gone = "" if stored.is_file() else ", which isn't there"
             wrong.append(f"what a run with `reuse` doesn't name comes from {stored}{gone}")
+        wrong.extend(_presets_in(wrong, whole))
         raise OpdError(f"{where}: " + "; ".join(wrong)) from error
 
 
@@ -40,6 +43,17 @@ def load_config(path: str | Path) -> Config:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise OpdError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     return parse_config(values, str(path))
+
+
+def _presets_in(wrong: list[str], values: dict[str, Any]) -> list[str]:
+    """Whose the values are that an error names and the file doesn't."""
+    shown = [
+        f"{place}: {value}"
+        for place, value in presets_of(values).items()
+        if any(f"`{name}: {value}`" in text for text in wrong for name in (place, place.rpartition(".")[2]))
+    ]
+    recipe = recipe_of(values.get("objective", {}))
+    return [f"`{', '.join(shown)}` is what `objective.recipe: {recipe}` presets"] if shown else []
 
 
 RENAMED = {"objective.support": "tail"}

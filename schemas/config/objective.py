@@ -1,14 +1,16 @@
-"""The loss: a section for each recipe, with the keys that it reads and the defaults of its paper.
+"""The loss: a section for each recipe, with the keys that it reads, and what its paper has for them and for other sections.
 
-A recipe is a class here, listed in `Objective`, and its line in `train.recipes.RECIPES`.
+A recipe is a class here, listed in `Objective`, and its line in `train.recipes.RECIPES`. `opd recipes` prints what the classes
+say of themselves.
 """
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from schemas.config.options import OWN_CODE
-from schemas.config.section import Section
+from schemas.config.section import Section, variants
 
 Direction = Literal["reverse", "forward", "jsd", "entropy_gated"]
 Tail = Literal["renormalise", "bucket", "sampled"]
@@ -35,26 +37,71 @@ MaxUnit = Annotated[
     int | None,
     Field(ge=1, description="units of more tokens than this on either side carry no loss; null: no limit"),
 ]
+RatioClip = Annotated[
+    tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0)]] | None,
+    Field(
+        description="[low, high], such as [0.2, 0.28]: the sampled path's loss is PPO's, with r = pi_theta / pi_sampler of a "
+        "unit (dpca: of a token) clipped to 1 - low and 1 + high; the sampler's temperature and top-p count, so that away from "
+        "1 r doesn't start at 1. It stands in for `weights.truncate`, and the two are refused together, which would count r "
+        "twice. null: no ratio in the loss"
+    ),
+]
 OWN = "module:function"
 """Tag of a recipe of the user's own."""
+HERE = "this project"
+"""Source of a recipe that is no paper's."""
+WIDE: Mapping[str, Any] = {"scores.min_p": 0.0, "scores.mass": 1.0, "scores.k_max": 1024}
+"""Candidates where the source compares whole vocabularies: about 2.2 kB a teacher token (`docs/cache.md`)."""
+_OF_WIDE = "compares all {}; here the teacher's `scores.k_max` likeliest ones"
+_CLIP = "no clip of the advantage is stated; here +-5 nats"
+_LIVE = "the advantage is of the policy as it is now; that of the policy that sampled is stated nowhere we could read"
 
 
 class Recipe(Section):
-    """What one may ask of any recipe."""
+    """What one may ask of any recipe.
+
+    A preset is a key of another section, `section.key`, as the recipe's source has it; it applies where a config doesn't name
+    that key. Presets are of what makes the gradient and of which rollouts it is taken on; models, learning rates, batches,
+    lengths and sampling temperatures are of a paper's experiments.
+    """
 
     recipe: str
+    select: Literal["entropy", "soft_or"] | None = Field(
+        None,
+        description="train on some units of each response only, as TIP does (arXiv 2604.14084). entropy: those where the "
+        "student is least sure | soft_or: or far from the teacher, by h + d - h d of its entropy and reverse KL, each over the "
+        "response's largest; both over the candidates and a class for all else. The loss is divided by all units as ever, and "
+        "memory is not saved. null: all",
+    )
+    select_share: float = Field(
+        0.5, gt=0, le=1, description="`select`: share of a response's units that carry loss; 1: all"
+    )
+    source: ClassVar[str] = HERE
+    """What it is called where it is from, with the arXiv number."""
+    presets: ClassVar[Mapping[str, Any]] = {"weights.scheme": "uniform"}
+    departs: ClassVar[tuple[str, ...]] = ()
+    """Where it is not what its source has, or the source says nothing."""
     estimator: ClassVar[str]
     """What the loss is a sum over, for `diagnostics.json`."""
     reads_credit: ClassVar[bool] = False
     """Whether `weights.credit` other than `immediate` changes the loss."""
     sampled: ClassVar[tuple[str, ...]] = ()
     """Kinds of unit whose loss is an estimate from what was sampled there, so that how it was sampled matters."""
+    reads_candidates: ClassVar[bool] = False
+    """Whether the teacher's candidates, which `scores` keeps, change the loss."""
+
+    @model_validator(mode="after")
+    def _share_is_of_select(self) -> Self:
+        if self.select is None and self.select_share != type(self).model_fields["select_share"].default:
+            raise ValueError(f"`select_share: {self.select_share:g}` means nothing without `select`; set that too")
+        return self
 
 
 class Candidates(Recipe):
     """Recipes that compare distributions over the teacher's candidates (`train.recipes.candidate_kl`)."""
 
     estimator: ClassVar[str] = "candidates"
+    reads_candidates: ClassVar[bool] = True
 
 
 class OneToOne(Candidates):
@@ -115,17 +162,16 @@ class Clipped(Limited):
     clip: Clip = 5.0
 
 
-class SampledPath(Clipped):
+class RatioClipped(Clipped):
+    """Recipes that may have the ratio to the policy that sampled in the loss."""
+
+    ratio_clip: RatioClip = None
+
+
+class SampledPath(RatioClipped):
     """Recipes with a unit's credit times its log-prob (`train.recipes.sampled_path`)."""
 
     reads_credit: ClassVar[bool] = True
-    ratio_clip: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0)]] | None = Field(
-        None,
-        description="[low, high], such as [0.2, 0.28]: the sampled path's loss is PPO's, with r = pi_theta / pi_sampler of a "
-        "unit clipped to 1 - low and 1 + high; the sampler's temperature and top-p count, so that away from 1 r doesn't start "
-        "at 1. It stands in for `weights.truncate`, and the two are refused together, which "
-        "would count r twice. null: no ratio in the loss",
-    )
     trust_region: float | None = Field(
         None,
         gt=0,
@@ -138,6 +184,7 @@ class Hybrid(SampledPath, Tailed, Directed, OneToOne):
     """KL over the candidates on 1:1 and stop units, the sampled path on longer ones."""
 
     recipe: Literal["hybrid"] = "hybrid"
+    presets: ClassVar[Mapping[str, Any]] = {"weights.scheme": "iw_opd", "weights.gamma": 0.5}
     estimator: ClassVar[str] = "candidates and sampled path"
     sampled: ClassVar[tuple[str, ...]] = ("n:m",)
 
@@ -159,6 +206,14 @@ class Simct(EveryUnit):
     """KL over shared tokens and the realised unit, everywhere: SimCT, eq. 6 and 9 (arXiv 2605.07711)."""
 
     recipe: Literal["simct"] = "simct"
+    source: ClassVar[str] = "SimCT, arXiv 2605.07711"
+    presets: ClassVar[Mapping[str, Any]] = {"weights.scheme": "uniform", **WIDE}
+    departs: ClassVar[tuple[str, ...]] = (
+        _OF_WIDE.format("shared tokens"),
+        "the student is first fine-tuned on the teacher's samples; here it is taken as it is",
+        "rollouts are sampled at temperature 0.6 with top-p 0.95; here as `rollouts` says",
+        "a temperature of the divergence is not stated; here 1",
+    )
     unit_score: UnitScore = Field(
         "mean",
         description="score of an n:m unit: mean or sum of log-probs, or mean of raw logits (needs `scores.log_z`)",
@@ -169,6 +224,15 @@ class SimctReleased(EveryUnit):
     """`simct` with units scored by the mean of their raw logits, as in its authors' code; needs `scores.log_z`."""
 
     recipe: Literal["simct_released"] = "simct_released"
+    source: ClassVar[str] = "SimCT, its authors' code, arXiv 2605.07711"
+    presets: ClassVar[Mapping[str, Any]] = {"weights.scheme": "uniform", **WIDE, "scores.log_z": True}
+    departs: ClassVar[tuple[str, ...]] = (
+        _OF_WIDE.format("shared tokens"),
+        "tokens are shared where their strings are equal; here where their bytes are",
+        "text is tokenised anew, and an end is appended also where a response was cut; here ids are as sampled",
+        "rows whose candidates hold under half of the teacher's mass are left out in a later version; here all count, and "
+        "`coverage` tells",
+    )
     unit_score: ClassVar[UnitScore] = "mean_logit"
 
 
@@ -176,6 +240,9 @@ class Strict1to1(Tailed, Directed, OneToOne):
     """KL over the candidates on 1:1 and stop units only."""
 
     recipe: Literal["strict_1to1"] = "strict_1to1"
+    source: ClassVar[str] = "1:1 units over the shared vocabulary, arXiv 2610.08448"
+    presets: ClassVar[Mapping[str, Any]] = {"weights.scheme": "uniform", **WIDE}
+    departs: ClassVar[tuple[str, ...]] = (_OF_WIDE.format("shared tokens"),)
 
 
 class ForwardKl(Tailed, OneToOne):
@@ -190,7 +257,15 @@ class Jsd(Tailed, OneToOne):
     """`strict_1to1` with the generalised Jensen-Shannon divergence: GKD, eq. 1 (arXiv 2306.13649)."""
 
     recipe: Literal["jsd"] = "jsd"
+    source: ClassVar[str] = "GKD, arXiv 2306.13649"
+    presets: ClassVar[Mapping[str, Any]] = {"weights.scheme": "uniform", **WIDE}
+    departs: ClassVar[tuple[str, ...]] = (
+        _OF_WIDE.format("tokens of one vocabulary") + ", and all else as one more class",
+        "beta is 0.1, 0.5 or 0.9 by task; here 0.5",
+        "a share of the responses may be a data set's; here all are the student's",
+    )
     direction: ClassVar[Direction] = "jsd"
+    tail: Tail = Field("bucket", description=Tailed.model_fields["tail"].description)
     beta: Beta = 0.5
 
 
@@ -206,12 +281,30 @@ class Sampled(SampledPath):
     """The sampled path everywhere: a policy gradient of reverse KL (Thinking Machines' on-policy distillation)."""
 
     recipe: Literal["sampled"] = "sampled"
+    source: ClassVar[str] = "on-policy distillation, Thinking Machines"
+    departs: ClassVar[tuple[str, ...]] = (
+        _CLIP,
+        "the advantage is that of the policy that sampled, and the policy's ratio to it is in the loss; here the advantage is "
+        "that of the policy as it is now, and there is a ratio with `ratio_clip` only",
+    )
 
 
 class Lightning(SampledPath):
-    """`sampled` with the clip of Lightning OPD (arXiv 2604.13010), whose paper has `weights.scheme: uniform`."""
+    """`sampled` as Lightning OPD has it (arXiv 2604.13010): another clip, and all rollouts are the first student's."""
 
     recipe: Literal["lightning"] = "lightning"
+    source: ClassVar[str] = "Lightning OPD, arXiv 2604.13010"
+    presets: ClassVar[Mapping[str, Any]] = {
+        "weights.scheme": "uniform",
+        "weights.credit": "immediate",
+        "weights.truncate": None,
+        "rollouts.rounds": 1,
+        "rollouts.samples": 1,
+    }
+    departs: ClassVar[tuple[str, ...]] = (
+        "the student was fine-tuned on the teacher's samples; here it is taken as it is, and `student.tuned_on` says what it "
+        "was tuned on",
+    )
     clip: Clip = 10.0
 
 
@@ -219,29 +312,70 @@ class IwOpd(SampledPath):
     """`sampled` with units that `weights.scheme` must weigh: IW-OPD (arXiv 2606.22600)."""
 
     recipe: Literal["iw_opd"] = "iw_opd"
+    source: ClassVar[str] = "IW-OPD, arXiv 2606.22600"
+    presets: ClassVar[Mapping[str, Any]] = {"weights.scheme": "iw_opd", "weights.gamma": 0.5}
+    departs: ClassVar[tuple[str, ...]] = (
+        _CLIP,
+        "weights are those of the policy that a round starts from, for the whole round",
+    )
 
 
 class Vopd(Clipped):
     """The sampled path less the policy's own value, -KL, as a baseline: vOPD (arXiv 2605.07865)."""
 
     recipe: Literal["vopd"] = "vopd"
+    source: ClassVar[str] = "vOPD, arXiv 2605.07865"
+    reads_candidates: ClassVar[bool] = True
+    departs: ClassVar[tuple[str, ...]] = (
+        _CLIP,
+        "the baseline is KL over the candidates and a class for all else, a bound; of a longer unit that at its first token",
+    )
 
 
-class Dpca(Clipped):
+class ExOpd(Clipped):
+    """The sampled path towards more of what the teacher adds to a reference policy, here the one that a round starts from:
+    ExOPD (arXiv 2602.12125)."""
+
+    recipe: Literal["exopd"] = "exopd"
+    source: ClassVar[str] = "ExOPD, arXiv 2602.12125"
+    presets: ClassVar[Mapping[str, Any]] = {"weights.scheme": "uniform", "rollouts.rounds": 1}
+    departs: ClassVar[tuple[str, ...]] = (
+        _CLIP,
+        "the reference is one policy, such as the student before training; so it is here with one round, and with more of them "
+        "each has its own",
+    )
+    scale: float = Field(
+        1.25,
+        ge=0,
+        description="factor of log p_T - log p_ref; 1: plain distillation, above: beyond the teacher, 0: stay",
+    )
+
+
+class TokenCredit(RatioClipped):
+    """DPCA's two recipes; clips, bounds and longest unit are those of its authors' code."""
+
+    source: ClassVar[str] = "DPCA, arXiv 2606.09456"
+    departs: ClassVar[tuple[str, ...]] = (
+        "chunks are found by two pointers over decoded text, and all behind a failure is masked; here units are found by "
+        "bytes, and only what can't be aligned is masked",
+        _LIVE,
+    )
+    clip: Clip = 10.0
+    ratio_clip: RatioClip = (0.2, 0.28)
+    max_unit: MaxUnit = 6
+
+
+class Dpca(TokenCredit):
     """The sampled path with a unit's advantage spread over its tokens in proportion to their surprisal: DPCA's
     multiplicative solution (arXiv 2606.09456)."""
 
     recipe: Literal["dpca"] = "dpca"
-    clip: Clip = 10.0
-    max_unit: MaxUnit = 6
 
 
-class DpcaAdditive(Clipped):
-    """`dpca` with the advantage spread evenly: its additive solution (arXiv 2606.09456)."""
+class DpcaAdditive(TokenCredit):
+    """`dpca` with the advantage spread evenly: its additive solution, which its paper doesn't train with (arXiv 2606.09456)."""
 
     recipe: Literal["dpca_additive"] = "dpca_additive"
-    clip: Clip = 10.0
-    max_unit: MaxUnit = 6
 
 
 class CrOpd(Clipped):
@@ -249,6 +383,12 @@ class CrOpd(Clipped):
     survey without experiments on it (arXiv 2606.22793)."""
 
     recipe: Literal["cr_opd"] = "cr_opd"
+    source: ClassVar[str] = "a survey, arXiv 2606.22793"
+    reads_candidates: ClassVar[bool] = True
+    departs: ClassVar[tuple[str, ...]] = (
+        "the survey has no experiments: alpha, eps and the clip are not stated",
+        "a longer unit is known by its first token",
+    )
     cr_alpha: float = Field(0.5, ge=0, le=1, description="the teacher's share in where mass is routed")
     cr_eps: float = Field(0.001, ge=0, lt=1, description="candidates the student finds less likely get nothing")
 
@@ -260,10 +400,12 @@ class Own(Limited):
 
     recipe: str
     options: dict[str, Any] = Field({}, description="what the function takes as its options")
+    source: ClassVar[str] = "yours"
     estimator: ClassVar[str] = "a function of one's own"
     # A loss that doesn't depend on what was sampled is none the worse for it: the ratio's mean is 1.
     sampled: ClassVar[tuple[str, ...]] = Clipped.sampled
     reads_credit: ClassVar[bool] = True
+    reads_candidates: ClassVar[bool] = True
 
     @field_validator("recipe")
     @classmethod
@@ -273,7 +415,7 @@ class Own(Limited):
         return value
 
 
-def _recipe_of(values: Any) -> str:
+def recipe_of(values: Any) -> str:
     """The tag of a config's mapping or of a section; what is no mapping is for the default recipe to refuse."""
     recipe = values.get("recipe", "hybrid") if isinstance(values, dict) else getattr(values, "recipe", "hybrid")
     return OWN if ":" in str(recipe) else str(recipe)
@@ -294,7 +436,34 @@ Objective = Annotated[
     | Annotated[Dpca, Tag("dpca")]
     | Annotated[DpcaAdditive, Tag("dpca_additive")]
     | Annotated[CrOpd, Tag("cr_opd")]
+    | Annotated[ExOpd, Tag("exopd")]
     | Annotated[Own, Tag(OWN)],
-    Discriminator(_recipe_of),
+    Discriminator(recipe_of),
 ]
 """The section `objective`: that of its `recipe`, `hybrid` where it names none."""
+RECIPES: dict[str, type[Recipe]] = {
+    tag: kind for tag, kind in variants(get_args(Objective)[0]).items() if issubclass(kind, Recipe)
+}
+"""By tag, which is a recipe's name or `module:function`."""
+
+
+def presets_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The presets that apply to a config's mapping: those of its recipe whose keys it doesn't name itself."""
+    kind = RECIPES.get(recipe_of(values.get("objective", {})))
+    applied = {}
+    for place, value in (kind.presets if kind else {}).items():
+        section, _, key = place.partition(".")
+        given = values.get(section, {})
+        # What is no mapping is a whole section, or for its section to refuse.
+        if isinstance(given, Mapping) and key not in given:
+            applied[place] = value
+    return applied
+
+
+def with_presets(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's mapping with the presets of its recipe where it names no value of its own."""
+    filled = dict(values)
+    for place, value in presets_of(values).items():
+        section, _, key = place.partition(".")
+        filled[section] = {**filled.get(section, {}), key: value}
+    return filled

@@ -1,14 +1,18 @@
 """The whole file: its sections, and what must fit between them."""
 
+from collections.abc import Mapping
+from operator import attrgetter
+from typing import Any
+
 from pydantic import Field, model_validator
 
 from schemas.config.evaluate import Evaluate
 from schemas.config.model import Model
-from schemas.config.objective import Candidates, Hybrid, IwOpd, Objective, Recipe, SampledPath
+from schemas.config.objective import RECIPES, Candidates, Hybrid, IwOpd, Objective, RatioClipped, with_presets
 from schemas.config.prompts import Prompts
 from schemas.config.rollouts import Rollouts
 from schemas.config.scores import Audit, Coverage, Scores
-from schemas.config.section import Section, variants
+from schemas.config.section import Section
 from schemas.config.train import Train
 from schemas.config.weights import Weights
 
@@ -48,6 +52,11 @@ class Config(Section):
     def held_out(self) -> int:
         """How many prompts the held-out split has."""
         return int(getattr(self.prompts.splits, self.evaluate.split))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_the_recipe_has_it(cls, values: Any) -> Any:
+        return with_presets(values) if isinstance(values, Mapping) else values
 
     @model_validator(mode="after")
     def _there_is_something_to_evaluate(self) -> "Config":
@@ -92,8 +101,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _credit_is_read(self) -> "Config":
         if self.weights.credit != "immediate" and not self.objective.reads_credit:
-            recipes = variants(type(self).model_fields["objective"].annotation)
-            readers = [name for name, kind in recipes.items() if issubclass(kind, Recipe) and kind.reads_credit]
+            readers = [name for name, kind in RECIPES.items() if kind.reads_credit]
             raise ValueError(
                 f"`weights.credit: {self.weights.credit}` means nothing to `objective.recipe: {self.objective.recipe}`; it is "
                 f"read by {', '.join(readers)}; use one of these or `weights.credit: immediate`"
@@ -112,7 +120,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _one_ratio(self) -> "Config":
-        ratio_clip = self.objective.ratio_clip if isinstance(self.objective, SampledPath) else None
+        ratio_clip = self.objective.ratio_clip if isinstance(self.objective, RatioClipped) else None
         if ratio_clip is not None and self.weights.truncate is not None:
             raise ValueError(
                 f"`objective.ratio_clip` and `weights.truncate: {self.weights.truncate:g}` would both multiply the loss by "
@@ -137,6 +145,16 @@ class Config(Section):
                 f"`scores.support: {self.scores.support}` needs the student's own candidates: set `rollouts.top_k`"
             )
         return self
+
+
+def overridden(config: Config) -> list[str]:
+    """What the config has otherwise than its recipe presets it: for people, one each."""
+    found = {place: (attrgetter(place)(config), value) for place, value in config.objective.presets.items()}
+    return [
+        f"`{place}: {own}`, where `objective.recipe: {config.objective.recipe}` presets {value}"
+        for place, (own, value) in found.items()
+        if own != value
+    ]
 
 
 def consistency(config: Config) -> str | None:

@@ -41,10 +41,27 @@ CREDITS = {
 """What `weights.credit` takes; `pipeline.weights.credit.CREDITS` computes them."""
 
 
+class Gate(Section):
+    """Factors of the weights of whole responses, those of `texts.truncated` and `texts.repetitive` in `diagnostics.json`."""
+
+    truncated: float = Field(
+        1.0,
+        ge=0,
+        description="of a response that was cut at `rollouts.max_new_tokens`; 0: it carries no loss. That such responses may "
+        "come to make up most of the rollouts, and repeat themselves, is a finding of StableOPD (arXiv 2604.08527), whose "
+        "cures are others: a divergence from a reference, and rollouts that are mixed in",
+    )
+    repetitive: float = Field(
+        1.0,
+        ge=0,
+        description="of a response of whose 4-grams more than half have been there before; 0: it carries no loss",
+    )
+
+
 class Weights(Section):
     """Importance weights and credit of units."""
 
-    scheme: Annotated[str, AfterValidator(one_of(SCHEMES))] = Field("iw_opd", description=describe(SCHEMES))
+    scheme: Annotated[str, AfterValidator(one_of(SCHEMES))] = Field("uniform", description=describe(SCHEMES))
     gamma: float = Field(0.5, ge=0, description="strength of iw_opd and signed; 0 is uniform")
     alpha: float = Field(0.05, ge=0, description="exponent of ideal; 0 is uniform, 0.1 collapses within tens of tokens")
     prefix_share: float = Field(
@@ -59,6 +76,7 @@ class Weights(Section):
         "`objective.ratio_clip`, whose loss has the ratio already. null: no factor, but for units of the sampled path that "
         "weren't sampled from the model as it is: pi_model / pi_sampler, without which their gradient is another one",
     )
+    gate: Gate = Gate()
     credit: Annotated[str, AfterValidator(one_of(CREDITS))] = Field(
         "immediate",
         description="what the sampled path of hybrid, sampled, lightning and iw_opd multiplies log-probs by; formed of "

@@ -26,7 +26,7 @@ STAGES = (
     "evaluate",
     "report",
 )
-TOOLS = ("align", "support", "audit", "plan", "cache", "schema", "config", "summary")
+TOOLS = ("align", "support", "audit", "plan", "cache", "schema", "config", "recipes", "summary")
 PANELS = {
     **dict.fromkeys(STAGES, "Stages (the Snakefile runs them in order)"),
     **dict.fromkeys(TOOLS, "Ask"),

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from pipeline import own_code
-from schemas.config import Config, Section, load_config, section, variants
+from schemas.config import Config, Section, load_config, overridden, section, variants
+from schemas.config.objective import RECIPES
 from stages.run import console
 from stages.run.workflow import own_code_in
 
@@ -16,9 +17,12 @@ def main(
 ) -> None:
     """List every config key with its default and meaning (Markdown), or check a file."""
     if check:
-        for reference in own_code_in(load_config(check).model_dump(mode="json")):
+        config = load_config(check)
+        for reference in own_code_in(config.model_dump(mode="json")):
             own_code.source_digest(reference)
         console.say(f"{check}: valid")
+        for otherwise in overridden(config):
+            console.say(f"{check}: {otherwise}")
         return
     console.out.print(config_markdown(), markup=False, soft_wrap=True)
 
@@ -32,6 +36,7 @@ def config_markdown() -> str:
             below = section(field.annotation)
             if below is not field.annotation and not variants(field.annotation):
                 default = "required" if field.is_required() else f"`{field.get_default(call_default_factory=True)!r}`"
+                default += _presets(f"{prefix}{name}", field.default)
                 meaning = (field.description or "").replace("|", "\\|")
                 lines.append(f"| `{prefix}{name}` | {default} | {meaning} |")
             if below:
@@ -40,6 +45,15 @@ def config_markdown() -> str:
 
     walk(Config, "")
     return "\n".join(lines)
+
+
+def _presets(place: str, default: Any) -> str:
+    """Which recipes have a key otherwise than by default, and how."""
+    found: dict[str, list[str]] = {}
+    for tag, kind in RECIPES.items():
+        if (value := kind.presets.get(place, default)) != default:
+            found.setdefault(f"`{value!r}`", []).append(tag)
+    return "".join(f"; {', '.join(tags)}: {value}" for value, tags in found.items())
 
 
 def _of_variants(kinds: dict[str, type[Section]], default: Any, prefix: str) -> list[str]:
