@@ -8,12 +8,13 @@ from typing import Any
 
 import polars as pl
 
-from pipeline.measure.diagnostics import Sums, compared, credit, entropy, kinds, measure, ratio, ratios, texts
+from pipeline.measure.diagnostics import Sums, compared, credit, distance, entropy, kinds, measure, ratio, ratios, texts
 from pipeline.store.shards import read_manifest, write_text
 from schemas.config import Candidates, Config, Own, SampledPath, consistency
 from schemas.diagnostics import (
     Coverage,
     Diagnostics,
+    Distance,
     Drift,
     Loss,
     Ratios,
@@ -161,13 +162,11 @@ def staleness_of(phase: Phase, sampling: Sampling, total: Sums) -> Staleness:
     """The policy that sampled against the checkpoint that the phase starts from."""
     number = phase.number
     trained = read_ref(phase.run.policy_file(number), "train" if number else "models", weights=False)
-    units, responses, log_ratio = ratios(total)
     return Staleness(
         rounds_behind=None if sampling.checkpoint is None else number - sampling.checkpoint,
         same_weights=sampling.weights == trained.weights,
-        units=units,
-        responses=responses,
-        log_ratio=log_ratio,
+        units=ratios(total),
+        responses=distance(total),
     )
 
 
@@ -197,6 +196,8 @@ def training_of(phase: Phase) -> Training | None:
         ended=ended and ended.ended,
         sampled_kl_first=first["sampled_kl"],
         sampled_kl_last=last["sampled_kl"],
+        divergence_first=first.get("divergence"),
+        divergence_last=last.get("divergence"),
         first=ratios_of(first),
         last=ratios_of(last),
     )
@@ -206,7 +207,7 @@ def ratios_of(step: dict[str, float]) -> Drift:
     """What the trainer measured at a step."""
     return Drift(
         units=Ratios(ess=step["ess"], chi2=step["chi2"]),
-        responses=Ratios(ess=step["response_ess"], chi2=step["response_chi2"]),
+        responses=Distance(log_ratio=step["response_log_ratio"], log_ratio_sd=step["response_log_ratio_sd"]),
         since_start=Ratios(ess=step["drift_ess"], chi2=step["drift_chi2"]),
     )
 
