@@ -99,17 +99,16 @@ def test_nothing_and_ratios_beyond_float_are_numbers() -> None:
 
 
 def test_responses_tell_apart_what_their_products_no_longer_do() -> None:
-    """16 responses of 30 units, each with log r of .3 sd: one product outweighs the rest, while the log-ratio per unit
-    follows how far the policy is."""
+    """16 responses of 200 units: one product outweighs the rest, while the log-ratio per unit follows how far the policy is."""
     rng = np.random.default_rng(1)
-    noise, response = torch.from_numpy(rng.normal(0, 1, 480)), torch.arange(16).repeat_interleave(30)
-    zero = torch.zeros(480)
-    products = (0.6 * noise.reshape(16, 30).sum(1)).exp()
-    assert products.sum() ** 2 / (16 * (products**2).sum()) < 1.2 / 16
+    noise, response = torch.from_numpy(rng.normal(0, 1, 3200)), torch.arange(16).repeat_interleave(200)
+    zero = torch.zeros(3200)
+    products = (0.6 * noise.reshape(16, 200).sum(1)).exp()
+    assert products.sum() ** 2 / (16 * (products**2).sum()) < 1.1 / 16
     for scale, shift in ((0.3, -0.05), (0.6, -0.2)):
         found = ratio_figures(ratio_sums(scale * noise + shift, zero, zero, response))
-        assert found["response_log_ratio"] == pytest.approx(scale * noise.mean() + shift, rel=1e-9)
-        assert found["response_log_ratio_sd"] == pytest.approx(scale / 30**0.5, rel=0.4)
+        assert found["response_log_ratio"] == pytest.approx(scale * float(noise.mean()) + shift, rel=1e-9)
+        assert found["response_log_ratio_sd"] == pytest.approx(scale / 200**0.5, rel=0.4)
 
 
 def test_a_large_learning_rate_ends_the_round_earlier_than_a_small_one(tmp_path: Path, shards: list[Triple]) -> None:

@@ -92,7 +92,7 @@ def charts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
     if "surrogate" in steps.columns:  # on a scale of its own, which means nothing
         path = _lines(steps, {"sampled path": "surrogate"}, "surrogate")
         curves.append(path.properties(width=330, height=70))
-    over = {"sampling policy": "ess"}
+    over = {"what sampled": "ess"}
     if config.rollouts.replay or config.reuse:  # else the same
         over["round's start"] = "drift_ess"
     drift = _lines(steps, over, "effective sample size", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1]))
@@ -101,7 +101,7 @@ def charts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
         drift = drift + bound.mark_rule(color="#b42318").encode(y="value:Q")
     mean, spread = pl.col("response_log_ratio"), pl.col("response_log_ratio_sd")
     responses = steps.select("at", "round", mean=mean, low=mean - spread, high=mean + spread)
-    moved = _lines(responses, {"responses": "mean"}, "log-ratio, nats") + alt.Chart(responses).mark_rule(
+    moved = _lines(responses, {"responses": "mean"}, "log-ratio, nats per unit") + alt.Chart(responses).mark_rule(
         opacity=0.4
     ).encode(x=STEP, y="low:Q", y2="high:Q", color=ROUND)
     ends = pl.DataFrame(
@@ -173,7 +173,7 @@ def charts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
     ]
     drawn = {
         "ends": alt.hconcat(*measured) if measured else None,
-        "curve": alt.vconcat(*curves),
+        "curve": alt.vconcat(*curves).resolve_scale(x="shared"),
         "drift": alt.vconcat(drift.properties(width=330, height=130), moved.properties(width=330, height=130)),
         "coverage": covered.properties(width=330),
         "credit": by_tenth.properties(width=330, height=180),
@@ -193,20 +193,16 @@ STEP = alt.X("at:Q", title="optimiser step", axis=alt.Axis(tickMinStep=1, format
 ROUND = alt.Color("round:N", title="round")
 
 
-def _lines(steps: pl.DataFrame, told: dict[str, str], title: str, **options: Any) -> alt.Chart:
+def _lines(steps: pl.DataFrame, told: dict[str, str], title: str, **options: Any) -> alt.LayerChart:
     """Figures of every step, one line each; `told` names their columns for people."""
     table = steps.select("at", "round", **told).unpivot(index=["at", "round"], variable_name="of")
-    legend = alt.Legend(symbolType="stroke") if len(told) > 1 else None
-    return (
-        alt.Chart(table.drop_nulls())
-        .mark_line(point=True)
-        .encode(
-            x=STEP,
-            y=alt.Y("value:Q", title=title, **options),
-            color=ROUND,
-            strokeDash=alt.StrokeDash("of:N", title="of", sort=list(told), legend=legend),
-        )
-    )
+    of = alt.Chart(table.drop_nulls()).encode(x=STEP, y=alt.Y("value:Q", title=title, **options), color=ROUND)
+    lines = of.mark_line()
+    if len(told) > 1:
+        legend = alt.Legend(symbolType="stroke", symbolStrokeColor="#444", symbolSize=300)
+        lines = lines.encode(strokeDash=alt.StrokeDash("of:N", title=None, sort=list(told), legend=legend))
+    # A line's own points would fill the legend's strokes, which have nothing to fill.
+    return lines + of.mark_circle(opacity=1)
 
 
 def svg(chart: alt.TopLevelMixin) -> str:
