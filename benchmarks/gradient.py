@@ -1,4 +1,4 @@
-"""How near is a loss from shards to exact reverse KL? `python benchmarks/gradient.py [--swapped] [--rollouts N] [--choices 0 2]`.
+"""How near is a loss from shards to exact reverse KL? `python benchmarks/gradient.py [--swapped] [--rollouts N]`.
 
 The student of the default run samples; its trainer's gradient, with what a shard of scores keeps under each choice of
 candidates, is compared with the gradient of the exact reverse KL over the whole shared vocabulary, stopping and one class for

@@ -107,6 +107,15 @@ class Ratios(Section):
     )
 
 
+class Distance(Section):
+    """Log-ratios log pi_theta / pi_sampler per compared unit, l_i = 1/n_i sum_u log r_u over the n_i of response i."""
+
+    log_ratio: float | None = Field(
+        description="nats per unit, mean of l_i over responses; its negative estimates how far pi_theta is from pi_sampler"
+    )
+    log_ratio_sd: float | None = Field(description="nats per unit, standard deviation of l_i over responses")
+
+
 class Staleness(Section):
     """How far the policy that is trained is from what was sampled from, before the phase's first step."""
 
@@ -115,10 +124,7 @@ class Staleness(Section):
     )
     same_weights: bool = Field(description="whether both policies' weights have one digest")
     units: Ratios = Field(description="over the compared units")
-    responses: Ratios = Field(description="over responses, r the product over the compared units of each")
-    log_ratio: float | None = Field(
-        description="nats per response, mean of log r; its negative estimates KL(pi_sampler || pi_theta)"
-    )
+    responses: Distance = Field(description="over the responses")
 
 
 class Coverage(Section):
@@ -171,10 +177,10 @@ class Credit(Section):
 
 
 class Drift(Section):
-    """Importance ratios within one batch, as the trainer measured them before that step's update."""
+    """Importance ratios and log-ratios within one batch, as the trainer measured them before that step's update."""
 
     units: Ratios = Field(description="over the batch's compared units")
-    responses: Ratios = Field(description="over its responses, r the product over the compared units of each")
+    responses: Distance = Field(description="over its responses")
     since_start: Ratios = Field(
         description="over units, of the policy in training over the one that the round started from: "
         "what `train.min_ess` bounds"
@@ -191,6 +197,11 @@ class Training(Section):
     )
     sampled_kl_first: float | None = Field(description="nats per unit, log p_S - log p_T of the first step's batch")
     sampled_kl_last: float | None = Field(description="likewise of the last step's")
+    divergence_first: float | None = Field(
+        description="nats per unit that has one, unweighted mean of the loss's divergence over candidates at the first step; "
+        "null: the recipe has none, or the batch no such unit"
+    )
+    divergence_last: float | None = Field(description="likewise at the last step")
     first: Drift = Field(description="at the first step")
     last: Drift = Field(description="at the last step")
 

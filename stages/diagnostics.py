@@ -15,6 +15,7 @@ from pipeline.measure.diagnostics import (
     clipped,
     compared,
     credit,
+    distance,
     entropy,
     kinds,
     measure,
@@ -29,6 +30,7 @@ from schemas.config.objective import Clipped, Dpca, DpcaAdditive, Recipe, Vopd
 from schemas.diagnostics import (
     Coverage,
     Diagnostics,
+    Distance,
     Drift,
     Loss,
     Ratios,
@@ -197,13 +199,11 @@ def staleness_of(phase: Phase, sampling: Sampling, total: Sums) -> Staleness:
     """The policy that sampled against the checkpoint that the phase starts from."""
     number = phase.number
     trained = read_ref(phase.run.policy_file(number), "train" if number else "models", weights=False)
-    units, responses, log_ratio = ratios(total)
     return Staleness(
         rounds_behind=None if sampling.checkpoint is None else number - sampling.checkpoint,
         same_weights=sampling.weights == trained.weights,
-        units=units,
-        responses=responses,
-        log_ratio=log_ratio,
+        units=ratios(total),
+        responses=distance(total),
     )
 
 
@@ -233,6 +233,8 @@ def training_of(phase: Phase) -> Training | None:
         ended=ended and ended.ended,
         sampled_kl_first=first["sampled_kl"],
         sampled_kl_last=last["sampled_kl"],
+        divergence_first=first.get("divergence"),
+        divergence_last=last.get("divergence"),
         first=ratios_of(first),
         last=ratios_of(last),
     )
@@ -242,7 +244,7 @@ def ratios_of(step: dict[str, float]) -> Drift:
     """What the trainer measured at a step."""
     return Drift(
         units=Ratios(ess=step["ess"], chi2=step["chi2"]),
-        responses=Ratios(ess=step["response_ess"], chi2=step["response_chi2"]),
+        responses=Distance(log_ratio=step["response_log_ratio"], log_ratio_sd=step["response_log_ratio_sd"]),
         since_start=Ratios(ess=step["drift_ess"], chi2=step["drift_chi2"]),
     )
 

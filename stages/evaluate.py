@@ -16,10 +16,10 @@ from stages.run import console
 from stages.run.context import DEFAULT_CONFIG, ConfigOption, ThreadsOption, open_prompts, policy
 from stages.run.rounds import open_shards
 from stages.run.run import Phase, open_run
-from train.on_policy_kl import on_policy_kl
+from train.on_policy_kl import FIGURES, on_policy_kl
 
 NO_REFERENCE = "accuracy not measured (no reference answers)"
-NO_KL: dict[str, Any] = {"reverse_kl": None, "sampled_kl": None, "kl_responses": 0, "kl_tokens": 0}
+NO_KL: dict[str, Any] = {**dict.fromkeys(FIGURES), "kl_responses": 0, "kl_tokens": 0}
 """In place of `on_policy_kl` where the teacher isn't at hand."""
 
 

@@ -122,9 +122,7 @@ def main(
         ref = export(model, student.tokenizer, folder, card, f"{run.config.run} round {round_index}")
         write_text(run.policy_file(round_index + 1), ref.model_dump_json(indent=1) + "\n")
     if last:
-        console.say(
-            f"round-{round_index} train: loss {last['loss']:.3f}, sampled KL {last['sampled_kl']:.3f}, in {folder}"
-        )
+        console.say(f"round-{round_index} train: {nats(last)}, in {folder}")
     if reason := ended(config, round_index, outcome):
         console.say(reason)
 
@@ -157,12 +155,17 @@ def stop_on_sigterm() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGTERM, before)
 
 
+def nats(figures: dict[str, float]) -> str:
+    """What a step says of the distance to the teacher, and the rest of its loss, for people. The loss itself mixes the two."""
+    names = {"sampled_kl": "sampled KL", "divergence": "divergence", "surrogate": "surrogate"}
+    return ", ".join(f"{name} {figures[key]:.3f}" for key, name in names.items() if key in figures)
+
+
 def detail(figures: dict[str, float]) -> str:
     """A step's figures for the progress bar."""
     return ", ".join(
         [
-            f"loss {figures['loss']:.3f}",
-            f"KL {figures['sampled_kl']:.3f}",
+            nats(figures),
             f"ESS {figures['ess']:.2f}",
             f"{figures['tokens_per_second']:,.0f} tokens/s",
             f"data wait {100 * figures['data_wait']:.0f} %",

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,7 @@ def test_sums_over_row_groups_are_those_of_plain_loops(made: list[tuple[Shard, .
     stopped = {row["rollout_id"]: row["finish_reason"] == "stop" for row in rollouts}
     of_response = Counter(row["rollout_id"] for row in units)
     tenths, clipped = [0.0] * 10, Counter({kind: 0 for kind in figures.KINDS})
-    ratio, log_ratio, weight, advantage = [], dict.fromkeys(of_response, 0.0), [], []
+    ratio, logs, weight, advantage = [], defaultdict[str, list[float]](list), [], []
     for unit, row in zip(units, weights, strict=True):
         tenths[row["unit"] * 10 // of_response[row["rollout_id"]]] += abs(row["advantage"])
         clipped[unit["kind"]] += abs(row["advantage"]) > CLIP
@@ -150,8 +150,8 @@ def test_sums_over_row_groups_are_those_of_plain_loops(made: list[tuple[Shard, .
             ratio.append(row["is_ratio"])
             weight.append(row["weight"])
             advantage.append(row["advantage"])
-            log_ratio[row["rollout_id"]] += math.log(row["is_ratio"])
-    products = [math.exp(value) for value in log_ratio.values()]
+            logs[row["rollout_id"]].append(math.log(row["is_ratio"]))
+    per_unit = [math.fsum(of_units) / len(of_units) for of_units in logs.values()]
     entropies = [row["entropy"] for row in scores if row["token_id"] >= 0 or stopped[row["rollout_id"]]]
     assert len(entropies) < len(scores)
     expected = {
@@ -172,10 +172,9 @@ def test_sums_over_row_groups_are_those_of_plain_loops(made: list[tuple[Shard, .
         "ratio_squared": sum(r * r for r in ratio),
         "weight": sum(weight),
         "weight_squared": sum(w * w for w in weight),
-        "weighed_responses": len(of_response),
-        "log_ratio": sum(log_ratio.values()),
-        "response_ratio": sum(products),
-        "response_ratio_squared": sum(r * r for r in products),
+        "weighed_responses": len(per_unit),
+        "log_ratio": sum(per_unit),
+        "log_ratio_squared": sum(value * value for value in per_unit),
     }
     assert total.keys() - expected.keys() == {"bytes", "seq_rep", "repetitive"}
     assert {name: total[name] for name in expected} == pytest.approx(expected, rel=1e-6)
@@ -186,18 +185,20 @@ def test_ratios_by_hand() -> None:
     """r = 1, 1, 2: (1 + 1 + 2)^2 / (3 * 6) = 8/9, chi^2 = 1/8."""
     names = [f"units_{kind}" for kind in figures.KINDS]
     total = dict.fromkeys(names, 0.0) | {"units_1:1": 3, "units_masked": 5, "ratio": 4, "ratio_squared": 6}
-    total |= {"weighed_responses": 0, "response_ratio": 0, "response_ratio_squared": 0, "log_ratio": 0}
-    units, responses, log_ratio = figures.ratios(total)
-    assert (units.ess, units.chi2) == pytest.approx((8 / 9, 1 / 8))
-    assert responses.ess is None and responses.chi2 is None and log_ratio is None
+    found = figures.ratios(total)
+    assert (found.ess, found.chi2) == pytest.approx((8 / 9, 1 / 8))
 
 
-def test_extreme_ratios_of_responses_stay_finite() -> None:
-    """Hundreds of units at the clipped e^20 multiply to more than a float holds; the bound keeps sums of squares finite."""
-    rows = pl.DataFrame({"rollout_id": ["a"] * 100, "unit": range(100), "advantage": 0.0, "credit": 0.0, "weight": 1.0})
-    weights = rows.with_columns(is_ratio=pl.lit(math.exp(20)))
-    found = figures._of_weights(weights, pl.Series("kind", ["1:1"] * 100), CLIP)
-    assert all(math.isfinite(value) for value in found.values()) and found["log_ratio"] == 300
+def test_distance_by_hand() -> None:
+    """Responses at -.2 and -.4 nats per unit, and one whose units are all masked, which has none."""
+    names = ["a", "a", "b", "c"]
+    rows = {"rollout_id": names, "unit": [0, 1, 0, 0], "advantage": 0.0, "credit": 0.0, "weight": 1.0}
+    weights = pl.DataFrame(rows).with_columns(is_ratio=pl.Series([math.exp(-0.3), math.exp(-0.1), math.exp(-0.4), 1.0]))
+    total = figures._of_weights(weights, pl.Series("kind", ["1:1", "n:m", "stop", "masked"]), CLIP)
+    found = figures.distance(total)
+    assert (found.log_ratio, found.log_ratio_sd) == pytest.approx((-0.3, 0.1))
+    nothing = figures.distance(dict.fromkeys(total, 0.0))
+    assert nothing.log_ratio is None and nothing.log_ratio_sd is None
 
 
 @pytest.mark.parametrize(("own", "warped", "known"), [(True, 0, True), (False, 0, False), (True, 1, False)])
@@ -208,7 +209,6 @@ def test_students_entropy_only_of_its_own_untempered_samples(own: bool, warped: 
     assert (found.student, found.student_per_byte) == ((1.5, 0.5) if known else (None, None))
 
 
-PREFIXES = {"": 1, "response_": 2, "drift_": 1}
 MODELS: dict[str, Any] = {"prompts": {"source": "p.jsonl"}, "student": {"model": "a"}, "teacher": {"model": "b"}}
 
 
@@ -225,10 +225,15 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "round-0/coverage.json").write_text(json.dumps(gate))
     (folder / "round-0/train").mkdir()
     fresh, moved = (
-        {f"{of}ess": x / by for of, by in PREFIXES.items()} | {f"{of}chi2": by / x - 1 for of, by in PREFIXES.items()}
+        {"ess": x, "chi2": 1 / x - 1, "drift_ess": x, "drift_chi2": 1 / x - 1}
+        | {"response_log_ratio": (x - 1) / 10, "response_log_ratio_sd": (1 - x) / 5}
         for x in (1.0, 0.75)
     )
-    steps = [{"step": 0, "steps": 9, "sampled_kl": 1.5, **fresh}, {"step": 1, "steps": 9, "sampled_kl": 1.0, **moved}]
+    # The last batch has no unit with candidates.
+    steps = [
+        {"step": 0, "steps": 9, "sampled_kl": 1.5, "divergence": 0.5, **fresh},
+        {"step": 1, "steps": 9, "sampled_kl": 1.0, "surrogate": -0.5, **moved},
+    ]
     (folder / "round-0/train/metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     (folder / "round-0/train/result.json").write_text('{"budget": 9, "steps": 2, "ended": "min_ess", "ess": 0.75}')
     (folder / "timings").mkdir()
@@ -266,6 +271,7 @@ def test_the_file_of_a_round(run: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert found.teacher.tokens == {"cache": 21} and found.teacher.warning == consistency(config)
     assert found.staleness.rounds_behind == 0 and found.staleness.same_weights
     assert found.training and (found.training.first.units.ess, found.training.last.units.chi2) == (1.0, 1 / 0.75 - 1)
+    assert (found.training.divergence_first, found.training.divergence_last) == (0.5, None)
     assert (found.training.steps, found.training.budget, found.training.ended) == (2, 9, "min_ess")
     assert found.seconds == {"scores": 6.0, "train": 7.0}
     assert sum(found.coverage.kinds.values()) == pytest.approx(1)
@@ -292,6 +298,7 @@ def test_the_file_of_a_round(run: Path, capsys: pytest.CaptureFixture[str]) -> N
     table = checklist.rows([found, found])
     within = "in training, first and last step: effective sample size, units"
     assert table["Staleness"][within] == ["100.0 %, 75.0 %"] * 2
+    assert table["Staleness"]["likewise: log-ratio of responses"] == ["0.000 (± 0.000), -0.025 (± 0.050)"] * 2
     assert table["Staleness"]["steps taken, budget"] == ["2, 9 (stale)"] * 2
     assert table["Models"]["student fine-tuned on samples of"] == ["c", "c"]
 

@@ -83,9 +83,9 @@ def assert_same_training(one: Path, many: Path, tolerance: float) -> None:
     assert [x["step"] for x, _ in lines] == list(range(lines[0][0]["steps"]))
     for x, y in lines:
         assert all(x[key] == y[key] for key in ("step", "units", "tokens", "used_share", "learning_rate"))
-        assert all(
-            y[key] == pytest.approx(x[key], rel=tolerance, abs=tolerance) for key in ("loss", "sampled_kl", "grad_norm")
-        )
+        close = [key for key in ("loss", "sampled_kl", "divergence", "surrogate", "grad_norm") if key in x]
+        assert len(close) > 3
+        assert all(y[key] == pytest.approx(x[key], rel=tolerance, abs=tolerance) for key in close)
 
 
 @pytest.mark.slow

@@ -811,6 +811,18 @@ def test_a_models_gradient_is_finite(recipe: str, options: dict[str, Any], tmp_p
     assert all(torch.isfinite(g).all() for g in gradients) and any(g.any() for g in gradients)
 
 
+@pytest.mark.parametrize(("recipe", "options"), CASES)
+def test_what_is_marked_a_divergence_is_one(recipe: str, options: dict[str, Any]) -> None:
+    """No loss of one is below 0; of a surrogate some are."""
+    _, student, batch = told(moved_units(seed=24))
+    scored = losses(student, batch, tiny.objective(recipe=recipe, **options))
+    one = (batch.s_len == 1) & (batch.t_len == 1)
+    expected = torch.ones_like(one) if recipe.startswith("simct") else one & (recipe in STRICT | {"hybrid"})
+    assert torch.equal(scored.diverges & scored.used, expected & scored.used)
+    assert (scored.loss[scored.diverges] >= -1e-12).all()
+    assert bool((scored.loss < -1e-12).any()) == bool((scored.used & ~scored.diverges).any())
+
+
 SELECT = {"select", "select_share"}
 DIVERGENCE, PATH, RATIO = {"direction", "tail", "tau", "beta"}, {"clip", "max_unit"}, {"ratio_clip", "trust_region"}
 WIDE = {"scores.min_p": 0.0, "scores.mass": 1.0, "scores.k_max": 1024}

@@ -126,6 +126,7 @@ def test_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         recipe: Literal["squared"] = "squared"
         scale: float = 2.0
 
+    @recipes.divergence
     def part(student: UnitLogps, batch: Batch, options: Squared, _: torch.Tensor) -> torch.Tensor:
         return options.scale * (student.unit - batch.teacher_logp) ** 2
 
@@ -135,6 +136,7 @@ def test_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scored = recipes.losses(student, batch, Squared(scale=3.0))
     one = (batch.s_len == 1) & (batch.t_len == 1)
     assert torch.equal(scored.used, one) and one.any() and not one.all()
+    assert torch.equal(scored.diverges, one)
     torch.testing.assert_close(scored.loss[one], 3 * (student.unit - batch.teacher_logp)[one] ** 2)
     assert not scored.loss[~one].any()
 

@@ -72,14 +72,14 @@ def test_figures_from_the_formula_whatever_the_micro_batches() -> None:
     response = np.sort(rng.integers(0, 7, 60))
     ours, theirs, start = torch.from_numpy(rng.normal(-3, 1, (3, 60)))
     ratio, since = np.exp((ours - theirs).numpy()), np.exp((ours - start).numpy())
-    whole = np.array([ratio[response == r].prod() for r in np.unique(response)])
+    per_unit = [np.log(ratio[response == r]).mean() for r in np.unique(response)]
     cuts = [0, int((response < 3).sum()), 60]
     sums: defaultdict[str, float] = defaultdict(float)
     for a, b in pairwise(cuts):
         for name, value in ratio_sums(ours[a:b], theirs[a:b], start[a:b], torch.from_numpy(response[a:b] + 5)).items():
             sums[name] += value
-    expected = {}
-    for prefix, r in (("", ratio), ("response_", whole), ("drift_", since)):
+    expected = {"response_log_ratio": np.mean(per_unit), "response_log_ratio_sd": np.std(per_unit)}
+    for prefix, r in (("", ratio), ("drift_", since)):
         expected[f"{prefix}ess"] = r.sum() ** 2 / (len(r) * (r**2).sum())
         expected[f"{prefix}chi2"] = len(r) * (r**2).sum() / r.sum() ** 2 - 1
     assert ratio_figures(sums) == pytest.approx(expected, rel=1e-10)
@@ -88,13 +88,27 @@ def test_figures_from_the_formula_whatever_the_micro_batches() -> None:
 def test_nothing_and_ratios_beyond_float_are_numbers() -> None:
     empty = torch.zeros(0)
     nothing = ratio_figures(ratio_sums(empty, empty, empty, empty.long()))
-    assert nothing == {
-        f"{of}{name}": at for of in ("", "response_", "drift_") for name, at in (("ess", 1.0), ("chi2", 0.0))
+    assert nothing == {f"{of}{name}": at for of in ("", "drift_") for name, at in (("ess", 1.0), ("chi2", 0.0))} | {
+        "response_log_ratio": 0.0,
+        "response_log_ratio_sd": 0.0,
     }
     near = torch.tensor([-1.0, -1.0])
     far = ratio_figures(ratio_sums(torch.tensor([-1.0, 800.0]), near, near, torch.tensor([0, 1])))
     assert all(math.isfinite(value) for value in far.values()) and far["ess"] == pytest.approx(0.5)
     assert not is_stale([0.1] * 3, 0.5) and not is_stale([0.1] * 4, None) and is_stale([0.9, 0.1, 0.1, 0.1, 0.1], 0.5)
+
+
+def test_responses_tell_apart_what_their_products_no_longer_do() -> None:
+    """16 responses of 200 units: one product outweighs the rest, while the log-ratio per unit follows how far the policy is."""
+    rng = np.random.default_rng(1)
+    noise, response = torch.from_numpy(rng.normal(0, 1, 3200)), torch.arange(16).repeat_interleave(200)
+    zero = torch.zeros(3200)
+    products = (0.6 * noise.reshape(16, 200).sum(1)).exp()
+    assert products.sum() ** 2 / (16 * (products**2).sum()) < 1.1 / 16
+    for scale, shift in ((0.3, -0.05), (0.6, -0.2)):
+        found = ratio_figures(ratio_sums(scale * noise + shift, zero, zero, response))
+        assert found["response_log_ratio"] == pytest.approx(scale * float(noise.mean()) + shift, rel=1e-9)
+        assert found["response_log_ratio_sd"] == pytest.approx(scale / 200**0.5, rel=0.4)
 
 
 def test_a_large_learning_rate_ends_the_round_earlier_than_a_small_one(tmp_path: Path, shards: list[Triple]) -> None:
@@ -104,7 +118,8 @@ def test_a_large_learning_rate_ends_the_round_earlier_than_a_small_one(tmp_path:
         taken[rate] = trained(tmp_path / str(rate), shards, settings)
         lines = metrics(tmp_path / str(rate))
         # What sampled is what is trained: before the first update all ratios are 1.
-        assert lines[0]["ess"] == pytest.approx(1, abs=1e-9) and lines[0]["response_chi2"] == pytest.approx(0, abs=1e-9)
+        assert lines[0]["ess"] == pytest.approx(1, abs=1e-9)
+        assert (lines[0]["response_log_ratio"], lines[0]["response_log_ratio_sd"]) == pytest.approx((0, 0), abs=1e-5)
         assert all(line["drift_ess"] == pytest.approx(line["ess"], rel=1e-6) for line in lines)
         assert len(lines) == taken[rate].steps and {line["steps"] for line in lines} == {42}
         assert taken[rate].ess == pytest.approx(np.mean([line["ess"] for line in lines[-4:]]))

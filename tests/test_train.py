@@ -23,6 +23,8 @@ from schemas.errors import OpdError, Stopped
 from train.checkpoint import export, final_state, load_state, state_path, states
 from train.loop import Progress, train_round, train_step
 from train.optimiser import MasterAdamW
+from train.policy import unit_logps
+from train.recipes import losses
 from train.stream import batches, count_steps
 
 STOP = torch.from_numpy(tiny.STOP.astype("int64"))
@@ -83,6 +85,31 @@ def test_training_lowers_the_loss_and_micro_batches_do_not_matter(tmp_path: Path
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 7 * 8
     assert sum(line["loss"] for line in lines[-7:]) < 0.9 * sum(line["loss"] for line in lines[:7])
+
+
+@pytest.mark.parametrize("recipe", ["hybrid", "strict_1to1", "simct", "sampled"])
+def test_what_the_loss_is_made_of_is_told_apart(recipe: str, tmp_path: Path) -> None:
+    """Each part's mean over its own units, unweighted, over several micro-batches; the loss is the weighted sum of both."""
+    settings = config().model_copy(update={"objective": tiny.objective(recipe=recipe)})
+    shards, model, optimiser = tiny.shards(tmp_path), tiny.model(), MasterAdamW(tiny.model(), settings.train)
+    (step,) = batches(shards, 40, 60, 0, range(1))
+    found = train_step(model, STOP, step, optimiser, 0.0, settings)
+    every: dict[bool, list[float]] = {True: [], False: []}
+    loss = 0.0
+    for part in step.parts:
+        with torch.no_grad():
+            scored = losses(unit_logps(model, part, STOP), part, settings.objective)
+        one_to_one = ((part.s_len == 1) & (part.t_len == 1)).tolist()
+        for value, used, one, weight in zip(scored.loss.tolist(), scored.used, one_to_one, part.weight, strict=True):
+            if used:
+                every[{"sampled": False, "simct": True}.get(recipe, one)].append(value)
+                loss += float(weight) * value / step.units
+    assert len(step.parts) > 3 and found["loss"] == pytest.approx(loss, rel=1e-5)
+    for name, values in (("divergence", every[True]), ("surrogate", every[False])):
+        assert (name in found) == bool(values)
+        assert not values or found[name] == pytest.approx(np.mean(values), rel=1e-5)
+    assert all(value > 0 for value in every[True])
+    assert found["used_share"] == pytest.approx(sum(map(len, every.values())) / step.units)
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:

@@ -23,6 +23,9 @@ from train.recipes import losses
 from train.staleness import RATIO_SUMS, WINDOW, is_stale, ratio_figures, ratio_sums
 from train.stream import Step, Triple, batches
 
+KINDS = ("divergence", "surrogate")
+"""What the loss is made of, as `train.recipes` marks its parts."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -171,14 +174,18 @@ def train_step(
     """One optimiser step over the micro-batches of all ranks; `step` has this one's, perhaps none.
 
     The loss is the sum of weight times loss over the units that the recipe uses, divided by all comparable units of the
-    step, so that a recipe that uses fewer units does not take larger steps on them. Figures are of all ranks. Raises
-    OpdError when it diverges.
+    step, so that a recipe that uses fewer units does not take larger steps on them. Its two kinds of part mean different
+    things (`train.recipes`), so each is told alone, as an unweighted mean over the units that it is used on, if there are
+    any: `divergence`, nats, and `surrogate`. `sampled_kl` is the mean of log p_S - log p_T over all comparable units, nats.
+    Figures are of all ranks. Raises OpdError when training diverges.
     """
     units = step.units
     parts = [part for part in step.parts if len(part.unit_row)]
     # Asked before the first pass: those of a sharded model are collective themselves, and the order is the same everywhere.
     passes = int(gather([len(parts)]).max())
-    sums = dict.fromkeys(("loss", "sampled_kl", "used", "tokens", *RATIO_SUMS), 0.0)
+    sums = dict.fromkeys(
+        ("loss", "sampled_kl", "tokens", *KINDS, *(f"{kind}_units" for kind in KINDS), *RATIO_SUMS), 0.0
+    )
     sums["tokens"] = sum(int(part.mask.sum()) for part in step.parts)
     for part in (part.to(model.device) for part in parts):
         student = student_logps(model, part, stop)
@@ -189,8 +196,10 @@ def train_step(
         of_part = {
             "loss": float(loss.detach()),
             "sampled_kl": float((student.unit.detach() - part.teacher_logp).sum()),
-            "used": float(scored.used.sum()),
         }
+        for kind, of_kind in zip(KINDS, (scored.diverges, ~scored.diverges), strict=True):
+            used = scored.used & of_kind
+            of_part |= {kind: float(scored.loss.detach()[used].sum()), f"{kind}_units": float(used.sum())}
         ratios = ratio_sums(student.unit, part.behavior_logp, part.policy_logp, part.response_of_unit)
         for name, value in (of_part | ratios).items():
             sums[name] += value
@@ -207,9 +216,10 @@ def train_step(
     return {
         "loss": sums["loss"],
         "sampled_kl": sums["sampled_kl"] / max(1, units),
+        **{kind: sums[kind] / sums[f"{kind}_units"] for kind in KINDS if sums[f"{kind}_units"]},
         "grad_norm": norm,
         "units": units,
-        "used_share": sums["used"] / max(1, units),
+        "used_share": sum(sums[f"{kind}_units"] for kind in KINDS) / max(1, units),
         **ratio_figures(sums),
         "tokens": sums["tokens"],
     }

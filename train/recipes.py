@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -17,14 +17,41 @@ from train.policy import UnitLogps
 
 @dataclass(frozen=True)
 class Scored:
-    """Per-unit losses (U,) and which units they were defined for (bool (U,)); others carry 0."""
+    """Per-unit losses (U,) and which units they were defined for (bool (U,)); others carry 0.
+
+    `diverges`, bool (U,): where the loss is by a part that `divergence` marks; elsewhere by one that `surrogate` does.
+    """
 
     loss: torch.Tensor
     used: torch.Tensor
+    diverges: torch.Tensor
 
 
-Part = Callable[[UnitLogps, Batch, Any, torch.Tensor], torch.Tensor]
-"""The losses (U,) of some units under a recipe's section, given which (bool (U,)); elsewhere finite and without meaning."""
+Losses = Callable[[UnitLogps, Batch, Any, torch.Tensor], torch.Tensor]
+
+
+class Part(Protocol):
+    """The losses (U,) of some units under a recipe's section, given which (bool (U,)); elsewhere finite and without meaning."""
+
+    diverges: bool
+
+    def __call__(self, student: UnitLogps, batch: Batch, objective: Any, where: torch.Tensor, /) -> torch.Tensor: ...
+
+
+def divergence(losses: Losses) -> Part:
+    """Mark a part whose losses are divergences in nats: at least 0, and 0 where the student has reached the teacher."""
+    return _marked(losses, True)
+
+
+def surrogate(losses: Losses) -> Part:
+    """Mark a part of whose losses only the gradient means something: of either sign, and no measure of a distance."""
+    return _marked(losses, False)
+
+
+def _marked(losses: Losses, diverges: bool) -> Part:
+    part = cast(Part, losses)
+    part.diverges = diverges
+    return part
 
 
 @dataclass(frozen=True)
@@ -56,13 +83,14 @@ def losses(student: UnitLogps, batch: Batch, objective: config.Objective) -> Sco
     """The unweighted loss of every unit under the configured recipe. Raises OpdError when one's own makes no such losses."""
     parts, one = parts_of(objective), one_to_one(batch)
     every = torch.ones_like(one)
+    diverges = one & parts.single.diverges | ~one & (parts.longer is not None and parts.longer.diverges)
     if parts.longer is parts.single:
-        scored = Scored(parts.single(student, batch, objective, every), every)
+        scored = Scored(parts.single(student, batch, objective, every), every, diverges)
     elif parts.longer is None:
-        scored = Scored(torch.where(one, parts.single(student, batch, objective, one), 0.0), one)
+        scored = Scored(torch.where(one, parts.single(student, batch, objective, one), 0.0), one, diverges)
     else:
         single, longer = parts.single(student, batch, objective, one), parts.longer(student, batch, objective, ~one)
-        scored = Scored(torch.where(one, single, longer), every)
+        scored = Scored(torch.where(one, single, longer), every, diverges)
     kept = every
     if isinstance(objective, config.Limited) and objective.max_unit is not None:
         kept = kept & (torch.maximum(batch.s_len, batch.t_len) <= objective.max_unit)
@@ -72,7 +100,7 @@ def losses(student: UnitLogps, batch: Batch, objective: config.Objective) -> Sco
         kept = kept & ~(on_path & outside)
     if objective.select is not None:
         kept = kept & _selected(student, batch, objective, scored.used & kept)
-    return Scored(torch.where(kept, scored.loss, 0.0), scored.used & kept)
+    return Scored(torch.where(kept, scored.loss, 0.0), scored.used & kept, diverges)
 
 
 def _selected(student: UnitLogps, batch: Batch, objective: config.Recipe, among: torch.Tensor) -> torch.Tensor:
@@ -108,6 +136,7 @@ def one_to_one(batch: Batch) -> torch.Tensor:
     return (batch.s_len == 1) & (batch.t_len == 1)
 
 
+@divergence
 def candidate_kl(student: UnitLogps, batch: Batch, divergence: Divergence, where: torch.Tensor) -> torch.Tensor:
     """The configured divergence over the teacher's candidates and the realised unit; meaningful at `where`.
 
@@ -181,6 +210,7 @@ def _divergence(
     return kl(s, t, divergence.direction)
 
 
+@surrogate
 def sampled_path(student: UnitLogps, batch: Batch, objective: config.SampledPath, _: torch.Tensor) -> torch.Tensor:
     # The unit's own advantage under the model as it is now, and what credit assignment added when the weights were made.
     path, clip, shift = (student.unit, batch.teacher_logp), objective.clip, batch.credit_shift
@@ -189,6 +219,7 @@ def sampled_path(student: UnitLogps, batch: Batch, objective: config.SampledPath
     return objectives.ratio_clipped(*path, batch.behavior_logp, clip, *objective.ratio_clip, shift)
 
 
+@surrogate
 def _vopd(student: UnitLogps, batch: Batch, objective: config.Vopd, _: torch.Tensor) -> torch.Tensor:
     policy = student.cand.detach().masked_fill(batch.cand_logp == -torch.inf, -torch.inf)
     return objectives.vopd(
@@ -196,11 +227,13 @@ def _vopd(student: UnitLogps, batch: Batch, objective: config.Vopd, _: torch.Ten
     )
 
 
+@surrogate
 def _exopd(student: UnitLogps, batch: Batch, objective: config.ExOpd, _: torch.Tensor) -> torch.Tensor:
     target = objectives.extrapolated(batch.teacher_logp, batch.policy_logp, objective.scale)
     return objectives.clipped_sampled_path(student.unit, target, objective.clip)
 
 
+@surrogate
 def _cr_opd(student: UnitLogps, batch: Batch, objective: config.CrOpd, _: torch.Tensor) -> torch.Tensor:
     # A longer unit is known by its first token here: other tokens that spell a part of it count as alternatives.
     others = batch.cand_id != _first_target(batch)[:, None]
@@ -223,6 +256,7 @@ def _dpca(credit: Callable[..., torch.Tensor]) -> Part:
     what `credit` spreads.
     """
 
+    @surrogate
     def part(student: UnitLogps, batch: Batch, objective: config.TokenCredit, _: torch.Tensor) -> torch.Tensor:
         compared = batch.token_unit < len(batch.unit_row)
         unit, token = batch.token_unit[compared], student.token[compared]
@@ -263,6 +297,7 @@ RECIPES: dict[type[config.Recipe], Parts] = {
 def _own(reference: str) -> Part:
     function = own_code.load(reference, "objective.recipe")
 
+    @surrogate  # as far as can be told
     def part(student: UnitLogps, batch: Batch, objective: config.Own, _: torch.Tensor) -> torch.Tensor:
         loss = function(student, batch, objective.options)
         found = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__

@@ -2,6 +2,7 @@
 a phase of any size takes the memory of one group.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial, reduce
 
@@ -11,8 +12,8 @@ import polars as pl
 from pipeline.align.units import KINDS
 from pipeline.weights.cross_fitting import tokens_of_units
 from pipeline.weights.gates import REPETITIVE, seq_rep
-from pipeline.weights.importance import MAX_LOG_WEIGHT, ess
-from schemas.diagnostics import Credit, Entropy, Ratios, Texts
+from pipeline.weights.importance import ess
+from schemas.diagnostics import Credit, Distance, Entropy, Ratios, Texts
 
 Sums = dict[str, float]
 
@@ -108,9 +109,8 @@ def _of_weights(weights: pl.DataFrame, kind: pl.Series, clip: float) -> Sums:
     tenth = (pl.col("unit") * len(TENTHS) / pl.len().over("rollout_id")).floor().cast(pl.Int32)
     is_ratio, weight = (pl.col(name).filter(COMPARED).cast(pl.Float64) for name in ("is_ratio", "weight"))
     table = weights.with_columns(kind, tenth=tenth)
-    # Ratios of masked units are 1. The bound keeps squares finite.
-    whole = pl.col("is_ratio").cast(pl.Float64).log().sum().clip(-MAX_LOG_WEIGHT, MAX_LOG_WEIGHT)
-    by_response = table.group_by("rollout_id", maintain_order=True).agg(log_ratio=whole)
+    per_unit = pl.col("is_ratio").cast(pl.Float64).log().mean()
+    by_response = table.filter(COMPARED).group_by("rollout_id", maintain_order=True).agg(log_ratio=per_unit)
     return _row(
         table.select(
             advantage=pl.col("advantage").filter(COMPARED).cast(pl.Float64).sum(),
@@ -125,8 +125,7 @@ def _of_weights(weights: pl.DataFrame, kind: pl.Series, clip: float) -> Sums:
         by_response.select(
             weighed_responses=pl.len(),
             log_ratio=pl.col("log_ratio").sum(),
-            response_ratio=pl.col("log_ratio").exp().sum(),
-            response_ratio_squared=(2 * pl.col("log_ratio")).exp().sum(),
+            log_ratio_squared=(pl.col("log_ratio") ** 2).sum(),
         )
     )
 
@@ -168,12 +167,18 @@ def entropy(total: Sums, own: bool) -> Entropy:
     )
 
 
-def ratios(total: Sums) -> tuple[Ratios, Ratios, float | None]:
-    """Effective sample size and chi^2 of the units' and the responses' importance ratios, and the mean log-ratio in nats."""
-    of_units = ess(compared(total), total["ratio"], total["ratio_squared"])
-    of_responses = ess(total["weighed_responses"], total["response_ratio"], total["response_ratio_squared"])
-    units, responses = (Ratios(ess=found, chi2=found and 1 / found - 1) for found in (of_units, of_responses))
-    return units, responses, ratio(total["log_ratio"], total["weighed_responses"])
+def ratios(total: Sums) -> Ratios:
+    """Effective sample size and chi^2 of the compared units' importance ratios."""
+    found = ess(compared(total), total["ratio"], total["ratio_squared"])
+    return Ratios(ess=found, chi2=found and 1 / found - 1)
+
+
+def distance(total: Sums) -> Distance:
+    """Mean and standard deviation of the responses' log-ratios per unit; a response without compared units has none."""
+    mean, squared = (ratio(total[name], total["weighed_responses"]) for name in ("log_ratio", "log_ratio_squared"))
+    if mean is None or squared is None:
+        return Distance(log_ratio=None, log_ratio_sd=None)
+    return Distance(log_ratio=mean, log_ratio_sd=math.sqrt(max(0.0, squared - mean * mean)))
 
 
 def clipped(total: Sums, kinds: Iterable[str]) -> float | None:

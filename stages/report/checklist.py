@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from schemas.diagnostics import Diagnostics, Sampling, Teacher
+from schemas.diagnostics import Diagnostics, Distance, Sampling, Teacher
 
 Cell = Callable[[Diagnostics], str]
 
@@ -50,6 +50,10 @@ def _weights(d: Diagnostics) -> str:
     return d.loss.weights + (f", times importance ratios up to {ceiling:g}" if ceiling else "")
 
 
+def _spread(found: Distance) -> str:
+    return f"{number(found.log_ratio)} (± {number(found.log_ratio_sd)})"
+
+
 def _per_token(value: float | None, per_byte: float | None) -> str:
     return f"{number(value)} ({number(per_byte)} a byte)"
 
@@ -79,16 +83,12 @@ ROWS: dict[str, dict[str, Cell]] = {
         "rounds behind": lambda d: "reused" if d.staleness.rounds_behind is None else str(d.staleness.rounds_behind),
         "effective sample size, units": lambda d: percent(d.staleness.units.ess),
         "χ², units": lambda d: number(d.staleness.units.chi2),
-        "effective sample size, responses": lambda d: percent(d.staleness.responses.ess),
-        "χ², responses": lambda d: number(d.staleness.responses.chi2),
-        "log-ratio, nats per response": lambda d: number(d.staleness.log_ratio),
+        "log-ratio of responses, nats per unit": lambda d: _spread(d.staleness.responses),
         "in training, first and last step: effective sample size, units": lambda d: (
             f"{percent(d.training.first.units.ess)}, {percent(d.training.last.units.ess)}" if d.training else "-"
         ),
-        "likewise, responses": lambda d: (
-            f"{percent(d.training.first.responses.ess)}, {percent(d.training.last.responses.ess)}"
-            if d.training
-            else "-"
+        "likewise: log-ratio of responses": lambda d: (
+            f"{_spread(d.training.first.responses)}, {_spread(d.training.last.responses)}" if d.training else "-"
         ),
         "steps taken, budget": lambda d: (
             f"{d.training.steps}, {d.training.budget}" + (" (stale)" if d.training.ended == "min_ess" else "")

@@ -86,34 +86,24 @@ def charts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
     steps = pl.concat(
         [pl.read_ndjson(run.phase(f"round-{r}").states / "metrics.jsonl", infer_schema_length=None) for r in run.rounds]
     ).with_row_index("at")
-    step = alt.X("at:Q", title="optimiser step", axis=alt.Axis(tickMinStep=1, format="d"))
-    curve = (
-        alt.Chart(steps)
-        .mark_line(point=True)
-        .encode(
-            x=step,
-            y=alt.Y("sampled_kl:Q", title="sampled reverse KL, nats per unit"),
-            color=alt.Color("round:N", title="round"),
-        )
-    )
-    over = {"units": "ess", "responses": "response_ess"}
-    if config.rollouts.replay or config.reuse:  # else the same as units
-        over["units, since the round's start"] = "drift_ess"
-    drift = (
-        alt.Chart(
-            steps.select("at", "round", **over).unpivot(index=["at", "round"], variable_name="of", value_name="ess")
-        )
-        .mark_line(point=True)
-        .encode(
-            x=step,
-            y=alt.Y("ess:Q", title="effective sample size", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])),
-            color=alt.Color("round:N", title="round"),
-            strokeDash=alt.StrokeDash("of:N", title="over", sort=list(over), legend=alt.Legend(symbolType="stroke")),
-        )
-    )
+    told = {"sampled, all units": "sampled_kl", "over candidates": "divergence"}
+    curve = _lines(steps, {name: key for name, key in told.items() if key in steps.columns}, "nats per unit")
+    curves = [curve.properties(width=330, height=200)]
+    if "surrogate" in steps.columns:  # on a scale of its own, which means nothing
+        path = _lines(steps, {"sampled path": "surrogate"}, "surrogate")
+        curves.append(path.properties(width=330, height=70))
+    over = {"what sampled": "ess"}
+    if config.rollouts.replay or config.reuse:  # else the same
+        over["round's start"] = "drift_ess"
+    drift = _lines(steps, over, "effective sample size", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1]))
     if config.train.min_ess is not None:
-        bound = alt.Chart(pl.DataFrame({"ess": [config.train.min_ess]}))
-        drift = drift + bound.mark_rule(color="#b42318").encode(y="ess:Q")
+        bound = alt.Chart(pl.DataFrame({"value": [config.train.min_ess]}))
+        drift = drift + bound.mark_rule(color="#b42318").encode(y="value:Q")
+    mean, spread = pl.col("response_log_ratio"), pl.col("response_log_ratio_sd")
+    responses = steps.select("at", "round", mean=mean, low=mean - spread, high=mean + spread)
+    moved = _lines(responses, {"responses": "mean"}, "log-ratio, nats per unit") + alt.Chart(responses).mark_rule(
+        opacity=0.4
+    ).encode(x=STEP, y="low:Q", y2="high:Q", color=ROUND)
     ends = pl.DataFrame(
         [
             dict(
@@ -183,8 +173,8 @@ def charts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
     ]
     drawn = {
         "ends": alt.hconcat(*measured) if measured else None,
-        "curve": curve.properties(width=330, height=200),
-        "drift": drift.properties(width=330, height=200),
+        "curve": alt.vconcat(*curves).resolve_scale(x="shared"),
+        "drift": alt.vconcat(drift.properties(width=330, height=130), moved.properties(width=330, height=130)),
         "coverage": covered.properties(width=330),
         "credit": by_tenth.properties(width=330, height=180),
     }
@@ -197,6 +187,22 @@ def charts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
             .properties(width=400)
         )
     return {name: svg(chart) for name, chart in drawn.items() if chart is not None}
+
+
+STEP = alt.X("at:Q", title="optimiser step", axis=alt.Axis(tickMinStep=1, format="d"))
+ROUND = alt.Color("round:N", title="round")
+
+
+def _lines(steps: pl.DataFrame, told: dict[str, str], title: str, **options: Any) -> alt.LayerChart:
+    """Figures of every step, one line each; `told` names their columns for people."""
+    table = steps.select("at", "round", **told).unpivot(index=["at", "round"], variable_name="of")
+    of = alt.Chart(table.drop_nulls()).encode(x=STEP, y=alt.Y("value:Q", title=title, **options), color=ROUND)
+    lines = of.mark_line()
+    if len(told) > 1:
+        legend = alt.Legend(symbolType="stroke", symbolStrokeColor="#444", symbolSize=300)
+        lines = lines.encode(strokeDash=alt.StrokeDash("of:N", title=None, sort=list(told), legend=legend))
+    # A line's own points would fill the legend's strokes, which have nothing to fill.
+    return lines + of.mark_circle(opacity=1)
 
 
 def svg(chart: alt.TopLevelMixin) -> str:

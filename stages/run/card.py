@@ -24,6 +24,12 @@ FRONT = {
     "tags": ["distillation", "on-policy-distillation"],
 }
 """What the hub reads of every card of ours."""
+FIGURES = {
+    "sampled_kl": "sampled reverse KL, nats per unit",
+    "divergence": "divergence over candidates, nats per unit that has it",
+    "surrogate": "surrogate of the sampled path, per unit that has it; only its gradient means something",
+}
+"""Of the trainer's, those that the card tells; a recipe may have no part of one kind."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -76,14 +82,14 @@ def described(model: Model, ref: ModelRef) -> dict[str, str]:
 
 
 def figures(metrics: Path) -> dict[str, Any] | None:
-    """First and last loss and sampled KL, and totals of the round's steps; None where there were none."""
+    """Sampled KL and the loss's parts at the first and the last step, and totals; None where no step was taken."""
     if not metrics.stat().st_size:
         return None
     steps = pl.read_ndjson(metrics, infer_schema_length=None)
-    ends = {
-        f"{which}_{name}": steps[name][at]
-        for which, at in (("first", 0), ("last", -1))
-        for name in ("loss", "sampled_kl")
-    }
+    ends = [
+        {"label": label, "first": steps[name][0], "last": steps[name][-1]}
+        for name, label in FIGURES.items()
+        if name in steps.columns
+    ]
     totals = steps.select(pl.col("seconds", "tokens", "units").sum()).row(0, named=True)
-    return ends | totals | {"steps": len(steps)}
+    return {"ends": ends, **totals, "steps": len(steps)}
