@@ -1,4 +1,4 @@
-"""Tokens to equal accuracy, short horizons first against a fixed one: `python benchmarks/horizon.py`. 20 minutes on two cores.
+"""Tokens to equal accuracy, short horizons first against a fixed one: `python benchmarks/horizon.py`. Minutes on two cores.
 
 The task is to write the whole numbers from A to B with commas between them: 63 to 68 tokens and a stop. The student counts well
 enough but talks before it and goes on after B; the teacher, the same model unless another is named, is shown an example and the
