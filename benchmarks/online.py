@@ -124,10 +124,10 @@ def online(config: Config, steps: int) -> dict[str, Any]:
 def generate(config: Config, model: Any, student: PreparedModel, renderer: Any, jobs: list[dict[str, Any]]) -> pa.Table:
     """Rollouts of the model that is trained, as the rollouts stage writes them."""
     options = config.rollouts
-    ids = renderer.ids(jobs, student.context - options.max_new_tokens)
+    ids = renderer.ids(jobs, student.context - options.longest)
     wanted = [Wanted(f"r0-{row['prompt_id']}-0", row, 0) for row in jobs]
     seeds = [seed_of(config.seed, one.rollout_id) for one in wanted]
-    responses = sample(model, ids, seeds, student.stop, options.max_new_tokens)
+    responses = sample(model, ids, seeds, student.stop, options.longest)
     return rollout_table(wanted, 0, ids, responses, student, False)
 
 

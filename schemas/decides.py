@@ -4,10 +4,12 @@ A stage opens its config through `settings`, which has no other keys than those 
 without being declared is an error at once, so a rule can't miss a change that its stage would see. What a shard's manifest
 says of the config, and when Snakemake makes it anew, are both `decided`.
 
-Keys are `section.key`, or `section` for all of it. Beside those that decide, a stage may read keys that say how it works and
-leave its result as it is, but for the last bits of a sum.
+Keys are `section.key`, or `section` for all of it. What the config gives round by round (`rollouts.max_new_tokens`) a phase
+has as its own value, so a change for a later round leaves the earlier ones valid. Beside the keys that decide, a stage may read
+keys that say how it works and leave its result as it is, but for the last bits of a sum.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -131,12 +133,22 @@ def keys(stage: str, phase: str = "") -> Keys:
 def settings(config: Config, stage: str, phase: str = "") -> Config:
     """The config as a stage sees it: only keys that it has declared are there, any other is an AttributeError."""
     declared = keys(stage, phase)
-    return _only(config, {*declared.decide, *declared.operate})
+    return _only(_of_phase(config, phase), {*declared.decide, *declared.operate})
 
 
 def decided(config: Config, stage: str, phase: str = "") -> dict[str, Any]:
     """The JSON-able values that decide a stage's result, nested like the config."""
-    return _only(config, set(keys(stage, phase).decide)).model_dump(mode="json", warnings=False)
+    return _only(_of_phase(config, phase), set(keys(stage, phase).decide)).model_dump(mode="json", warnings=False)
+
+
+def _of_phase(config: Config, phase: str) -> Config:
+    """The config with one horizon, that of the round which the phase's rollouts are of; of evaluation the longest."""
+    if not phase:
+        return config
+    options = config.rollouts
+    sampled_in = int(re.findall(r"\d+", phase)[-1])  # round-2@1 replays round 1
+    horizon = options.longest if phase.startswith("eval") else options.horizon(sampled_in)
+    return config.model_copy(update={"rollouts": options.model_copy(update={"max_new_tokens": horizon})})
 
 
 def _only(config: Config, wanted: set[str]) -> Config:

@@ -29,7 +29,7 @@ def main(
     threads: ThreadsOption = None,
 ) -> None:
     """Measure a checkpoint on the held-out split; writes result.json and the answers beside it."""
-    run = open_run(config_file, "evaluate")
+    run = open_run(config_file, "evaluate", f"eval-{checkpoint}")
     console.threads(threads)
     config, phase = run.settings, run.phase(f"eval-{checkpoint}")
     student = policy(run, checkpoint)
@@ -81,7 +81,7 @@ def answered(student: PreparedModel, phase: Phase) -> pl.DataFrame:
     config = phase.run.settings
     prompts = open_prompts(phase.run)
     rows = prompts.split(config.evaluate.split)
-    new = config.rollouts.max_new_tokens
+    new = config.rollouts.longest
     ids = student.renderer(prompts).ids(rows, student.context - new)
     longest = max(map(len, ids), default=0) + new
     with (

@@ -44,7 +44,7 @@ def write_rollouts(place: Place, source: Source, given: Shard) -> None:
     )
     student = policy(run, 0)
     renderer = student.renderer(prompts)
-    limit = student.context - run.settings.rollouts.max_new_tokens
+    limit = student.context - run.settings.rollouts.longest
     identity = {"student": student.ref.tokenizer, "prompt": renderer.identity, "stop_ids": student.stop.tolist()}
     identity |= {name: given.manifest.identity[name] for name in ("sampling",) if name in given.manifest.identity}
     inputs = {"rollouts": given.manifest.sha256, "prompts": prompts.shard.manifest.sha256}

@@ -36,7 +36,7 @@ def main(
         every = responses_of_evaluation(run.settings, prompts, number, run.kl_items)
     wanted = every[shard * options.shard_size : (shard + 1) * options.shard_size]
     renderer = student.renderer(prompts)
-    ids = renderer.ids([one.prompt for one in wanted], student.context - options.max_new_tokens)
+    ids = renderer.ids([one.prompt for one in wanted], student.context - options.longest)
     decided = run.decided
     identity = {
         "policy": student.ref.identity(),
@@ -49,7 +49,7 @@ def main(
         **{key: value for key, value in decided.items() if key != "student"},  # whose keys are all told above
     }
     inputs = {"prompts": prompts.shard.manifest.sha256}
-    longest = max(map(len, ids)) + options.max_new_tokens
+    longest = max(map(len, ids)) + options.longest
     with (
         open_sampler(student, longest, options.batch_size, console.say) as sampler,
         console.progress(f"{phase} rollouts", len(wanted), "responses") as advance,
@@ -60,7 +60,7 @@ def main(
             responses = sampler.sample(
                 ids[group],
                 [seed_of(run.settings.seed, one.rollout_id) for one in wanted[group]],
-                options.max_new_tokens,
+                options.longest,
                 options.temperature,
                 options.top_p,
                 options.top_k,

@@ -39,6 +39,21 @@ def test_kl_is_measured_on_what_the_split_holds() -> None:
     assert items(8, reuse=["runs/x"]) == 0
 
 
+@pytest.mark.parametrize("given", [0, [], [16, 0], [16, 2.5], "16", True, None])
+def test_horizons_are_whole_numbers(given: object) -> None:
+    with pytest.raises(OpdError, match=r"`rollouts\.max_new_tokens`: takes a number of tokens, or a list"):
+        parse_config({**MINIMAL, "rollouts": {"max_new_tokens": given}}, "here")
+
+
+def test_there_are_no_more_horizons_than_rounds() -> None:
+    def horizons(*given: int) -> tuple[int, ...]:
+        return parse_config({**MINIMAL, "rollouts": {"rounds": 2, "max_new_tokens": given}}, "here").rollouts.horizons
+
+    assert horizons(16) == (16,) and horizons(16, 32) == (16, 32)
+    with pytest.raises(OpdError, match=r"`max_new_tokens: \[16, 32, 64\]` has 3 entries, .* `rounds` is 2: drop some"):
+        horizons(16, 32, 64)
+
+
 def test_the_shipped_config_is_valid() -> None:
     assert load_config("config/config.yaml").run == "default"
 
@@ -72,7 +87,7 @@ def test_the_papers_that_are_named_are_cited_and_the_licence_is_there() -> None:
     }
     named = set(re.findall(r"arxiv\.org/abs/([\d.]+\d)", Path("README.md").read_text()))
     named |= set(re.findall(r"arXiv (\d{4}\.\d{5})", Path("config/README.md").read_text()))
-    assert cited == named and len(cited) == 11
+    assert cited == named and len(cited) == 12
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
     assert project["license"] == "Apache-2.0" and "Apache License" in Path("LICENSE").read_text()[:200]
 

@@ -5,14 +5,16 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import polars as pl
 import pytest
 import tiny
 
 from pipeline.store.shards import read_manifest
 from schemas import decides
-from schemas.config import Config, Section, parse_config
+from schemas.config import Config, Rollouts, Section, parse_config
 from stages import (
     coverage,
     diagnostics,
@@ -94,7 +96,7 @@ def whole_run(folder: Path) -> dict[str, Any]:
         "prompts": {"source": "rows.jsonl", "splits": {"examples": 1, "train": 16, "test": 4}},
         "student": {"model": str(folder / "student"), "dtype": "float32"},
         "teacher": {"model": str(folder / "teacher"), "dtype": "float32"},
-        "rollouts": {"rounds": 2, "prompts": 8, "max_new_tokens": 6, "top_k": 4, "replay": 1},
+        "rollouts": {"rounds": 2, "prompts": 8, "max_new_tokens": [3, 6], "top_k": 4, "replay": 1},
         "scores": {"support": "union", "k_max": 8},
         "coverage": {"min_compared": 0, "min_one_to_one": 0, "min_shared_mass": 0},
         "train": {"batch_size": 4, "warmup_steps": 1},
@@ -239,6 +241,66 @@ def test_what_is_decided_is_in_the_manifests(read: Reads) -> None:
     assert read_manifest(Path("runs/a/prompts.parquet")).identity == decides.decided(config, "prompts")
     scored = read_manifest(Path("runs/a/round-0/scores/000.parquet")).identity
     assert scored["scores"] == decides.decided(config, "scores")["scores"]
+
+
+def with_horizons(*horizons: int) -> Config:
+    values = {"prompts": {"source": "p.jsonl"}, "student": {"model": "a"}, "teacher": {"model": "b"}}
+    return parse_config({**values, "rollouts": {"rounds": 4, "max_new_tokens": list(horizons)}}, "here")
+
+
+def test_a_phase_has_its_own_horizon_and_evaluation_the_longest() -> None:
+    config = with_horizons(16, 64, 32)
+    expected = {"round-0": 16, "round-1": 64, "round-2": 32, "round-3": 32, "round-3@1": 64, "eval-0": 64, "eval-4": 64}
+    for stage in ("rollouts", "scores", "reuse", "evaluate"):
+        found = {phase: decides.settings(config, stage, phase).rollouts.longest for phase in expected}
+        assert found == expected, stage
+    plain = decides.settings(with_horizons(16), "rollouts", "round-2").rollouts
+    assert plain.longest == 16 and Rollouts(max_new_tokens=16).horizons == (16,)
+
+
+def test_another_horizon_makes_only_its_own_rounds_anew() -> None:
+    """By the rules' parameters and by what the stages' identities hold: those are the same."""
+
+    def anew(before: Config, after: Config) -> set[str]:
+        """The jobs of a run whose rule has another parameter."""
+        wildcards = [
+            SimpleNamespace(phase=name) for name in ("eval-0", "round-0", "round-1", "round-2", "round-3", "eval-4")
+        ]
+        jobs = [(stage, place) for stage in ("rollouts", "scores", "units", "weights") for place in wildcards]
+        jobs += [("train", SimpleNamespace(round=number)) for number in range(4)]
+        jobs += [("evaluate", SimpleNamespace(checkpoint=number)) for number in (0, 4)]
+        ids = [
+            {(stage, *vars(place).values()): workflow.reads(runs.run_of(config), stage)(place) for stage, place in jobs}
+            for config in (before, after)
+        ]
+        return {" ".join(map(str, job)) for job in ids[0] if ids[0][job] != ids[1][job]}
+
+    before = with_horizons(16, 32, 64)
+    assert anew(before, with_horizons(16, 24, 64)) == {"rollouts round-1"}
+    assert anew(before, with_horizons(16, 32, 64, 64)) == set()
+    assert anew(before, with_horizons(64, 32, 16)) == {f"rollouts round-{number}" for number in (0, 2, 3)}
+    longer = {"rollouts round-2", "rollouts round-3", "rollouts eval-0", "rollouts eval-4", "evaluate 0", "evaluate 4"}
+    assert anew(before, with_horizons(16, 32, 128)) == longer
+    report = [decides.decided(config, "report") for config in (before, with_horizons(16, 24, 64))]
+    assert report[0] != report[1]  # which prints the whole config
+
+
+def test_a_run_samples_each_round_to_its_horizon_and_evaluates_to_the_longest(read: Reads) -> None:
+    def lengths(phase: str) -> list[int]:
+        return pl.read_parquet(f"runs/a/{phase}/rollouts/000.parquet")["response_ids"].list.len().to_list()
+
+    def made_with(phase: str) -> int:
+        return int(read_manifest(Path(f"runs/a/{phase}/rollouts/000.parquet")).identity["sampling"]["max_new_tokens"])
+
+    phases = ("eval-0", "round-0", "round-1", "eval-2")
+    assert [made_with(phase) for phase in phases] == [6, 3, 6, 6]
+    assert [max(lengths(phase)) for phase in phases] == [6, 3, 6, 6]
+    # A cut response has every token in a unit, and no stop.
+    units = pl.read_parquet("runs/a/round-0/units/000.parquet")
+    rollouts = pl.read_parquet("runs/a/round-0/rollouts/000.parquet")
+    assert units["s_len"].sum() == rollouts["response_ids"].list.len().sum()
+    stopped = (rollouts["finish_reason"] == "stop").sum()
+    assert (units["kind"] == "stop").sum() == stopped < len(rollouts)
 
 
 def test_rules_ask_for_what_a_phase_has(read: Reads) -> None:

@@ -461,6 +461,15 @@ def test_same_seed_same_response_whatever_the_batch(name: str) -> None:
     assert [r.ids.tolist() for r in other] != [r.ids.tolist() for r in alone]
 
 
+def test_a_shorter_horizon_samples_the_beginning_of_the_same_responses() -> None:
+    model, prompts, seeds = model_of("llama"), some_prompts(), [seed_of("run", i) for i in range(7)]
+    whole = sample(model, prompts, seeds, STOP, 12)
+    assert max(len(response.ids) for response in whole) == 12
+    for short, long in zip(sample(model, prompts, seeds, STOP, 5), whole, strict=True):
+        assert short.ids.tolist() == long.ids[:5].tolist()
+        assert short.stopped == (long.stopped and len(long.ids) <= 5)
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.filterwarnings("error:.past_key_values")  # a name that transformers drops in 5.40
 def test_temperature_zero_is_greedy_generate(name: str) -> None:

@@ -10,9 +10,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from schemas.config import parse_config
 from schemas.tables import arrow_schema
 from stages.tools.cli import app
-from stages.tools.plan import WIDTH, what_rules_keep
+from stages.tools.plan import WIDTH, _costs, what_rules_keep
 
 
 def test_rules_are_sums_over_the_vocabulary() -> None:
@@ -56,6 +57,24 @@ def test_rules_are_sums_over_the_vocabulary() -> None:
     assert sizes == sorted(sizes) and sizes[0] > 8
 
 
+def test_costs_count_what_each_rounds_horizon_leaves() -> None:
+    """Against sums over single responses, for lengths on the two sides that are proportional."""
+    values: dict[str, Any] = {"prompts": {"source": "p"}, "student": {"model": "a"}, "teacher": {"model": "b"}}
+    values |= {"rollouts": {"rounds": 3, "prompts": 4, "max_new_tokens": [2, 8]}, "train": {"epochs": 2}}
+    sampled = [1, 2, 5, 8]  # tokens of the student's; the teacher has half as many again
+    cut = [sum(min(length, horizon) for length in sampled) for horizon in (2, 8, 8)]
+    measured = {
+        "lengths": {"student_prompt": 10, "student_response": 4, "teacher_prompt": 30, "teacher_response": 6},
+        "kept": [tokens / sum(sampled) for tokens in cut],
+        "rates": {"rollouts": 1, "scores": 2, "train": 4},
+    }
+    found = _costs(parse_config(values, "here"), measured)
+    expected = {"rollouts": sum(cut), "scores": 3 * 4 * 30 + 1.5 * sum(cut), "train": 2 * (3 * 4 * 10 + sum(cut))}
+    assert found["tokens"] == pytest.approx(expected) and found["responses"] == 12
+    assert found["scored_tokens"] == pytest.approx(1.5 * sum(cut) + 12)  # and an end row each
+    assert found["hours"]["scores"] == pytest.approx(expected["scores"] / 2 / 3600)
+
+
 @pytest.mark.slow
 def test_a_plan_of_a_real_run(smollm2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = yaml.safe_load((Path(__file__).parents[1] / "config/config.yaml").read_text())
@@ -63,6 +82,7 @@ def test_a_plan_of_a_real_run(smollm2: Any, tmp_path: Path, monkeypatch: pytest.
     config["student"] = {"model": smollm2.ref.path}
     config["teacher"] = {"model": smollm2.ref.path, "prompt": "{{ prompt }} (The answer is {{ answer }}.)"}
     config["train"] = {"batch_size": 4}
+    config["rollouts"]["max_new_tokens"] = [2, 16]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPD_CACHE", str(tmp_path / "cache"))
@@ -74,6 +94,8 @@ def test_a_plan_of_a_real_run(smollm2: Any, tmp_path: Path, monkeypatch: pytest.
     kl = [rule["kl"] for rule in plan["rules"] if rule["rule"].startswith("k_max")]
     assert kl == sorted(kl, reverse=True) and kl[0] > 0
     assert plan["costs"]["responses"] == 480
+    first, *later = plan["kept"]
+    assert later == [1, 1] and first == pytest.approx(2 / plan["lengths"]["student_response"], rel=0.1)
     assert not list(tmp_path.glob("runs*"))  # it leaves nothing but a prepared model and scores in the cache
     outcome = CliRunner().invoke(app, [*arguments, "--score-rate", "1000000"])
     faster = json.loads(next(line for line in outcome.output.splitlines() if line.startswith("{")))

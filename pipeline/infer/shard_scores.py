@@ -86,7 +86,7 @@ class ShardScores:
     @cached_property
     def teacher_prompts(self) -> list[list[np.ndarray]]:
         """Prompt ids of each response, by row group. Raises OpdError when one leaves too little room for a response."""
-        limit = self.teacher.context - self.config.rollouts.max_new_tokens
+        limit = self.teacher.context - self.config.rollouts.longest
         groups = (group["prompt_id"].to_pylist() for group in self.rollouts.row_groups())
         return [self.renderer.ids((self.prompts.rows[name] for name in names), limit) for names in groups]
 

@@ -34,7 +34,7 @@ def greedy_answers(
         OpdError: a single response is more than memory holds.
     """
     seeds = [0] * len(rows)  # no draw
-    responses = sampler.sample(prompts, seeds, config.rollouts.max_new_tokens, temperature=0, advance=advance)
+    responses = sampler.sample(prompts, seeds, config.rollouts.longest, temperature=0, advance=advance)
     texts = [response_text(student, response) for response in responses]
     score = scorer(config.evaluate, config.prompts.source)
     scored = [score(text, row) for text, row in zip(texts, rows, strict=True)]

@@ -1,6 +1,8 @@
 """Sampling from the student."""
 
-from pydantic import Field
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
 
 from schemas.config.section import Section
 
@@ -17,7 +19,12 @@ class Rollouts(Section):
     )
     prompts: int = Field(128, ge=1, description="train prompts per round")
     samples: int = Field(1, ge=1, description="responses per prompt")
-    max_new_tokens: int = Field(16, ge=1, description="tokens per response at most")
+    max_new_tokens: int | tuple[int, ...] = Field(
+        16,
+        description="tokens per response at most; or a list with one number a round, such as [16, 32, 64], whose last stands "
+        "for all later rounds: what is cut off is not sampled, scored or trained on (short horizons first, TOPD, arXiv "
+        "2605.31490). Evaluation always has the largest",
+    )
     temperature: float = Field(
         1.0,
         gt=0,
@@ -35,3 +42,34 @@ class Rollouts(Section):
     )
     shard_size: int = Field(1024, ge=1, description="responses per shard; a shard is one job")
     batch_size: int = Field(128, ge=1, description="responses generated at once")
+
+    @field_validator("max_new_tokens", mode="before")
+    @classmethod
+    def _one_or_one_a_round(cls, value: Any) -> Any:
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if not numbers or any(type(number) is not int or number < 1 for number in numbers):
+            raise ValueError("takes a number of tokens, or a list with one for each round, each at least 1")
+        return value
+
+    @model_validator(mode="after")
+    def _no_more_horizons_than_rounds(self) -> "Rollouts":
+        if len(self.horizons) > self.rounds:
+            raise ValueError(
+                f"`max_new_tokens: {list(self.horizons)}` has {len(self.horizons)} entries, one a round, but `rounds` is "
+                f"{self.rounds}: drop some, or add rounds"
+            )
+        return self
+
+    @property
+    def horizons(self) -> tuple[int, ...]:
+        """Tokens per response at most, by round; the last stands for all later rounds."""
+        return (self.max_new_tokens,) if isinstance(self.max_new_tokens, int) else self.max_new_tokens
+
+    @property
+    def longest(self) -> int:
+        """Tokens per response at most in any phase; of the phase at work in what a stage sees (`schemas.decides`)."""
+        return max(self.horizons)
+
+    def horizon(self, round_index: int) -> int:
+        """Tokens per response at most in a round."""
+        return self.horizons[min(round_index, len(self.horizons) - 1)]

@@ -16,7 +16,12 @@ SCHEMES = {
         "(teacher's over student's prob. of all before)^alpha, over its mean at the same unit index in all shards of the phase",
         ("alpha",),
     ),
-    "prefix": Option("1 on the first `prefix_share` of the units, 0 after", ("prefix_share",)),
+    "prefix": Option(
+        "1 on the first `prefix_share` of the units, 0 after; the rest is sampled and scored all the same. A share of a "
+        "response is known only once it has ended: a short `rollouts.max_new_tokens`, a number of tokens, saves what it "
+        "leaves out",
+        ("prefix_share",),
+    ),
 }
 """What `weights.scheme` takes; `pipeline.weights.importance.SCHEMES` computes them."""
 

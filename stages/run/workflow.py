@@ -26,7 +26,9 @@ def reads(run: Run, stage: str) -> Callable[[Any], str]:
 
     def of(wildcards: Any) -> str:
         named = f"{stage} {wildcards.role}" if stage == "models" else stage
-        values = decided(run.config, named, getattr(wildcards, "phase", ""))
+        checkpoint = getattr(wildcards, "checkpoint", None)
+        phase = getattr(wildcards, "phase", "") if checkpoint is None else f"eval-{checkpoint}"
+        values = decided(run.config, named, phase)
         return digest([values, {code: own_code.source_digest(code) for code in own_code_in(values)}])
 
     return of

@@ -62,7 +62,8 @@ def main(
         where = Path(folder) / "config.yaml"
         where.write_text(yaml.safe_dump(small.model_dump(mode="json"), allow_unicode=True))
         with contextlib.chdir(folder):
-            measured = _measure(small, where)
+            horizons = [config.rollouts.horizon(number) for number in range(config.rollouts.rounds)]
+            measured = _measure(small, where, horizons)
     rates = {"rollouts": rollout_rate, "scores": score_rate, "train": train_rate}
     measured["rates"] |= {name: rate for name, rate in rates.items() if rate}
     result = measured | {"costs": _costs(config, measured)}
@@ -73,7 +74,10 @@ def main(
 
 
 def _small(config: Config, responses: int) -> Config:
-    """The config of a run of one round over a few prompts that keeps as many candidates as may be asked about."""
+    """The config of a run of one round over a few prompts that keeps as many candidates as may be asked about.
+
+    Its responses are as long as any round's; those of a shorter horizon begin like them.
+    """
 
     def here(source: str) -> str:
         return str(Path(source).absolute()) if Path(source).exists() else source
@@ -88,14 +92,18 @@ def _small(config: Config, responses: int) -> Config:
     for role in ("student", "teacher"):
         values[role]["model"] = here(values[role]["model"])
     values["rollouts"] |= {"rounds": 1, "prompts": responses, "samples": 1, "shard_size": responses}
+    values["rollouts"]["max_new_tokens"] = config.rollouts.longest
     values["scores"] |= {"support": "teacher", "min_p": 0.0, "mass": 1.0, "k_max": WIDTH}
     values["audit"] |= {"responses": 0}
     values["evaluate"] |= {"kl_items": 0}
     return Config.model_validate(values)
 
 
-def _measure(config: Config, where: Path) -> dict[str, Any]:
-    """Run the stages once; rates are of the work itself, without what it takes to open an engine and its model."""
+def _measure(config: Config, where: Path, horizons: list[int]) -> dict[str, Any]:
+    """Run the stages once; rates are of the work itself, without what it takes to open an engine and its model.
+
+    `horizons` are the rounds', whose shares of the response tokens that were sampled are measured.
+    """
     phase, run = "round-0", run_of(config)
     place = run.phase(phase)[0]
     prompts.main(where)
@@ -124,6 +132,7 @@ def _measure(config: Config, where: Path) -> dict[str, Any]:
     )
     teacher_prompts = sum(len(ids) for group in wanted.teacher_prompts for ids in group)
     rows = len(sampled)
+    counts = sampled["response_ids"].combine_chunks().value_lengths().to_numpy()
     lengths = {
         "student_prompt": _mean_length(sampled["prompt_ids"]),
         "student_response": _mean_length(sampled["response_ids"]),
@@ -136,6 +145,7 @@ def _measure(config: Config, where: Path) -> dict[str, Any]:
     return {
         "responses": rows,
         "lengths": lengths,
+        "kept": [float(np.minimum(counts, horizon).sum() / counts.sum()) for horizon in horizons],
         "rates": {
             "rollouts": rows * lengths["student_response"] / max(spent["rollouts"], 1e-3),
             "scores": rows * (lengths["teacher_prompt"] + lengths["teacher_response"]) / max(spent["scores"], 1e-3),
@@ -225,10 +235,11 @@ def _costs(config: Config, measured: dict[str, Any]) -> dict[str, Any]:
     """Tokens, hours and bytes of the configured run, and hours of several variants offline and online."""
     options, lengths, rates = config.rollouts, measured["lengths"], measured["rates"]
     total = options.rounds * options.prompts * options.samples
+    whole = options.prompts * options.samples * sum(measured["kept"])  # responses, cut ones by what is left of them
     tokens = {
-        "rollouts": total * lengths["student_response"],
-        "scores": total * (lengths["teacher_prompt"] + lengths["teacher_response"]),
-        "train": total * config.train.epochs * (lengths["student_prompt"] + lengths["student_response"]),
+        "rollouts": whole * lengths["student_response"],
+        "scores": total * lengths["teacher_prompt"] + whole * lengths["teacher_response"],
+        "train": config.train.epochs * (total * lengths["student_prompt"] + whole * lengths["student_response"]),
     }
     hours = {name: tokens[name] / rates[name] / 3600 for name in tokens}
     # Variants offline: other objectives, weights or students on the same rollouts and scores; online each makes its own.
@@ -236,7 +247,7 @@ def _costs(config: Config, measured: dict[str, Any]) -> dict[str, Any]:
         "responses": total,
         "tokens": tokens,
         "hours": hours,
-        "scored_tokens": total * (lengths["teacher_response"] + 1),
+        "scored_tokens": whole * lengths["teacher_response"] + total,
         "variants": [
             {
                 "runs": n,
