@@ -3,12 +3,15 @@
 import os
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
+from pipeline.align.texts import Side
 from pipeline.align.tokens import TokenBytes
 from pipeline.align.vocabularies import end_ids, stop_ids
 from pipeline.models import ModelRef, generation_config, load_tokenizer, prepare, vocabulary
@@ -23,6 +26,16 @@ class RealModel:
     ref: ModelRef
     tokenizer: Any
     vocabulary: TokenBytes
+
+    @cached_property
+    def side(self) -> Side:
+        """Its tokenizer and vocabulary, for texts."""
+        return Side(self.tokenizer, self.vocabulary)
+
+    @property
+    def encoder(self) -> Tokenizer:
+        """Its tokenizer's copy for texts, made once a session: that takes seconds."""
+        return self.side.encoder
 
     def stop(self, *strings: str) -> np.ndarray:
         """Its stop ids with these stop strings."""
