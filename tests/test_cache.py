@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import tiny
 import yaml
 from typer.testing import CliRunner
 
@@ -170,14 +171,14 @@ def test_ls_verify_and_gc(tmp_path: Path) -> None:
 
 
 class ScoredRun:
-    """A run of the stages themselves, up to scores: SmolLM2 teaches itself with the answer at hand."""
+    """A run of the stages themselves, up to scores: a model teaches itself with the answer at hand."""
 
-    def __init__(self, folder: Path, model: str, shards: int = 4, **scores: Any) -> None:
+    def __init__(self, folder: Path, model: str, shards: int = 4, dtype: str = "auto", **scores: Any) -> None:
         self.folder, self.shards, self.cache = folder, shards, folder / "cache"
         config: dict[str, Any] = yaml.safe_load((ROOT / "config/config.yaml").read_text())
         config["prompts"]["splits"] = {"examples": 0, "train": 2 * shards, "dev": 0, "test": 1}
-        config["student"] = {"model": model}
-        config["teacher"] = {"model": model, "prompt": "{{ prompt }} (The answer is {{ answer }}.)"}
+        config["student"] = {"model": model, "dtype": dtype}
+        config["teacher"] = {"model": model, "dtype": dtype, "prompt": "{{ prompt }} (The answer is {{ answer }}.)"}
         config["rollouts"] |= {"rounds": 1, "prompts": 2 * shards, "shard_size": 2, "max_new_tokens": 12}
         config["audit"] = {"responses": 1}
         if scores:
@@ -202,9 +203,11 @@ class ScoredRun:
 
 
 @pytest.fixture(scope="module")
-def scored(tmp_path_factory: pytest.TempPathFactory, smollm2: Any) -> Any:
+def scored(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("scored")
+    tiny.saved(folder / "model", [("a", "b"), ("1", "2")])
     with pytest.MonkeyPatch.context() as patch:
-        yield ScoredRun(tmp_path_factory.mktemp("scored"), smollm2.ref.path).make(patch)
+        yield ScoredRun(folder, str(folder / "model"), dtype="bfloat16").make(patch)  # the audit's is float32
 
 
 def test_the_audit_is_in_the_manifest_and_stops_what_differs(
@@ -270,10 +273,13 @@ def test_scores_of_a_moved_run_need_no_forward(scored: ScoredRun, monkeypatch: p
 
 
 @pytest.mark.slow
-def test_killed_fifty_times_in_scoring(scored: ScoredRun, tmp_path: Path) -> None:
+def test_killed_fifty_times_in_scoring(smollm2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Byte-identical to the uninterrupted run, nothing finished is made again, nothing temporary left."""
+    (tmp_path / "run").mkdir()
+    scored = ScoredRun(tmp_path / "run", smollm2.ref.path).make(monkeypatch)
+    again = tmp_path / "again"  # the cache that is killed at
     expected = {scored.shard(n).resolve().name: scored.shard(n).read_bytes() for n in range(scored.shards)}
-    environment = {**os.environ, "OPD_CACHE": str(tmp_path), "OMP_WAIT_POLICY": "passive"}
+    environment = {**os.environ, "OPD_CACHE": str(again), "OMP_WAIT_POLICY": "passive"}
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "tests/scoring_process.py"), str(scored.config), str(scored.shards)],
         cwd=scored.folder,
@@ -297,11 +303,11 @@ def test_killed_fifty_times_in_scoring(scored: ScoredRun, tmp_path: Path) -> Non
         deadline = began + rng.uniform(0, 2 * one) if completed and kills < 50 else float("inf")
         while time.monotonic() < deadline and Path(f"/proc/{child}").exists() and not _gone(child):
             time.sleep(0.002)
-        in_writing += bool(list(tmp_path.glob("scores/.*.tmp")))
+        in_writing += bool(list(again.glob("scores/.*.tmp")))
         if time.monotonic() >= deadline:
             os.kill(child, signal.SIGKILL)
         status = int(process.stdout.readline())
-        whole = [p for p in tmp_path.glob("scores/*.parquet") if manifest_path(p).exists()]
+        whole = [p for p in again.glob("scores/*.parquet") if manifest_path(p).exists()]
         for path in whole:
             # What was finished before is the same file still.
             assert finished.setdefault(path.name, path.stat().st_ino) == path.stat().st_ino
@@ -311,10 +317,10 @@ def test_killed_fifty_times_in_scoring(scored: ScoredRun, tmp_path: Path) -> Non
         assert status == 0
         found = {p.name: p.read_bytes() for p in whole}
         assert found == expected
-        assert not list(tmp_path.rglob("*.tmp")) and not list(scored.folder.rglob("runs/**/*.tmp"))
+        assert not list(again.rglob("*.tmp")) and not list(scored.folder.rglob("runs/**/*.tmp"))
         one = one or (time.monotonic() - began) / scored.shards
         completed += 1
-        shutil.rmtree(tmp_path / "scores")
+        shutil.rmtree(again / "scores")
         finished.clear()
     process.stdin.close()
     assert process.wait(30) == 0
@@ -345,7 +351,7 @@ def test_rows_are_complete(scored: ScoredRun) -> None:
     assert any(row["token_id"] not in row["cand_id"] for row in table if row["token_id"] >= 0)
 
 
-@pytest.mark.parametrize("support", ["student", "union"])
+@pytest.mark.parametrize("support", ["union", pytest.param("student", marks=pytest.mark.slow)])
 def test_the_students_own_candidates_are_kept(
     support: str, smollm2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,25 +11,12 @@ from typing import Any
 import polars as pl
 import pytest
 import tiny
+import whole_run
 
 from pipeline.store.shards import read_manifest
 from schemas import decides
 from schemas.config import Config, Rollouts, Section, parse_config
-from stages import (
-    coverage,
-    diagnostics,
-    evaluate,
-    models,
-    policy,
-    prompts,
-    reuse,
-    rollouts,
-    scores,
-    train,
-    units,
-    weights,
-)
-from stages.report import page as report
+from stages import models, prompts, reuse
 from stages.run import run as runs
 from stages.run import workflow
 
@@ -80,12 +67,12 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reads]:
         patch.setenv("OPD_CACHE", str(folder / "cache"))
         patch.setattr(runs, "settings", settings)
         patch.setattr(Section, "__getattribute__", spy)
-        config = whole_run(folder)
+        config = first_run(folder)
         another_student(config)
         yield found
 
 
-def whole_run(folder: Path) -> dict[str, Any]:
+def first_run(folder: Path) -> dict[str, Any]:
     """Every stage, in order, on two tiny models with different tokenizers."""
     for name, merges in (("student", []), ("teacher", [("a", "b"), ("Ġ", "a"), ("1", "2")])):
         tiny.saved(folder / name, merges)
@@ -102,31 +89,7 @@ def whole_run(folder: Path) -> dict[str, Any]:
         "train": {"batch_size": 4, "warmup_steps": 1},
         "evaluate": {"kl_items": 2},
     }
-    where = written(config)
-    prompts.main(where)
-    models.main("student", where)
-    models.main("teacher", where)
-
-    def tables(phase: str) -> None:
-        rollouts.main(phase, 0, where, None)
-        scores.main(phase, 0, where, None)
-        units.main(phase, 0, where)
-        weights.main(phase, where)
-
-    tables("eval-0")
-    evaluate.main(0, where, None)
-    for number in (0, 1):
-        tables(f"round-{number}")
-        coverage.main(f"round-{number}", where)
-        if number:
-            policy.main("round-1@0", 0, where, None)
-            weights.main("round-1@0", where)
-        train.main(number, where, None)
-    tables("eval-2")
-    evaluate.main(2, where, None)
-    for phase in ("eval-0", "round-0", "round-1", "round-1@0", "eval-2"):
-        diagnostics.main(phase, where)
-    report.main(where)
+    whole_run.stages_of(written(config))
     return config
 
 

@@ -1,5 +1,6 @@
 """Bad input: one line that names the file or key, exit status 2, no traceback."""
 
+import importlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from schemas.errors import OpdError
 from stages import prompts
 from stages.run import console
 
+ROOT = Path(__file__).parents[1]
 GOOD: dict[str, Any] = {
     "run": "r",
     "prompts": {"source": "prompts.jsonl", "splits": {"examples": 1, "train": 2, "dev": 0, "test": 2}},
@@ -29,10 +31,12 @@ GOOD: dict[str, Any] = {
 
 
 class Workplace:
-    """A working directory with a config and prompts, where stages are run as commands."""
+    """The working directory, with a config and prompts, where stages are run as commands: in this process, or in their own."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch, output: pytest.CaptureFixture[str]) -> None:
+        self.folder, self.patch, self.output = folder, patch, output
+        patch.chdir(folder)
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         self.config(**GOOD)
         self.prompts([{"prompt": f"Say {i}.", "answer": str(i)} for i in range(5)])
 
@@ -42,25 +46,29 @@ class Workplace:
     def prompts(self, rows: list[dict[str, Any]]) -> None:
         (self.folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def stage(self, name: str, *arguments: str, prelude: str = "") -> subprocess.CompletedProcess[str]:
-        code = f"{prelude}\nimport runpy, sys; sys.argv = {['stage', '--config', 'config.yaml', *arguments]!r}\n"
-        code += f"runpy.run_module('stages.{name}', run_name='__main__')"
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-c", code]
-        return subprocess.run(command, cwd=self.folder, capture_output=True, text=True, env=environment, check=False)
+    def stage(self, name: str, *arguments: str) -> int:
+        """A stage as `python -m` runs it; its exit status."""
+        self.output.readouterr()
+        self.patch.setattr(sys, "argv", ["stage", "--config", "config.yaml", *arguments])
+        with pytest.raises(SystemExit) as left:
+            console.run(importlib.import_module(f"stages.{name}").main)
+        return int(left.value.code or 0)
 
-    def refuses(self, stage: str, *arguments: str, prelude: str = "") -> str:
+    def refuses(self, stage: str, *arguments: str) -> str:
         """The one line that a stage refuses with."""
-        done = self.stage(stage, *arguments, prelude=prelude)
-        lines = [line for line in done.stderr.splitlines() if line]
-        assert done.returncode == 2, done.stderr
-        assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
-        return lines[0]
+        return one_line_of(self.stage(stage, *arguments), self.output.readouterr().err)
+
+
+def one_line_of(status: int, said: str) -> str:
+    lines = [line for line in said.splitlines() if line]
+    assert status == 2, said
+    assert len(lines) == 1 and lines[0].startswith("error: "), said
+    return lines[0]
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Workplace:
-    return Workplace(tmp_path)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Workplace:
+    return Workplace(tmp_path, monkeypatch, capfd)
 
 
 def test_config_keys_and_types(place: Workplace) -> None:
@@ -72,7 +80,7 @@ def test_config_keys_and_types(place: Workplace) -> None:
 
 def test_snakemake_names_the_key_too(place: Workplace) -> None:
     place.config(**GOOD, trian={})
-    command = ["snakemake", "-s", str(Path("Snakefile").resolve()), "--configfile", "config.yaml", "--cores", "1", "-n"]
+    command = ["snakemake", "-s", str(ROOT / "Snakefile"), "--configfile", "config.yaml", "--cores", "1", "-n"]
     done = subprocess.run(command, cwd=place.folder, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "unknown key `trian`" in done.stderr and "Traceback" not in done.stderr
@@ -122,15 +130,15 @@ def test_empty_and_missing_prompts(place: Workplace) -> None:
 
 def test_a_prompt_longer_than_the_context(place: Workplace, smollm2: Any) -> None:
     place.prompts([{"prompt": "many words " * 5000 + str(i), "answer": "1"} for i in range(5)])
-    assert place.stage("prompts").returncode == 0
-    assert place.stage("models", "--role", "student").returncode == 0
+    assert place.stage("prompts") == 0
+    assert place.stage("models", "--role", "student") == 0
     line = place.refuses("rollouts", "--phase", "round-0")
     assert "prompt p003: " in line and "but its context leaves room for 8188" in line
 
 
 def test_a_corrupted_shard_and_a_missing_stage(place: Workplace) -> None:
     assert "run the stage that writes it" in place.refuses("rollouts", "--phase", "round-0")
-    assert place.stage("prompts").returncode == 0
+    assert place.stage("prompts") == 0
     shard = place.folder / "runs/r/prompts.parquet"
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
@@ -141,22 +149,25 @@ def test_a_corrupted_shard_and_a_missing_stage(place: Workplace) -> None:
 
 
 def test_a_full_disk(place: Workplace) -> None:
-    """A file-size limit makes writes fail as a full disk does: in the middle, with an OSError of the kernel's."""
-    limit = "import resource, signal; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))"
-    line = place.refuses("prompts", prelude=limit)
+    """A file-size limit makes writes fail as a full disk does: in the middle, with an OSError of the kernel's.
+
+    In a process of its own, which so shows what a person sees of any refusal.
+    """
+    code = "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); "
+    code += "runpy.run_module('stages.prompts', run_name='__main__', alter_sys=True)"
+    command = [sys.executable, "-c", code, "--config", "config.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    line = one_line_of(done.returncode, done.stderr)
     assert "runs/r/prompts.parquet: cannot write" in line
     assert [p.name for p in (place.folder / "runs/r").iterdir()] == []
 
 
-def test_no_write_permission(
-    place: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(place.folder)
+def test_no_write_permission(place: Workplace, capfd: pytest.CaptureFixture[str]) -> None:
     # Whatever is imported late is imported now, while we may read everything: the work and the complaint.
     prompts.main(Path("config.yaml"))
     with pytest.raises(typer.Exit):
         console.reporting(prompts.main)(Path("none.yaml"))
-    capsys.readouterr()
+    capfd.readouterr()
     shutil.rmtree("runs")
     Path("runs").mkdir(mode=0o555)
     root = os.geteuid() == 0  # who may write anywhere, so for a moment the test is nobody
@@ -171,4 +182,4 @@ def test_no_write_permission(
         if root:
             os.seteuid(0)
     assert left.value.exit_code == 2
-    assert capsys.readouterr().err == "error: runs/r/prompts.parquet: cannot write here: Permission denied\n"
+    assert capfd.readouterr().err == "error: runs/r/prompts.parquet: cannot write here: Permission denied\n"

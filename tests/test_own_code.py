@@ -10,15 +10,6 @@ from pipeline.own_code import load, source_digest
 from schemas.errors import OpdError
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, of which nothing stays imported."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
-    return tmp_path
-
-
 def test_a_function_of_the_working_directory(folder: Path) -> None:
     (folder / "mine.py").write_text("import beside\ndef double(x): return beside.FACTOR * x\n")
     (folder / "beside.py").write_text("FACTOR = 2\n")

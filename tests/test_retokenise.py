@@ -8,7 +8,7 @@ import pytest
 from hard_texts import HARD_TEXTS
 
 from pipeline.align.retokenise import retokenise
-from pipeline.align.tokens import encode_texts, text_tokenizer
+from pipeline.align.tokens import encode_texts
 from schemas.tables import arrow_schema
 
 TEXTS = ["The sum of 12 and 130 is 142.", "", "42", "naïve café – 漢字 🙂", "def f(x):\n\treturn x", "   spaces  "]
@@ -17,12 +17,12 @@ TEXTS = ["The sum of 12 and 130 is 142.", "", "42", "naïve café – 漢字 �
 def rollouts_of(model: Any, texts: list[str], stopped: list[bool], cut: int | None = None) -> pa.Table:
     """Rollouts as the model's own encoding of the texts; `cut`: a response ends in half a character there."""
     rng = np.random.default_rng(0)
-    ids, at = encode_texts(text_tokenizer(model.tokenizer, "m"), texts)
+    ids, at = encode_texts(model.encoder, texts)
     rows = []
     for i, text in enumerate(texts):
         own = ids[at[i] : at[i + 1]].tolist()
         if i == cut:
-            whole = encode_texts(text_tokenizer(model.tokenizer, "m"), [text + "\U0001df00"])[0].tolist()
+            whole = encode_texts(model.encoder, [text + "\U0001df00"])[0].tolist()
             own = whole[: len(whole) - 1]
             raw = model.vocabulary.concatenate(np.array(own))[0].tobytes()
             text = raw.decode(errors="ignore")  # noqa: PLW2901
@@ -67,7 +67,7 @@ def test_sums_over_shared_stretches_are_the_behaviour_policys(direction: str, sm
     given = rollouts_of(theirs, texts, stopped, cut=3)
     prompts = [rng.integers(5, 100, n).astype(np.int32) for n in rng.integers(1, 9, len(given))]
     sides = (theirs.vocabulary, theirs.stop()), (ours.vocabulary, ours.stop())
-    told = retokenise(given, *sides, text_tokenizer(ours.tokenizer, "o"), prompts)
+    told = retokenise(given, *sides, ours.encoder, prompts)
     assert told.schema.equals(arrow_schema("rollouts"))
     for name in ("rollout_id", "prompt_id", "response", "answer"):
         assert told[name].equals(given[name])
@@ -105,4 +105,4 @@ def test_sums_over_shared_stretches_are_the_behaviour_policys(direction: str, sm
 def test_no_responses(smollm2: Any, gemma3: Any) -> None:
     none = arrow_schema("rollouts").empty_table()
     sides = ((m.vocabulary, m.stop()) for m in (smollm2, gemma3))
-    assert len(retokenise(none, *sides, text_tokenizer(gemma3.tokenizer, "g"), [])) == 0
+    assert len(retokenise(none, *sides, gemma3.encoder, [])) == 0

@@ -1,7 +1,6 @@
 """Each seam takes one more by a declaration and a line of a registry, or `module:function`; CONTRIBUTING names the files."""
 
 import re
-import sys
 from pathlib import Path
 from typing import Literal
 
@@ -36,15 +35,6 @@ def parsed(**sections: object) -> Config:
     """A config file with these sections."""
     models = {"student": {"model": "a"}, "teacher": {"model": "b"}}
     return parse_config({"prompts": {"source": "p.jsonl"}, **models, **sections}, "my.yaml")
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, of which nothing stays imported."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
-    return tmp_path
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.align.student_candidates import requested_ids
-from pipeline.align.tokens import Spelling, spell, text_tokenizer
+from pipeline.align.tokens import Spelling, spell
 from pipeline.align.vocabularies import pair_ids
 
 
@@ -67,8 +67,8 @@ def test_requested_at_the_same_place_only(case: Any) -> None:
 
 def test_on_real_tokenizers_shared_tokens_are_requested_where_words_start(smollm2: Any, gemma3: Any) -> None:
     texts = ["The sum of 12 and 130 is 142."]
-    sampled = spell(text_tokenizer(smollm2.tokenizer, "s"), smollm2.vocabulary, texts)
-    teacher = spell(text_tokenizer(gemma3.tokenizer, "t"), gemma3.vocabulary, texts)
+    sampled = spell(smollm2.encoder, smollm2.vocabulary, texts)
+    teacher = spell(gemma3.encoder, gemma3.vocabulary, texts)
     pairs = pair_ids(smollm2.vocabulary, gemma3.vocabulary)
     top = pa.array([[[i] for i in sampled.ids.tolist()]], pa.list_(pa.list_(pa.int32())))
     (requested,) = requested_ids(top, sampled, teacher, pairs)

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.align.student_view import LOG_FLOOR, student_view
-from pipeline.align.tokens import TokenBytes, encode_texts, text_tokenizer
+from pipeline.align.tokens import TokenBytes, encode_texts
 from pipeline.align.vocabularies import pair_ids, same_ids, stop_ids
 from schemas.errors import OpdError
 from schemas.tables import STOP_ID, arrow_schema
@@ -30,8 +30,8 @@ def case(smollm2: Any, gemma3: Any) -> dict[str, Any]:
     """Rollouts of SmolLM2 and made-up scores of Gemma on the same texts."""
     rng = np.random.default_rng(0)
     student_stop, teacher_stop = smollm2.stop(), gemma3.stop("\n")
-    s_ids, s_at = encode_texts(text_tokenizer(smollm2.tokenizer, "s"), TEXTS)
-    t_ids, t_at = encode_texts(text_tokenizer(gemma3.tokenizer, "t"), TEXTS)
+    s_ids, s_at = encode_texts(smollm2.encoder, TEXTS)
+    t_ids, t_at = encode_texts(gemma3.encoder, TEXTS)
     rollouts, scores = [], []
     allowed = np.setdiff1d(np.flatnonzero(gemma3.vocabulary.has_bytes), teacher_stop)
     for i, text in enumerate(TEXTS):

@@ -119,7 +119,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     class Interrupted(Exception):
         pass
 
-    for stop_at in (0, 1, 2, 5, 9, 13):
+    for stop_at in (0, 5, 13):  # before any state, after some, at the end; each with another number of workers
         folder = tmp_path / f"at-{stop_at}"
 
         def interrupt(figures: dict[str, float], last: int = stop_at) -> None:

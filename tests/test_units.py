@@ -366,8 +366,7 @@ def spellers(smollm2: Any, gemma3: Any) -> dict[str, Speller]:
     def speller(model: Any, name: str, unreadable: Callable[[str], bytes]) -> Speller:
         spelled = model.vocabulary.bytes.to_pylist()
         ids = {token: i for i, token in enumerate(spelled) if token and model.vocabulary.canonical[i]}
-        encoder = text_tokenizer(model.tokenizer, name)
-        return Speller(model.tokenizer, encoder, model.vocabulary, spelled, ids, unreadable)
+        return Speller(model.tokenizer, model.encoder, model.vocabulary, spelled, ids, unreadable)
 
     return {
         "smollm2": speller(smollm2, "smollm2", lambda text: text.encode().translate(None, LOST_BYTES)),

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
@@ -70,11 +69,13 @@ class TokenBytes:
         Returns:
             int64 (tokens,) byte ends; int64 (texts,) bytes up to which the two agree.
         """
+        from pipeline.align.walks import byte_ends  # noqa: PLC0415
+
         data, starts = flat_bytes(self.bytes)
         text, text_starts = flat_bytes(texts)
         skip = np.zeros(len(texts), np.int64) if skip is None else skip
         ends, exact = np.empty(len(ids), np.int64), np.empty(len(texts), np.int64)
-        _spell(ids, offsets, starts, data, text, text_starts, skip, ends, exact)
+        byte_ends(ids, offsets, starts, data, text, text_starts, skip, ends, exact)
         return ends, exact
 
 
@@ -88,37 +89,6 @@ def flat_bytes(values: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     first, last = int(starts[0]), int(starts[-1])
     flat = np.frombuffer(data, np.uint8)[first:last] if data and last > first else np.zeros(0, np.uint8)
     return flat, starts - first
-
-
-@numba.njit(cache=True, nogil=True)
-def _spell(
-    ids: np.ndarray,
-    offsets: np.ndarray,
-    starts: np.ndarray,
-    data: np.ndarray,
-    text: np.ndarray,
-    text_starts: np.ndarray,
-    skip: np.ndarray,
-    ends: np.ndarray,
-    exact: np.ndarray,
-) -> None:
-    """`TokenBytes.ends`, compiled: one walk over all tokens, byte by byte until the first difference."""
-    vocabulary = len(starts) - 1
-    for row in range(len(exact)):
-        begin, size = text_starts[row], text_starts[row + 1] - text_starts[row]
-        at, agreed, same = -skip[row], 0, True
-        for position in range(offsets[row], offsets[row + 1]):
-            token = ids[position]
-            if 0 <= token < vocabulary:
-                first, length = starts[token], starts[token + 1] - starts[token]
-                k = max(0, -at)
-                while same and k < length:
-                    same = at + k < size and data[first + k] == text[begin + at + k]
-                    agreed = at + k + same
-                    k += 1
-                at += length
-            ends[position] = max(at, 0)
-        exact[row] = agreed
 
 
 def token_bytes(tokenizer: Any, name: str, vocab_size: int) -> TokenBytes:

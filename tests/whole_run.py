@@ -1,0 +1,43 @@
+"""Every stage of a run in one process, as Snakemake would call them: imports, most of a tiny run's time, happen once."""
+
+from pathlib import Path
+
+from schemas.config import load_config
+from stages import coverage, diagnostics, evaluate, models, policy, prompts, rollouts, scores, train, units, weights
+from stages.report import page as report
+from stages.run.run import Phase, run_of
+
+
+def stages_of(where: Path) -> None:
+    """Run them all, in order, in the working directory."""
+    run = run_of(load_config(where))
+    prompts.main(where)
+    for role in ("student", "teacher"):
+        models.main(role, where)
+    tables(run.phase("eval-0"), where)
+    evaluate.main(0, where, None)
+    for number in run.rounds:
+        for phase in run.trained_on(number):
+            if phase.is_foreign:
+                for place in phase:
+                    policy.main(phase.name, place.number, where, None)
+                weights.main(phase.name, where)
+            else:
+                tables(phase, where)
+        coverage.main(f"round-{number}", where)
+        train.main(number, where, None)
+    last = run.checkpoints[-1]
+    tables(run.phase(f"eval-{last}"), where)
+    evaluate.main(last, where, None)
+    for phase in run.phases:
+        diagnostics.main(phase.name, where)
+    report.main(where)
+
+
+def tables(phase: Phase, where: Path) -> None:
+    """What a phase that samples has before it is trained on or evaluated."""
+    for place in phase:
+        rollouts.main(phase.name, place.number, where, None)
+        scores.main(phase.name, place.number, where, None)
+        units.main(phase.name, place.number, where)
+    weights.main(phase.name, where)
