@@ -46,7 +46,7 @@ TEACHER, STUDENT = {"k_max": 20}, {"support": "student", "min_p": 0}
 ARMS: dict[str, dict[str, Any]] = {
     "teacher 20, renormalised": {"scores": TEACHER, "objective": {"tail": "renormalise"}},
     "teacher 20, rest": {"scores": TEACHER, "objective": {"tail": "bucket"}},
-    "teacher 20, rest sampled": {"scores": TEACHER, "objective": {"tail": "sampled"}},
+    "teacher 20, rest sampled": {"scores": TEACHER, "objective": {"recipe": "rao_blackwell"}},
     "student 20, renormalised": {"scores": STUDENT, "top_k": 20, "objective": {"tail": "renormalise"}},
     "student 12, rest": {"scores": STUDENT, "top_k": 12, "objective": {"tail": "bucket"}},
     "union 20+20, rest": {"scores": {"support": "union", "k_max": 20}, "top_k": 20, "objective": {"tail": "bucket"}},

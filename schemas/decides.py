@@ -143,11 +143,13 @@ def decided(config: Config, stage: str, phase: str = "") -> dict[str, Any]:
 
 def _of_phase(config: Config, phase: str) -> Config:
     """The config with one horizon, that of the round which the phase's rollouts are of; of evaluation the longest."""
-    if not phase:
+    numbers = re.findall(r"\d+", phase)
+    if not numbers:  # none, or what the run will refuse as the name of none
         return config
     options = config.rollouts
-    sampled_in = int(re.findall(r"\d+", phase)[-1])  # round-2@1 replays round 1
-    horizon = options.longest if phase.startswith("eval") else options.horizon(sampled_in)
+    horizon = (
+        options.longest if phase.startswith("eval") else options.horizon(int(numbers[-1]))
+    )  # round-2@1 replays round 1
     return config.model_copy(update={"rollouts": options.model_copy(update={"max_new_tokens": horizon})})
 
 

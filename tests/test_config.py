@@ -16,6 +16,7 @@ from pipeline.prompts import collect
 from schemas.config import Config, Evaluate, Rollouts, Train, load_config, parse_config
 from schemas.config.objective import RECIPES
 from schemas.errors import OpdError
+from stages.run import console
 from stages.run.run import run_of
 from stages.tools.cli import app
 from stages.tools.config import config_markdown
@@ -111,10 +112,11 @@ def test_the_page_of_recipes_is_what_the_classes_say() -> None:
     assert recipes_markdown() in Path("docs/recipes.md").read_text(), "run: opd recipes --markdown, and paste it there"
 
 
-def test_every_recipe_is_printed_with_its_source_presets_keys_and_departures() -> None:
-    whole = CliRunner().invoke(app, ["recipes"], env={"COLUMNS": "400"}).output
+def test_every_recipe_is_printed_with_its_source_presets_keys_and_departures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console.out, "width", 400)  # nothing is cut or wrapped
+    whole = CliRunner().invoke(app, ["recipes"]).output
     for tag, kind in RECIPES.items():
-        one = CliRunner().invoke(app, ["recipes", tag], env={"COLUMNS": "400"}).output
+        one = CliRunner().invoke(app, ["recipes", tag]).output
         keys = {f"objective.{key}" for key in kind.model_fields if key != "recipe"}
         said = [kind.source, *kind.departs, *(f"{place.partition('.')[2]}: " for place in kind.presets)]
         assert all(text in whole for text in (tag, *said))

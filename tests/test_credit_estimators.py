@@ -332,7 +332,8 @@ def test_ratios_are_to_what_was_sampled_from_and_correct_what_the_loss_takes_fro
     for loss, expected in (
         (PLAIN, [1.0, 1.0, 1.0, 1.0]),
         (Loss.of(tiny.objective(recipe="sampled")), [1 / half, 1 / half, 1.0, 1.0]),
-        (Loss.of(tiny.objective(recipe="dpca")), [1 / half, 1 / half, 1.0, 1.0]),
+        (Loss.of(tiny.objective(recipe="dpca")), [1.0, 1.0, 1.0, 1.0]),  # has a ratio of its own
+        (Loss.of(tiny.objective(recipe="dpca", ratio_clip=None)), [1 / half, 1 / half, 1.0, 1.0]),
         (Loss.of(tiny.objective(recipe="hybrid")), [1.0, 1 / half, 1.0, 1.0]),
         (Loss.of(tiny.objective(recipe="hybrid", ratio_clip=(0.2, 0.2))), [1.0, 1.0, 1.0, 1.0]),
         (Loss.of(tiny.objective(recipe="simct")), [1.0, 1.0, 1.0, 1.0]),

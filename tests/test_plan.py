@@ -96,6 +96,12 @@ def test_a_plan_of_a_real_run(smollm2: Any, tmp_path: Path, monkeypatch: pytest.
     assert plan["costs"]["responses"] == 480
     first, *later = plan["kept"]
     assert later == [1, 1] and first == pytest.approx(2 / plan["lengths"]["student_response"], rel=0.1)
+    exact, own, *others = plan["choices"]
+    assert own["choice"] == "this config" and len(others) == 4 and exact["units"] == own["units"] > 20
+    cosine = {row["choice"]: row["cos_hidden"] for row in [own, *others]}
+    # The default config keeps 20 of the teacher's, with a class for the rest.
+    assert cosine["this config"] == pytest.approx(cosine["teacher 20, a class for the rest"], abs=1e-6)
+    assert cosine["student 20, renormalised"] > cosine["this config"] > 0.2
     assert not list(tmp_path.glob("runs*"))  # it leaves nothing but a prepared model and scores in the cache
     outcome = CliRunner().invoke(app, [*arguments, "--score-rate", "1000000"])
     faster = json.loads(next(line for line in outcome.output.splitlines() if line.startswith("{")))

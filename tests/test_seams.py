@@ -92,7 +92,7 @@ def test_a_credit_estimator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             {"scheme": "uniform", "gamma": 0.1},
             "`gamma: 0.1` means nothing to `scheme: uniform`; it is of scheme: iw_opd, si",
         ),
-        ({"alpha": 0.1}, "`alpha: 0.1` means nothing to `scheme: iw_opd`; it is of scheme: ideal"),
+        ({"alpha": 0.1}, "`alpha: 0.1` means nothing to `scheme: uniform`; it is of scheme: ideal"),
         ({"scheme": "ideal", "prefix_share": 0.1}, "`prefix_share: 0.1` means nothing to `scheme: ideal`"),
     ],
 )

@@ -159,11 +159,8 @@ def candidate_kl(student: UnitLogps, batch: Batch, divergence: Divergence, where
     if divergence.unit_score == "mean_logit":
         s_unit, t_unit = s_unit + _log_z_above_start(student, batch), t_unit + batch.t_log_z
     # The realised unit joins the support unless it is a single token that is a candidate already.
-    listed = ((batch.cand_id == _first_target(batch)[:, None]) & (batch.cand_logp > -torch.inf)).any(1)
-    outside = ~(listed & one_to_one(batch))
+    outside = ~(_listed(batch) & one_to_one(batch))
     unused = batch.cand_logp == -torch.inf
-    if divergence.tail == "sampled":
-        return _with_sampled_rest(student, batch, divergence, outside)
     if divergence.mask_first:
         unused = unused | (~one_to_one(batch)[:, None] & (batch.cand_id == _first_target(batch)[:, None]))
     s_score = torch.cat([student.cand.masked_fill(unused, -torch.inf), s_unit[:, None]], 1)
@@ -174,15 +171,6 @@ def candidate_kl(student: UnitLogps, batch: Batch, divergence: Divergence, where
     return _divergence(
         s_score.masked_fill(drop, -torch.inf), t_score.masked_fill(drop, -torch.inf), divergence, batch.teacher_entropy
     )
-
-
-def _with_sampled_rest(student: UnitLogps, batch: Batch, divergence: Divergence, outside: torch.Tensor) -> torch.Tensor:
-    unused = batch.cand_logp == -torch.inf
-    candidates = student.cand.masked_fill(unused, -torch.inf)
-    rest = objectives.sampled_rest(
-        student.unit, batch.teacher_logp, candidates, batch.cand_logp, getattr(divergence, "clip", 5.0)
-    )
-    return objectives.bucket_kl(candidates, batch.cand_logp) + torch.where(outside, rest, 0.0)
 
 
 def _log_z_above_start(student: UnitLogps, batch: Batch) -> torch.Tensor:
@@ -225,6 +213,18 @@ def _vopd(student: UnitLogps, batch: Batch, objective: config.Vopd, _: torch.Ten
     return objectives.vopd(
         student.unit, batch.teacher_logp, objectives.bucket_kl(policy, batch.cand_logp), objective.clip
     )
+
+
+@surrogate
+def _rao_blackwell(student: UnitLogps, batch: Batch, objective: config.RaoBlackwell, _: torch.Tensor) -> torch.Tensor:
+    policy = student.cand.masked_fill(batch.cand_logp == -torch.inf, -torch.inf)
+    rest = objectives.sampled_rest(student.unit, batch.teacher_logp, policy, batch.cand_logp, objective.clip)
+    return objectives.bucket_kl(policy, batch.cand_logp) + torch.where(_listed(batch), 0.0, rest)
+
+
+@surrogate
+def _path(student: UnitLogps, batch: Batch, objective: config.Clipped, _: torch.Tensor) -> torch.Tensor:
+    return objectives.clipped_sampled_path(student.unit, batch.teacher_logp, objective.clip)
 
 
 @surrogate
@@ -288,6 +288,7 @@ RECIPES: dict[type[config.Recipe], Parts] = {
     config.Dpca: Parts(_multiplicative, _multiplicative),
     config.DpcaAdditive: Parts(_additive, _additive),
     config.CrOpd: Parts(_cr_opd, _cr_opd),
+    config.RaoBlackwell: Parts(_rao_blackwell, _path),
     config.ExOpd: Parts(_exopd, _exopd),
 }
 """By the section that holds a recipe's keys."""
@@ -309,6 +310,11 @@ def _own(reference: str) -> Part:
         return loss
 
     return part
+
+
+def _listed(batch: Batch) -> torch.Tensor:
+    """bool (U,): the first sampled token is a candidate."""
+    return ((batch.cand_id == _first_target(batch)[:, None]) & (batch.cand_logp > -torch.inf)).any(1)
 
 
 def _first_target(batch: Batch) -> torch.Tensor:

@@ -13,7 +13,7 @@ from schemas.config.options import OWN_CODE
 from schemas.config.section import Section, variants
 
 Direction = Literal["reverse", "forward", "jsd", "entropy_gated"]
-Tail = Literal["renormalise", "bucket", "sampled"]
+Tail = Literal["renormalise", "bucket"]
 UnitScore = Literal["mean", "sum", "mean_logit"]
 Tau = Annotated[float, Field(gt=0, description="temperature of both sides of a renormalised divergence")]
 Beta = Annotated[
@@ -134,15 +134,17 @@ class Tailed(Candidates):
     """What becomes of the mass outside the candidates."""
 
     tail: Tail = Field(
-        "renormalise", description="candidates renormalised (SimCT), or all else as one more class (a bound of full KL)"
+        "renormalise",
+        description="renormalise: over the candidates alone (SimCT) | bucket: all else as one more class, a lower bound of "
+        "the full KL",
     )
     tau: Tau = 1.0
 
     @model_validator(mode="after")
     def _tau_is_of_renormalise(self) -> Self:
-        if self.tau != 1 and self.tail == "bucket":
+        if self.tau != 1 and self.tail != "renormalise":
             raise ValueError(
-                f"`tau: {self.tau:g}` does not go with `tail: bucket`: the mass of all else at another temperature is not "
+                f"`tau: {self.tau:g}` does not go with `tail: {self.tail}`: the mass of all else at another temperature is not "
                 "known from its mass at 1; use `tail: renormalise`"
             )
         return self
@@ -184,7 +186,7 @@ class Hybrid(SampledPath, Tailed, Directed, OneToOne):
     """KL over the candidates on 1:1 and stop units, the sampled path on longer ones."""
 
     recipe: Literal["hybrid"] = "hybrid"
-    presets: ClassVar[Mapping[str, Any]] = {"weights.scheme": "iw_opd", "weights.gamma": 0.5}
+    tail: Tail = Field("bucket", description=Tailed.model_fields["tail"].description)
     estimator: ClassVar[str] = "candidates and sampled path"
     sampled: ClassVar[tuple[str, ...]] = ("n:m",)
 
@@ -332,6 +334,15 @@ class Vopd(Clipped):
     )
 
 
+class RaoBlackwell(Clipped):
+    """The sampled path with all that the candidates say of a unit of one token taken exactly: what was sampled tells only of
+    the class of all else, where it lies there. Its expected gradient is that of full reverse KL."""
+
+    recipe: Literal["rao_blackwell"] = "rao_blackwell"
+    estimator: ClassVar[str] = "candidates and sampled path"
+    reads_candidates: ClassVar[bool] = True
+
+
 class ExOpd(Clipped):
     """The sampled path towards more of what the teacher adds to a reference policy, here the one that a round starts from:
     ExOPD (arXiv 2602.12125)."""
@@ -436,6 +447,7 @@ Objective = Annotated[
     | Annotated[Dpca, Tag("dpca")]
     | Annotated[DpcaAdditive, Tag("dpca_additive")]
     | Annotated[CrOpd, Tag("cr_opd")]
+    | Annotated[RaoBlackwell, Tag("rao_blackwell")]
     | Annotated[ExOpd, Tag("exopd")]
     | Annotated[Own, Tag(OWN)],
     Discriminator(recipe_of),

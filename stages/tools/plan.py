@@ -26,6 +26,7 @@ from stages import models, prompts, rollouts, scores, train, units, weights
 from stages.run import console
 from stages.run.context import DEFAULT_CONFIG, ConfigOption, ThreadsOption, open_prompts, policy, teacher
 from stages.run.run import open_run, run_of
+from stages.tools.choices import RECORDED, SUGGESTED, Choice, compare
 from train.recipes import identity
 
 WIDTH = 512
@@ -64,6 +65,10 @@ def main(
         with contextlib.chdir(folder):
             horizons = [config.rollouts.horizon(number) for number in range(config.rollouts.rounds)]
             measured = _measure(small, where, horizons)
+            own = Choice(
+                "this config", _section(config, "scores"), _section(config, "objective"), config.rollouts.top_k
+            )
+            measured["choices"] = compare(small.model_dump(mode="json"), [own, *SUGGESTED], parameters=False)
     rates = {"rollouts": rollout_rate, "scores": score_rate, "train": train_rate}
     measured["rates"] |= {name: rate for name, rate in rates.items() if rate}
     result = measured | {"costs": _costs(config, measured)}
@@ -71,6 +76,11 @@ def main(
         console.out.print(json.dumps(result), markup=False, soft_wrap=True)
         return
     _print(config, result)
+
+
+def _section(config: Config, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = getattr(config, name).model_dump(mode="json")
+    return found
 
 
 def _small(config: Config, responses: int) -> Config:
@@ -93,6 +103,7 @@ def _small(config: Config, responses: int) -> Config:
         values[role]["model"] = here(values[role]["model"])
     values["rollouts"] |= {"rounds": 1, "prompts": responses, "samples": 1, "shard_size": responses}
     values["rollouts"]["max_new_tokens"] = config.rollouts.longest
+    values["rollouts"]["top_k"] = max(RECORDED, config.rollouts.top_k)
     values["scores"] |= {"support": "teacher", "min_p": 0.0, "mass": 1.0, "k_max": WIDTH}
     values["audit"] |= {"responses": 0}
     values["evaluate"] |= {"kl_items": 0}
@@ -275,6 +286,17 @@ def _print(config: Config, result: dict[str, Any]) -> None:
     console.out.print(table)
     chosen = config.scores
     console.out.print(f"the config keeps min_p {chosen.min_p:g}, mass {chosen.mass:g}, k_max {chosen.k_max}\n")
+    table = Table(title="what the loss optimises, beside exact reverse KL", title_justify="left")
+    for heading in ("candidates and the rest", "cosine of gradients", "size of gradient", "bytes a token"):
+        table.add_column(heading, justify="left" if heading.startswith("candidates") else "right")
+    for row in result["choices"][1:]:
+        figures = (f"{row['cos_hidden']:.2f}", f"{row['norm_to_exact']:.2f}", f"{row['bytes_per_row']:.0f}")
+        table.add_row(row["choice"], *figures)
+    console.out.print(table)
+    console.out.print(
+        f"in the last hidden states, {result['choices'][0]['units']:,} units, weights left out; a truer gradient is not yet a "
+        "better student: docs/losses.md\n"
+    )
     table = Table(title=f"what the run takes, {costs['responses']:,} responses", title_justify="left")
     for heading in ("stage", "tokens", "tokens/s", "hours"):
         table.add_column(heading, justify="left" if heading == "stage" else "right")
