@@ -86,6 +86,8 @@ def exact_reverse_kl(
         student, teacher: float32 (U, student's and teacher's vocabulary), logits at the same places of a text.
         pairs: int (teacher's vocabulary,), teacher id -> student id, -1 where there is none (`vocabularies.pair_ids`).
         student_stop, teacher_stop: int64, the two stop sets.
+    Returns:
+        inf where the teacher has no token of its own and the student does: that class has no mass to be compared with.
     """
     theirs = torch.from_numpy(np.flatnonzero(pairs >= 0)).to(teacher.device)
     ours = torch.from_numpy(pairs[pairs >= 0].astype(np.int64)).to(student.device)
@@ -95,7 +97,8 @@ def exact_reverse_kl(
         for logits, ids, stop in ((student, ours, student_stop), (teacher, theirs, teacher_stop))
     ]
     own, other = sides
-    return (own.exp() * (own - other)).sum(1)
+    none = own == -torch.inf  # no class of what the student alone can say
+    return torch.where(none, 0.0, own.exp() * (own.masked_fill(none, 0.0) - other.masked_fill(none, 0.0))).sum(1)
 
 
 def _classes(logits: torch.Tensor, shared: torch.Tensor, stop: torch.Tensor) -> torch.Tensor:
