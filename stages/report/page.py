@@ -83,9 +83,11 @@ def examples(before: pl.DataFrame, after: pl.DataFrame, count: int = 8) -> list[
 def charts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
     """Inline SVG of each plot, by name; none of what was not measured."""
     config = run.config
-    steps = pl.concat(
-        [pl.read_ndjson(run.phase(f"round-{r}").states / "metrics.jsonl", infer_schema_length=None) for r in run.rounds]
-    ).with_row_index("at")
+    rounds = [
+        pl.read_ndjson(run.phase(f"round-{r}").states / "metrics.jsonl", infer_schema_length=None) for r in run.rounds
+    ]
+    # A round none of whose units had a part of the loss has no column of it.
+    steps = pl.concat(rounds, how="diagonal_relaxed").with_row_index("at")
     told = {"sampled, all units": "sampled_kl", "over candidates": "divergence"}
     curve = _lines(steps, {name: key for name, key in told.items() if key in steps.columns}, "nats per unit")
     curves = [curve.properties(width=330, height=200)]

@@ -86,10 +86,8 @@ def figures(metrics: Path) -> dict[str, Any] | None:
     if not metrics.stat().st_size:
         return None
     steps = pl.read_ndjson(metrics, infer_schema_length=None)
-    ends = [
-        {"label": label, "first": steps[name][0], "last": steps[name][-1]}
-        for name, label in FIGURES.items()
-        if name in steps.columns
-    ]
+    # Steps none of whose units had a part of the loss don't tell of it.
+    told = {name: steps[name].drop_nulls() for name in FIGURES if name in steps.columns}
+    ends = [{"label": FIGURES[name], "first": of[0], "last": of[-1]} for name, of in told.items() if len(of)]
     totals = steps.select(pl.col("seconds", "tokens", "units").sum()).row(0, named=True)
     return {"ends": ends, **totals, "steps": len(steps)}
