@@ -42,7 +42,7 @@ from train.on_policy_kl import on_policy_kl
 from train.optimiser import MasterAdamW, learning_rate
 from train.stream import batches
 
-TEACHER, STUDENT = {"k_max": 20}, {"support": "student", "min_p": 0}
+TEACHER, STUDENT = {"k_max": 20, "min_p": 0.0005}, {"support": "student", "min_p": 0}
 ARMS: dict[str, dict[str, Any]] = {
     "teacher 20, renormalised": {"scores": TEACHER, "objective": {"tail": "renormalise"}},
     "teacher 20, rest": {"scores": TEACHER, "objective": {"tail": "bucket"}},
@@ -75,7 +75,7 @@ def config_of(base: dict[str, Any], arm: str, rate: float, seed: int) -> Config:
     values |= {"run": "run", "seed": seed, "audit": {"responses": 0}}
     values["scores"] = chosen["scores"]
     values["objective"] = chosen["objective"]
-    values["weights"] = base.get("weights", {}) | chosen.get("weights", {})
+    values["weights"] = {"scheme": "iw_opd"} | base.get("weights", {}) | chosen.get("weights", {})
     values["rollouts"] = values.get("rollouts", {}) | {"top_k": chosen.get("top_k", 0)}
     values["train"] = values.get("train", {}) | {"learning_rate": rate}
     return parse_config(values, arm)
@@ -155,8 +155,8 @@ class Worker:
         table = open_prompts(run)
         for split in ("dev", "test"):
             rows = table.split(split)
-            ids = self.student.renderer(table).ids(rows, self.student.context - run.config.rollouts.max_new_tokens)
-            longest = max(map(len, ids)) + run.config.rollouts.max_new_tokens
+            ids = self.student.renderer(table).ids(rows, self.student.context - run.config.rollouts.longest)
+            longest = max(map(len, ids)) + run.config.rollouts.longest
             with open_sampler(self.student, longest, run.config.rollouts.batch_size) as sampler:
                 right = greedy_answers(sampler, self.student, rows, ids, run.config)["right"]
             found[split] = [bool(one) for one in right]

@@ -135,7 +135,7 @@ def growth(folder: Path) -> None:
     for changes in ({}, {"credit": "baseline", "scheme": "ideal"}, {"credit": "gae"}, {"credit": "residual"}):
         options = Weights(**{"scheme": "iw_opd"} | changes)  # type: ignore[arg-type]
         few, many = peak(parts[:SHARDS], options), peak(parts, options)
-        name = ", ".join(f"`{key}: {value}`" for key, value in changes.items()) or "default"
+        name = ", ".join(f"`{key}: {value}`" for key, value in changes.items()) or "`scheme: iw_opd`"
         print(f"| {name} | {few:.0f} | {many:.0f} | {many / few:.2f} |", flush=True)
 
 

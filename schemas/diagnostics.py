@@ -99,7 +99,7 @@ class Teacher(Section):
 
 
 class Ratios(Section):
-    """Importance ratios r = pi_theta / pi_behavior."""
+    """Importance ratios r = pi_theta / pi_sampler; in since_start to the policy that the round started from."""
 
     ess: float | None = Field(description="effective sample size as a share, (sum r)^2 / (n sum r^2)")
     chi2: float | None = Field(
@@ -169,7 +169,7 @@ class Credit(Section):
     clipped: float | None = Field(
         description="share of what the recipe clips that is above `objective.clip`: |A| of the sampled path's units, or of all "
         "compared ones where `weights.credit` sums over them; dpca and dpca_additive: of tokens. null: nothing is clipped, or "
-        "it takes a forward pass to know (vopd)"
+        "it takes a forward pass to know (vopd, rao_blackwell)"
     )
     weight_ess: float | None = Field(
         description="effective sample size of the weights over the compared units, (sum w)^2 / (n sum w^2)"

@@ -26,7 +26,7 @@ from pipeline.measure.diagnostics import (
 from pipeline.store.shards import read_manifest, write_text
 from pipeline.weights.sampler import lost
 from schemas.config import Candidates, Config, Own, consistency
-from schemas.config.objective import Clipped, Dpca, DpcaAdditive, Recipe, Vopd
+from schemas.config.objective import Clipped, Dpca, DpcaAdditive, ExOpd, RaoBlackwell, Recipe, Vopd
 from schemas.diagnostics import (
     Coverage,
     Diagnostics,
@@ -68,6 +68,8 @@ def diagnose(phase: Phase) -> Diagnostics:
     """Everything about a phase. Raises OpdError when a shard is missing or was made from another one than lies there."""
     config = phase.run.settings
     clip = config.objective.clip if isinstance(config.objective, Clipped) else math.inf
+    if isinstance(config.objective, ExOpd):  # of whose advantage the first policy is the round's own
+        clip = clip / config.objective.scale if config.objective.scale else math.inf
     total = measure(chain.from_iterable(row_groups(place) for place in phase), clip, spread_of(config.objective))
     rollouts, scores = (read_manifest(phase[0].path(name)) for name in ("rollouts", "scores"))
     sampling = sampling_of(phase, rollouts, total)
@@ -100,7 +102,7 @@ def row_groups(place: Place) -> Iterator[Frames]:
 def clipped_kinds(config: Config) -> tuple[str, ...]:
     """Kinds of unit whose advantages the recipe clips: those of its sampled path, or all that credit sums over."""
     objective = config.objective
-    if not isinstance(objective, Clipped) or isinstance(objective, Vopd):
+    if not isinstance(objective, Clipped) or isinstance(objective, Vopd | RaoBlackwell):
         return ()
     return objective.sampled if config.weights.credit == "immediate" else Clipped.sampled
 
@@ -120,6 +122,8 @@ def loss_of(config: Config) -> Loss:
     tail: str | None = None
     if isinstance(objective, Candidates):
         direction, tail = objective.direction, objective.tail
+    elif isinstance(objective, RaoBlackwell):
+        tail = "bucket"
     return Loss(
         recipe=objective.recipe,
         direction=direction,

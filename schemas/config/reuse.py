@@ -30,8 +30,9 @@ def stored_config(values: Mapping[str, Any]) -> Path | None:
 def inherit(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The config with the sections that it doesn't name as the first reused run has them.
 
-    Two keys are counted anew: without `rollouts`, there are as many rounds as there are to reuse, and `evaluate.kl_items`
-    is not taken over, since it would need the teacher. Relative paths in the other run's config are told from here.
+    Two keys are counted anew: without `rollouts`, there are as many rounds as there are to reuse, with as many horizons
+    at most, and `evaluate.kl_items` is not taken over, since it would need the teacher. Relative paths in the other
+    run's config are told from here.
 
     Raises:
         OpdError: that run's config can't be read.
@@ -52,7 +53,11 @@ def inherit(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     taken = {name: stored[name] for name in missing if name in stored}
     if "rollouts" in taken:
         rounds = sum(len(scored_rounds(Path(given).expanduser())) for given in values["reuse"])
-        taken["rollouts"] |= {"rounds": rounds} if rounds else {}
+        horizons = taken["rollouts"].get("max_new_tokens")
+        if rounds:
+            taken["rollouts"] |= {"rounds": rounds}
+        if rounds and isinstance(horizons, list):
+            taken["rollouts"]["max_new_tokens"] = horizons[:rounds]
     if "evaluate" in taken:
         taken["evaluate"].pop("kl_items", None)
     for section, key in (("prompts", "source"), ("teacher", "model")):

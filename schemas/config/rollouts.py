@@ -55,8 +55,8 @@ class Rollouts(Section):
     def _no_more_horizons_than_rounds(self) -> "Rollouts":
         if len(self.horizons) > self.rounds:
             raise ValueError(
-                f"`max_new_tokens: {list(self.horizons)}` has {len(self.horizons)} entries, one a round, but `rounds` is "
-                f"{self.rounds}: drop some, or add rounds"
+                f"`max_new_tokens: {list(self.horizons)}` has {len(self.horizons)} entries, one a round, but the run has "
+                f"`rounds: {self.rounds}`: drop some, or add rounds"
             )
         return self
 

@@ -78,6 +78,7 @@ ROWS: dict[str, dict[str, Cell]] = {
         ),
         "digests of that student": lambda d: _digests(d.sampling),
         "sampler": _sampler,
+        "sampler's log-probs, which ratios are to": lambda d: d.sampling.warning or percent(d.sampling.sampler_logp),
     },
     "Staleness": {
         "rounds behind": lambda d: "reused" if d.staleness.rounds_behind is None else str(d.staleness.rounds_behind),

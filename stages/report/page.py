@@ -95,7 +95,8 @@ def charts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
         path = _lines(steps, {"sampled path": "surrogate"}, "surrogate")
         curves.append(path.properties(width=330, height=70))
     over = {"what sampled": "ess"}
-    if config.rollouts.replay or config.reuse:  # else the same
+    warped = (config.rollouts.temperature, config.rollouts.top_p) != (1, 1)
+    if config.rollouts.replay or config.reuse or warped:  # else the same
         over["round's start"] = "drift_ess"
     drift = _lines(steps, over, "effective sample size", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1]))
     if config.train.min_ess is not None:

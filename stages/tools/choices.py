@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 import yaml
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.align.vocabularies import pair_ids
 from pipeline.infer.forward import head
@@ -24,6 +25,7 @@ from pipeline.infer.score import hidden_rows
 from pipeline.infer.shard_scores import ShardScores
 from pipeline.store.shards import open_shard, open_writer
 from schemas.config import parse_config
+from schemas.errors import OpdError
 from stages import scores, units, weights
 from stages.run.context import open_prompts, policy, teacher
 from stages.run.rounds import open_shards
@@ -36,6 +38,8 @@ from train.stream import Triple, batches, count_steps
 
 MICRO_BATCH, MICRO_BATCH_TOKENS = 16, 1 << 20
 """Responses, and padded tokens, of a forward pass: the first binds."""
+ROWS = 256
+"""Rows of whole logits of both models at once."""
 RECORDED = 20
 """The student's candidates that rollouts must have for `SUGGESTED`."""
 
@@ -52,7 +56,7 @@ class Choice:
 
 def teacher_top(k: int) -> dict[str, Any]:
     """Section `scores`: the teacher's k likeliest."""
-    return {"k_max": k}
+    return {"k_max": k, "min_p": 0.0005}
 
 
 def student_top() -> dict[str, Any]:
@@ -109,9 +113,11 @@ class Rollouts:
         return self.values | {
             "run": "choice",
             "scores": choice.scores,
-            "objective": choice.objective,
+            # With weights left out IW-OPD's is the plain sampled path, and says so.
+            "objective": choice.objective
+            | ({"recipe": "sampled"} if choice.objective.get("recipe") == "iw_opd" else {}),
             "rollouts": self.values["rollouts"] | {"top_k": choice.top_k},
-            "weights": {"scheme": "uniform"},
+            "weights": {"scheme": "uniform"},  # and what corrects for the sampler's temperature
             "audit": {"responses": 0},
         }
 
@@ -133,7 +139,7 @@ class Rollouts:
     def batches(self, shards: Sequence[Triple]) -> Iterator[Batch]:
         """All responses, micro-batch by micro-batch."""
         for step in batches(shards, MICRO_BATCH, MICRO_BATCH_TOKENS, 0, range(count_steps(shards, MICRO_BATCH))):
-            yield from (part.to(self.model.device) for part in step.parts)
+            yield from (part.to(self.model.device) for part in step.parts if len(part.unit_row))
 
     def exact(self, shards: Sequence[Triple], parameters: bool) -> Gradient:
         """Of exact reverse KL at the start of every compared unit, summed."""
@@ -144,13 +150,17 @@ class Rollouts:
             .group_by("rollout_id")
         }
 
+        def kl(own: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                judged = head(self.judge, theirs)
+            return exact_reverse_kl(head(self.model, own), judged, self.pairs, self.stop, self.teacher_stop).sum()
+
         def loss(part: Batch) -> torch.Tensor:
             hidden = self.model.base_model(input_ids=part.ids, attention_mask=part.mask).last_hidden_state
-            own = head(self.model, hidden.flatten(0, 1)[part.rows[part.unit_row]])
-            rows = torch.cat([self.hidden[name][starts[name]] for name in part.responses if name in starts])
-            with torch.no_grad():
-                theirs = head(self.judge, rows)
-            return exact_reverse_kl(own, theirs, self.pairs, self.stop, self.teacher_stop).sum()
+            own = hidden.flatten(0, 1)[part.rows[part.unit_row]]
+            theirs = torch.cat([self.hidden[name][starts[name]] for name in part.responses if name in starts])
+            pieces = zip(own.split(ROWS), theirs.split(ROWS), strict=True)
+            return torch.stack([checkpoint(kl, *piece, use_reentrant=False) for piece in pieces]).sum()
 
         return gradient(self.model, (partial(loss, part) for part in self.batches(shards)), parameters)
 
@@ -160,7 +170,8 @@ class Rollouts:
 
         def loss(part: Batch, of: Callable[[Batch], torch.Tensor] | None = None) -> torch.Tensor:
             scored = losses(unit_logps(self.model, part, self.stop), part, objective)
-            return (scored.loss * (scored.used if of is None else scored.used & of(part))).sum()
+            used = scored.used if of is None else scored.used & of(part)
+            return (part.weight * scored.loss * used).sum()
 
         def longer(part: Batch) -> torch.Tensor:
             return ~one_to_one(part)
@@ -177,6 +188,8 @@ def compare(values: dict[str, Any], choices: Sequence[Choice], parameters: bool)
     Args:
         values: see `Rollouts`.
         parameters: whether also in the parameters, whose backward passes are most of the work.
+    Raises:
+        OpdError: nothing can be compared, or as the stages do.
     """
     rollouts = Rollouts(values)
     rows, exact, compared = [], None, 0
@@ -184,6 +197,8 @@ def compare(values: dict[str, Any], choices: Sequence[Choice], parameters: bool)
         shards, size = rollouts.shards(choice)
         if exact is None:
             compared = sum(len(part.unit_row) for part in rollouts.batches(shards))
+            if not compared:
+                raise OpdError("no unit of these responses can be compared with the teacher; take more of them")
             exact = rollouts.exact(shards, parameters)
             rows.append({"choice": "exact", "units": compared, "loss": exact.loss / max(1, compared)})
         began = time.perf_counter()

@@ -48,10 +48,18 @@ def main(
         float | None, typer.Option(min=0.1, help="teacher tokens per second there, prompts too")
     ] = None,
     train_rate: Annotated[float | None, typer.Option(min=0.1, help="student tokens trained per second there")] = None,
+    gradients: Annotated[
+        bool,
+        typer.Option(
+            help="compare the loss's gradient with exact reverse KL's; holds the student, and the teacher in `transformers`, "
+            "in memory at once"
+        ),
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     threads: ThreadsOption = None,
 ) -> None:
-    """Measure k and mass against covered mass, KL and bytes; hours and disk of the run; where offline beats online.
+    """Measure k and mass against covered mass, KL and bytes; how near the loss's gradient is to that of exact reverse KL; hours
+    and disk of the run; where offline beats online.
 
     Rates are measured on this machine, unless they are given, for another one.
     """
@@ -68,7 +76,8 @@ def main(
             own = Choice(
                 "this config", _section(config, "scores"), _section(config, "objective"), config.rollouts.top_k
             )
-            measured["choices"] = compare(small.model_dump(mode="json"), [own, *SUGGESTED], parameters=False)
+            choices = [own, *SUGGESTED] if gradients else []
+            measured["choices"] = compare(small.model_dump(mode="json"), choices, parameters=False) if choices else []
     rates = {"rollouts": rollout_rate, "scores": score_rate, "train": train_rate}
     measured["rates"] |= {name: rate for name, rate in rates.items() if rate}
     result = measured | {"costs": _costs(config, measured)}
@@ -102,6 +111,8 @@ def _small(config: Config, responses: int) -> Config:
     for role in ("student", "teacher"):
         values[role]["model"] = here(values[role]["model"])
     values["rollouts"] |= {"rounds": 1, "prompts": responses, "samples": 1, "shard_size": responses}
+    if values["weights"]["credit"] == "group":  # which takes several responses to a prompt
+        values["weights"]["credit"] = "immediate"
     values["rollouts"]["max_new_tokens"] = config.rollouts.longest
     values["rollouts"]["top_k"] = max(RECORDED, config.rollouts.top_k)
     values["scores"] |= {"support": "teacher", "min_p": 0.0, "mass": 1.0, "k_max": WIDTH}
@@ -270,6 +281,20 @@ def _costs(config: Config, measured: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _print_choices(exact: dict[str, Any], *choices: dict[str, Any]) -> None:
+    table = Table(title="what the loss optimises, beside exact reverse KL", title_justify="left")
+    for heading in ("candidates and the rest", "cosine of gradients", "size of gradient", "bytes a token"):
+        table.add_column(heading, justify="left" if heading.startswith("candidates") else "right")
+    for row in choices:
+        figures = (f"{row['cos_hidden']:.2f}", f"{row['norm_to_exact']:.2f}", f"{row['bytes_per_row']:.0f}")
+        table.add_row(row["choice"], *figures)
+    console.out.print(table)
+    console.out.print(
+        f"in the last hidden states, {exact['units']:,} units, weights left out; a truer gradient is not yet a better student: "
+        "docs/losses.md\n"
+    )
+
+
 def _print(config: Config, result: dict[str, Any]) -> None:
     costs, lengths = result["costs"], result["lengths"]
     console.out.print(
@@ -286,17 +311,8 @@ def _print(config: Config, result: dict[str, Any]) -> None:
     console.out.print(table)
     chosen = config.scores
     console.out.print(f"the config keeps min_p {chosen.min_p:g}, mass {chosen.mass:g}, k_max {chosen.k_max}\n")
-    table = Table(title="what the loss optimises, beside exact reverse KL", title_justify="left")
-    for heading in ("candidates and the rest", "cosine of gradients", "size of gradient", "bytes a token"):
-        table.add_column(heading, justify="left" if heading.startswith("candidates") else "right")
-    for row in result["choices"][1:]:
-        figures = (f"{row['cos_hidden']:.2f}", f"{row['norm_to_exact']:.2f}", f"{row['bytes_per_row']:.0f}")
-        table.add_row(row["choice"], *figures)
-    console.out.print(table)
-    console.out.print(
-        f"in the last hidden states, {result['choices'][0]['units']:,} units, weights left out; a truer gradient is not yet a "
-        "better student: docs/losses.md\n"
-    )
+    if result["choices"]:
+        _print_choices(*result["choices"])
     table = Table(title=f"what the run takes, {costs['responses']:,} responses", title_justify="left")
     for heading in ("stage", "tokens", "tokens/s", "hours"):
         table.add_column(heading, justify="left" if heading == "stage" else "right")
