@@ -20,6 +20,7 @@ import typer
 from pipeline.models import load_model
 from schemas.config import Config, parse_config
 from schemas.errors import OpdError, Stopped
+from stages.run.card import figures
 from train.checkpoint import export, final_state, load_state, state_path, states
 from train.loop import Progress, train_round, train_step
 from train.optimiser import MasterAdamW
@@ -361,3 +362,16 @@ def _train_slowly(data: Path, folder: Path, sender: Any) -> None:
             run(folder, tiny.open_shards(data), config(save_every=3, epochs=9), report=report, stop_asked=stop_asked)
     except typer.Exit as left:  # what typer makes an exit status of
         sys.exit(left.exit_code)
+
+
+def test_the_card_tells_the_ends_of_what_only_some_steps_have(tmp_path: Path) -> None:
+    """Steps without an n:m unit have no surrogate; a round may begin, end or be without any."""
+    path = tmp_path / "metrics.jsonl"
+    always = {"sampled_kl": 1.0, "seconds": 2.0, "tokens": 3, "units": 4}
+    steps = [{}, {"surrogate": -5.0}, {"surrogate": -6.0}, {}]
+    path.write_text("".join(json.dumps(always | step) + "\n" for step in steps))
+    found = figures(path)
+    assert found and (found["steps"], found["tokens"]) == (4, 12)
+    assert [(end["first"], end["last"]) for end in found["ends"]] == [(1.0, 1.0), (-5.0, -6.0)]
+    path.write_text(json.dumps(always) + "\n")
+    assert len((figures(path) or {})["ends"]) == 1
