@@ -8,7 +8,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from filelock import FileLock
@@ -115,10 +117,11 @@ def _convert(gguf: Path, into: Path, source: str) -> None:
     try:
         # Of GGUF files alone transformers wants it, and would say so in a ValueError.
         importlib.import_module("accelerate")
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-        )
+        with _read_once():
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+            )
     except ImportError as error:
         raise OpdError(
             f"model {source!r}: reading GGUF needs more packages, pip install 'offline-opd[demo]'"
@@ -128,3 +131,15 @@ def _convert(gguf: Path, into: Path, source: str) -> None:
     model.config._name_or_path = source
     model.save_pretrained(into)
     tokenizer.save_pretrained(into)
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """Keep what transformers reads of a GGUF file anew for config, tokenizer and weights: 262k tokens take 20 s each time."""
+    library = importlib.import_module("gguf")
+    reader = library.GGUFReader
+    library.GGUFReader = cache(reader)
+    try:
+        yield
+    finally:
+        library.GGUFReader = reader
