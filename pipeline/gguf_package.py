@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -136,7 +137,7 @@ def _convert(gguf: Path, into: Path, source: str) -> None:
 @contextmanager
 def _read_once() -> Iterator[None]:
     """Keep what transformers reads of a GGUF file anew for config, tokenizer and weights: 262k tokens take 20 s each time."""
-    library = importlib.import_module("gguf")
+    library: Any = importlib.import_module("gguf")
     reader = library.GGUFReader
     library.GGUFReader = cache(reader)
     try:
