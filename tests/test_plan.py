@@ -101,7 +101,8 @@ def test_a_plan_of_a_real_run(smollm2: Any, tmp_path: Path, monkeypatch: pytest.
     cosine = {row["choice"]: row["cos_hidden"] for row in [own, *others]}
     # The default config keeps 20 of the teacher's, with a class for the rest.
     assert cosine["this config"] == pytest.approx(cosine["teacher 20, a class for the rest"], abs=1e-6)
-    assert cosine["student 20, renormalised"] > cosine["this config"] > 0.2
+    # A teacher that is the student itself, told the answer: both supports hold nearly all of either's mass.
+    assert 0.9 < cosine["this config"] <= 1 and 0.9 < cosine["student 20, renormalised"] <= 1
     assert not list(tmp_path.glob("runs*"))  # it leaves nothing but a prepared model and scores in the cache
     outcome = CliRunner().invoke(app, [*arguments, "--score-rate", "1000000"])
     faster = json.loads(next(line for line in outcome.output.splitlines() if line.startswith("{")))
