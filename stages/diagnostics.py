@@ -7,7 +7,6 @@ from itertools import chain
 from typing import Any
 
 import polars as pl
-import torch
 
 from pipeline.measure.diagnostics import (
     Spread,
@@ -46,7 +45,6 @@ from stages.run import console
 from stages.run.context import DEFAULT_CONFIG, ConfigOption, PhaseOption, read_ref
 from stages.run.results import timings
 from stages.run.run import Phase, Place, open_run
-from train.objectives import dpca_additive, dpca_multiplicative
 
 NORMALISER = "the compared units of the optimiser step"
 """As `train.loop.train_step` does it."""
@@ -111,6 +109,10 @@ def spread_of(objective: Recipe) -> Spread | None:
     """How the trainer spreads a unit's advantage over its tokens before it clips; None: it clips the unit's own."""
     if not isinstance(objective, Dpca | DpcaAdditive):
         return None
+    import torch  # noqa: PLC0415 - seconds to import, and no other recipe needs it here
+
+    from train.objectives import dpca_additive, dpca_multiplicative  # noqa: PLC0415
+
     credit = dpca_multiplicative if isinstance(objective, Dpca) else dpca_additive
     return lambda *logps: credit(*map(torch.from_numpy, logps)).numpy()
 
