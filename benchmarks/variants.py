@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from schemas.config.objective import RaoBlackwell
 from train import objectives, recipes
 from train.batch import Batch
 from train.policy import UnitLogps
@@ -16,13 +17,9 @@ def at_start(student: UnitLogps, batch: Batch, _: Any) -> torch.Tensor:
 
 def at_start_sampled(student: UnitLogps, batch: Batch, options: Any) -> torch.Tensor:
     """`at_start`, and at units of one token the sampled part of the rest."""
-    one = recipes.one_to_one(batch)
-    listed = ((batch.cand_id == batch.targets[batch.unit_row][:, None]) & (batch.cand_logp > -torch.inf)).any(1)
-    unused = batch.cand_logp == -torch.inf
-    rest = objectives.sampled_rest(
-        student.unit, batch.teacher_logp, student.cand.masked_fill(unused, -torch.inf), batch.cand_logp, 5.0
-    )
-    return at_start(student, batch, options) + torch.where(one & ~listed, rest, 0.0)
+    one, exact = recipes.one_to_one(batch), RaoBlackwell()
+    single = recipes.parts_of(exact).single(student, batch, exact, one)
+    return torch.where(one, single, at_start(student, batch, options))
 
 
 def longer_per_token(student: UnitLogps, batch: Batch, _: Any) -> torch.Tensor:

@@ -295,11 +295,11 @@ def _seen(table: pl.DataFrame, name: str) -> pl.DataFrame:
 
 
 def _sums(table: pl.DataFrame, options: Weights) -> Sums:
-    estimators = _estimators(options).values()
+    estimators = _estimators(options)
     sums: Sums = {}
-    if by_position := [name for estimator in estimators for name in estimator.by_position]:
+    if by_position := [name for estimator in estimators.values() for name in estimator.by_position]:
         sums["position"] = position_sums(table, by_position)
-    for name, estimator in _estimators(options).items():
+    for name, estimator in estimators.items():
         if estimator.sums:
             sums |= estimator.sums(_seen(table, name))
     return sums
