@@ -6,7 +6,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from schemas.config.objective import presets_of, recipe_of
+from schemas.config.objective import recipe_of
+from schemas.config.presets import presets_of
 from schemas.config.reuse import INHERITED, inherit, stored_config
 from schemas.config.root import Config
 from schemas.config.section import Section, section, variants

@@ -8,7 +8,8 @@ from pydantic import Field, model_validator
 
 from schemas.config.evaluate import Evaluate
 from schemas.config.model import Model
-from schemas.config.objective import RECIPES, Candidates, Hybrid, IwOpd, Objective, RatioClipped, with_presets
+from schemas.config.objective import RECIPES, Candidates, Hybrid, IwOpd, Objective, RatioClipped
+from schemas.config.presets import with_presets
 from schemas.config.prompts import Prompts
 from schemas.config.rollouts import Rollouts
 from schemas.config.scores import Audit, Coverage, Scores
