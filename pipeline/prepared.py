@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from pipeline.align.roles import Roles, roles_of
 from pipeline.align.tokens import TokenBytes, from_table, text_tokenizer
 from pipeline.models import ModelRef, load_model, load_tokenizer, model_config, native_dtype, reference
 from pipeline.prompts import Renderer
@@ -56,6 +57,11 @@ class PreparedModel:
     def text_tokenizer(self) -> Tokenizer:
         """Its copy for responses (see `pipeline.align.tokens.text_tokenizer`); copying a large vocabulary takes seconds."""
         return text_tokenizer(self.tokenizer, self.ref.source)
+
+    @cached_property
+    def roles(self) -> Roles:
+        """How it says what text can't."""
+        return roles_of(self.tokenizer.backend_tokenizer, self.ref.source, self.config.roles)
 
     @cached_property
     def _vocabulary(self) -> tuple[TokenBytes, np.ndarray]:

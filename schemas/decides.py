@@ -37,8 +37,8 @@ def _computes(role: str) -> Keys:
 
 
 def _prompted(role: str) -> Keys:
-    """A model's prompts."""
-    return Keys(tuple(f"{role}.{key}" for key in ("model", "chat", "system", "prompt")))
+    """A model's prompts, and how it says roles."""
+    return Keys(tuple(f"{role}.{key}" for key in ("model", "chat", "system", "prompt", "roles")))
 
 
 def _on_engine(role: str) -> Keys:
@@ -55,8 +55,8 @@ _ROUND = Keys(("rollouts.prompts", "rollouts.samples"))
 
 STAGES: dict[str, Keys] = {
     "prompts": Keys(("prompts", "seed")),
-    "models student": Keys(("student.model", "student.revision", "student.stop")),
-    "models teacher": Keys(("teacher.model", "teacher.revision", "teacher.stop", "reuse")),
+    "models student": Keys(("student.model", "student.revision", "student.stop", "student.roles")),
+    "models teacher": Keys(("teacher.model", "teacher.revision", "teacher.stop", "teacher.roles", "reuse")),
     "reuse": _prompted("student") + Keys(("reuse", "rollouts.max_new_tokens")),
     "rollouts": _computes("student")
     + _prompted("student")

@@ -7,8 +7,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-FORMAT = 3
-"""Version of the on-disk contracts; a shard of another version is refused."""
+FORMAT = 4
+"""Version of the on-disk contracts that shards are written in."""
+READABLE = (3, FORMAT)
+"""Versions that are read; what an older one lacks is null. A shard of any other is refused. 4 added segments of responses."""
 
 
 class Manifest(BaseModel):

@@ -27,6 +27,11 @@ def _list(of: pa.DataType) -> pa.DataType:
     return pa.list_(pa.field("element", of, nullable=False))
 
 
+def _struct(**fields: pa.DataType) -> pa.DataType:
+    """Of fields that are never null but for `role`."""
+    return pa.struct([pa.field(name, of, nullable=name == "role") for name, of in fields.items()])
+
+
 PROMPTS = (
     Column("prompt_id", pa.string(), "name of the prompt, unique in the run, stable for the same source row"),
     Column("split", pa.string(), "examples | train | dev | test; no prompt text is in two splits"),
@@ -46,6 +51,13 @@ VOCABULARY = (
     Column("special", pa.bool_(), "a special token of the tokenizer"),
     Column("canonical", pa.bool_(), "the one id that stands for these bytes when several do"),
     Column("stop", pa.bool_(), "ends a response"),
+    Column(
+        "role",
+        pa.string(),
+        "what the id says by itself beside text, such as begin_thinking; of another special token its content. Ids of two "
+        "models with the same role are a pair, whatever their bytes",
+        nullable=True,
+    ),
 )
 
 ROLLOUTS = (
@@ -61,7 +73,26 @@ ROLLOUTS = (
     Column(
         "response_ids", _list(pa.int32()), "student token ids as sampled, the stop token included; never re-tokenised"
     ),
-    Column("response", pa.string(), "longest valid UTF-8 prefix of the response's bytes before any special token"),
+    Column(
+        "response",
+        pa.string(),
+        "the response as text: role tokens by their content, U+FFFD for broken characters, and without what is no UTF-8 at "
+        "the end of a stretch of text",
+    ),
+    Column(
+        "segments",
+        _list(_struct(role=pa.string(), tokens=pa.int32(), bytes=pa.int32(), loss=pa.bool_())),
+        "what the response consists of, in order, the final stop left out: text (role null) and what text can't say "
+        "(begin_thinking, end_turn, ..., or a special token by its content), each with its number of response ids, its bytes "
+        "in `response`, and whether it carries loss or was only read, as a tool's result is; null: one text that does",
+        nullable=True,
+    ),
+    Column(
+        "broken",
+        _list(_struct(byte=pa.int32(), raw=pa.int32())),
+        "byte offset in `response` of each U+FFFD that stands for bytes that are no UTF-8, and how many; null: none",
+        nullable=True,
+    ),
     Column(
         "behavior_logp",
         _list(pa.float32()),
@@ -105,6 +136,13 @@ SCORES = (
     ),
     Column("token_id", pa.int32(), "teacher id of the realised token; -1 in the end row"),
     Column(
+        "segment",
+        pa.int32(),
+        "which of the rollout's `segments` the token spells, from 0; null: it has but one",
+        nullable=True,
+        encoding=DELTA,
+    ),
+    Column(
         "logp", pa.float32(), "nats, teacher log-prob of the realised token; of stopping in the end row", encoding=SPLIT
     ),
     Column("entropy", pa.float32(), "nats, entropy of the teacher's next-token distribution", encoding=SPLIT),
@@ -139,7 +177,13 @@ SCORES = (
 UNITS = (
     Column("rollout_id", pa.string(), "the response; its rows are consecutive, ordered by unit", encoding=DICTIONARY),
     Column("unit", pa.int32(), "index of the unit in the response", encoding=DELTA),
-    Column("kind", pa.string(), "1:1 | n:m | stop | masked (not comparable: no loss, counted)", encoding=DICTIONARY),
+    Column(
+        "kind",
+        pa.string(),
+        "1:1 | n:m | stop | role (what text can't say, each model in its own tokens) | masked (not comparable: no loss, "
+        "counted) | context (not the student's own: no loss)",
+        encoding=DICTIONARY,
+    ),
     Column("s_start", pa.int32(), "first student token of the unit in response_ids", encoding=DELTA),
     Column("s_len", pa.int32(), "number of student tokens"),
     Column("t_start", pa.int32(), "first teacher token of the unit (`pos` of scores)", encoding=DELTA),

@@ -1,10 +1,12 @@
 """Models: make student and teacher available as local folders, once."""
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import typer
 from tokenizers import Tokenizer
 
+from pipeline.align.roles import roles_of
 from pipeline.align.texts import Side, misspelt, read_otherwise
 from pipeline.align.tokens import vocabulary_table
 from pipeline.align.vocabularies import end_ids, stop_ids
@@ -30,7 +32,9 @@ def main(
     tokens = vocabulary(ref.source, ref.path, tokenizer)
     check_tokenizer(role, Side(tokenizer, tokens), file_tokenizer(ref.path))
     stop = stop_ids(tokens, end_ids(tokenizer, generation_config(ref.path)), wanted.stop)
-    identity = {"tokenizer": ref.tokenizer, "stop": list(wanted.stop)}
+    roles = roles_of(tokenizer.backend_tokenizer, ref.source, wanted.roles)
+    tokens = replace(tokens, roles=roles.single)
+    identity = {"tokenizer": ref.tokenizer, "stop": list(wanted.stop), "roles": roles.identity}
     with open_writer(run.vocabulary(role), "vocabulary", identity, {}) as writer:
         writer.write(vocabulary_table(tokens, stop))
     known = ref.model_copy(update={"tokenizer_class": type(tokenizer).__name__})

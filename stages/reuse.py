@@ -53,7 +53,9 @@ def write_rollouts(place: Place, source: Source, given: Shard) -> None:
         for group in given.row_groups():
             rows = [prompts.rows[name] for name in group["prompt_id"].to_pylist()]
             tokens = (student.vocabulary, student.stop)
-            writer.write(retokenise(group, behavior, tokens, student.text_tokenizer, renderer.ids(rows, limit)))
+            writer.write(
+                retokenise(group, behavior, tokens, student.text_tokenizer, student.roles, renderer.ids(rows, limit))
+            )
     console.say(f"{place.phase.name}: {given.rows} responses and their scores reused from {source.folder}")
 
 

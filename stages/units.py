@@ -1,7 +1,7 @@
 """Units: align a scored shard to this student's tokens."""
 
 from pipeline.align.student_view import student_view
-from pipeline.align.vocabularies import pair_ids
+from pipeline.align.vocabularies import pair_ids, same_ids
 from pipeline.store.shards import open_writer
 from stages.run import console
 from stages.run.context import DEFAULT_CONFIG, ConfigOption, PhaseOption, ShardOption, policy, teacher
@@ -21,10 +21,11 @@ def main(phase: PhaseOption, shard: ShardOption = 0, config_file: ConfigOption =
         "teacher_vocabulary": scorer.vocabulary_shard.manifest.sha256,
         "log_z": scores.manifest.identity["scores"]["log_z"],
     }
+    same = scores.manifest.identity["reads"] == "tokens" and same_ids(scorer.vocabulary, student.vocabulary)
     counts: dict[str, int] = {}
     with open_writer(place.path("units"), "units", identity, place.inputs("units")) as writer:
         for sampled, scored in zip(rollouts.row_groups(), scores.row_groups(), strict=True):
-            units = student_view(sampled, scored, student.vocabulary, student.stop, scorer.stop, pairs)
+            units = student_view(sampled, scored, student.vocabulary, student.stop, scorer.stop, pairs, same)
             for row in units.group_by("kind").aggregate([("s_len", "sum")]).to_pylist():
                 counts[row["kind"]] = counts.get(row["kind"], 0) + row["s_len_sum"]
             writer.write(units)

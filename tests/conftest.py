@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from pipeline.align.roles import Roles, roles_of
 from pipeline.align.texts import Side
 from pipeline.align.tokens import TokenBytes
 from pipeline.align.vocabularies import end_ids, stop_ids
@@ -36,6 +37,11 @@ class RealModel:
     def encoder(self) -> Tokenizer:
         """Its tokenizer's copy for texts, made once a session: that takes seconds."""
         return self.side.encoder
+
+    @cached_property
+    def roles(self) -> Roles:
+        """How it says what text can't."""
+        return roles_of(self.tokenizer.backend_tokenizer, self.ref.source, {})
 
     def stop(self, *strings: str) -> np.ndarray:
         """Its stop ids with these stop strings."""

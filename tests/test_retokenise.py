@@ -67,7 +67,7 @@ def test_sums_over_shared_stretches_are_the_behaviour_policys(direction: str, sm
     given = rollouts_of(theirs, texts, stopped, cut=3)
     prompts = [rng.integers(5, 100, n).astype(np.int32) for n in rng.integers(1, 9, len(given))]
     sides = (theirs.vocabulary, theirs.stop()), (ours.vocabulary, ours.stop())
-    told = retokenise(given, *sides, ours.encoder, prompts)
+    told = retokenise(given, *sides, ours.encoder, ours.roles, prompts)
     assert told.schema.equals(arrow_schema("rollouts"))
     for name in ("rollout_id", "prompt_id", "response", "answer"):
         assert told[name].equals(given[name])
@@ -105,4 +105,4 @@ def test_sums_over_shared_stretches_are_the_behaviour_policys(direction: str, sm
 def test_no_responses(smollm2: Any, gemma3: Any) -> None:
     none = arrow_schema("rollouts").empty_table()
     sides = ((m.vocabulary, m.stop()) for m in (smollm2, gemma3))
-    assert len(retokenise(none, *sides, gemma3.encoder, [])) == 0
+    assert len(retokenise(none, *sides, gemma3.encoder, gemma3.roles, [])) == 0

@@ -7,6 +7,7 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.align.segments import Segments
 from pipeline.align.student_candidates import requested_ids
 from pipeline.align.tokens import Spelling, spell
 from pipeline.align.vocabularies import pair_ids
@@ -51,6 +52,13 @@ def spelling(ends: list[list[int]], exact: list[int]) -> Spelling:
     )
 
 
+def one_each(spelled: Spelling) -> Segments:
+    """Each response is one text."""
+    counts = np.diff(spelled.offsets)
+    n = len(counts)
+    return Segments(np.arange(n + 1), pa.nulls(n, pa.string()), counts, spelled.exact, np.ones(n, bool))
+
+
 @settings(max_examples=200, deadline=None)
 @given(cases())
 def test_requested_at_the_same_place_only(case: Any) -> None:
@@ -60,7 +68,8 @@ def test_requested_at_the_same_place_only(case: Any) -> None:
     lists = pa.array(top, pa.list_(pa.list_(pa.int32())))
     if not lists.flatten().flatten():
         return
-    found = requested_ids(lists, spelling(ours, exact), spelling(theirs, [99] * len(exact)), pairs)
+    sampled = spelling(ours, exact)
+    found = requested_ids(lists, sampled, spelling(theirs, [99] * len(exact)), one_each(sampled), pairs)
     mapping = {i: int(p) for i, p in enumerate(pairs)}
     assert [rows.tolist() for rows in found] == reference(top, ours, theirs, exact, mapping)
 
@@ -71,6 +80,6 @@ def test_on_real_tokenizers_shared_tokens_are_requested_where_words_start(smollm
     teacher = spell(gemma3.encoder, gemma3.vocabulary, texts)
     pairs = pair_ids(smollm2.vocabulary, gemma3.vocabulary)
     top = pa.array([[[i] for i in sampled.ids.tolist()]], pa.list_(pa.list_(pa.int32())))
-    (requested,) = requested_ids(top, sampled, teacher, pairs)
+    (requested,) = requested_ids(top, sampled, teacher, one_each(sampled), pairs)
     # With the sampled tokens themselves for candidates, the teacher's own are requested wherever the two share a token.
     assert (requested[:-1, 0] == teacher.ids).mean() > 0.8 and requested[-1, 0] == -1

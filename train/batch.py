@@ -18,7 +18,7 @@ class Batch:
     Attributes:
         ids, mask: int64 (B, T), prompt and response without its last token, right-padded with 0; 1 at real ids.
         rows: int64 (R,), flat index into (B * T) of the position that predicts each response token.
-        targets: int64 (R,), the response tokens; STOP_ID at a sampled stop.
+        targets: int64 (R,), the response tokens; STOP_ID where a unit is a stop.
         unit_row: int64 (U,), the unit's first token as an index into R.
         response_of_unit: int64 (U,), the unit's response as an index into B.
         token_unit: int64 (R,), the unit each token belongs to; U for tokens of masked units.
@@ -74,7 +74,6 @@ class Response:
     prompt: np.ndarray
     response: np.ndarray
     behavior_logp: np.ndarray
-    stopped: bool
     units: dict[str, np.ndarray]
     cand_count: np.ndarray
     cand_id: np.ndarray
@@ -112,12 +111,11 @@ def collate(responses: Sequence[Response]) -> Batch:
     within = np.arange(lengths.sum()) - np.repeat(first, lengths)
     rows = np.repeat([i * width + len(r.prompt) - 1 for i, r in enumerate(responses)], lengths) + within
     targets = np.concatenate([r.response for r in responses]).astype(np.int64)
-    targets[[f + n - 1 for f, n, r in zip(first, lengths, responses, strict=True) if r.stopped]] = STOP_ID
-
     units = {key: np.concatenate([r.units[key] for r in responses]) for key in responses[0].units}
     keep = units["comparable"]
     response_of_unit = np.repeat(np.arange(len(responses)), [len(r.cand_count) for r in responses])
     unit_row = first[response_of_unit] + units["s_start"]
+    targets[unit_row[units["stops"]]] = STOP_ID
     s_len = units["s_len"].astype(np.int64)
     number = np.where(keep, np.cumsum(keep) - 1, keep.sum())
     token_unit = np.repeat(number, s_len)  # units cover every token once, in order

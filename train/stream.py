@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.align.units import KINDS, MASKED
+from pipeline.align.units import KINDS, STOP, UNCOMPARED
 from pipeline.store.shards import Shard
 from schemas.errors import OpdError
 from train.batch import Batch, Response, collate
@@ -126,7 +126,7 @@ class _AtOnce(Executor):
 
 
 _READ = (
-    ["rollout_id", "prompt_ids", "response_ids", "behavior_logp", "sampler_logp", "finish_reason"],
+    ["rollout_id", "prompt_ids", "response_ids", "behavior_logp", "sampler_logp"],
     [
         *("rollout_id", "unit", "kind", "s_start", "s_len", "t_len", "teacher_logp", "t_log_z"),
         *("teacher_entropy", "cand_id", "cand_logp", "tail_logp", "dropped_logp"),
@@ -149,7 +149,6 @@ class _Group:
     """
 
     names: list[str]
-    stopped: np.ndarray
     lengths: np.ndarray
     compared: np.ndarray
     prompt: tuple[np.ndarray, np.ndarray]
@@ -168,7 +167,6 @@ class _Group:
             _between(self.prompt, i, i + 1),
             _between(self.response, i, i + 1),
             _between(self.behavior_logp, i, i + 1),
-            bool(self.stopped[i]),
             {name: column[a:b] for name, column in self.units.items()},
             np.diff(self.cand_id[1][a : b + 1]),
             _between(self.cand_id, a, b),
@@ -201,13 +199,14 @@ def _decode(shards: Triple, group: int) -> _Group:
     clip = shards[2].manifest.identity.get("loss", {}).get("clip")
     if clip is not None:
         columns["advantage"] = columns["advantage"].clip(-clip, clip)
-    columns["comparable"] = pc.not_equal(units["kind"], KINDS[MASKED]).to_numpy()
+    kind = _array(units, "kind").cast(pa.string())
+    columns["comparable"] = pc.invert(pc.is_in(kind, pa.array(UNCOMPARED))).to_numpy(zero_copy_only=False)
+    columns["stops"] = pc.equal(kind, KINDS[STOP]).to_numpy(zero_copy_only=False)
     compared = np.append(0, np.cumsum(columns["comparable"]))
     prompt, response = _ragged(rollouts, "prompt_ids"), _ragged(rollouts, "response_ids")
     sampled = pa.table({"logp": pc.coalesce(rollouts["sampler_logp"], rollouts["behavior_logp"])})
     return _Group(
         names=names,
-        stopped=pc.equal(rollouts["finish_reason"], "stop").to_numpy(),
         lengths=np.diff(prompt[1]) + np.maximum(np.diff(response[1]) - 1, 0),
         compared=np.diff(compared[unit_at]),
         prompt=prompt,

@@ -5,8 +5,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tokenizers import Tokenizer
 
-from pipeline.align.student_view import sampled_tokens
-from pipeline.align.tokens import Spelling, TokenBytes, spell
+from pipeline.align.roles import Roles
+from pipeline.align.segments import Segments, read_by, sampled_tokens, spelled_out
+from pipeline.align.tokens import Spelling, TokenBytes
 from pipeline.align.units import MASKED, Tokens, align
 from pipeline.align.vocabularies import same_ids
 from schemas.tables import arrow_schema
@@ -17,6 +18,7 @@ def retokenise(
     behavior: tuple[TokenBytes, np.ndarray],
     student: tuple[TokenBytes, np.ndarray],
     tokenizer: Tokenizer,
+    roles: Roles,
     prompts: list[np.ndarray],
 ) -> pa.Table:
     """The same responses as if this student had written them.
@@ -24,20 +26,20 @@ def retokenise(
     Args:
         rollouts: schema `rollouts`, in the tokens of the policy that sampled them.
         behavior, student: token bytes and int32 stop ids of that policy and of this student.
-        tokenizer: this student's, for texts (`text_tokenizer`).
+        tokenizer, roles: this student's, the tokenizer for texts (`text_tokenizer`).
         prompts: this student's ids of each response's rendered prompt.
     Returns:
         Schema `rollouts`; `response` and names are unchanged, so scores of the one are scores of the other. Ids are this
         tokenizer's own, unless ids mean the same to both. `behavior_logp` is the foreign policy's: a unit's log-prob (a
         stretch in which the two tokenizers share no border) is spread evenly over its tokens, so that sums over whole
-        units are exact; `sampler_logp` likewise where the response has one. A response is cut where the two stop spelling the
-        same text, and then has no stop.
+        units are exact; `sampler_logp` likewise where the response has one. A role that this student can't say is left out.
+        A response is cut where the two stop spelling the same text, and then has no stop.
     """
     schema = arrow_schema("rollouts")
     lengths = np.array([len(ids) for ids in prompts], np.int64)
     replaced = {"prompt_ids": _lists(np.concatenate([*prompts, np.zeros(0, np.int32)]), lengths)}
     if not same_ids(behavior[0], student[0]):
-        replaced |= _retold(rollouts, behavior, student, tokenizer)
+        replaced |= _retold(rollouts, behavior, student, tokenizer, roles)
     return pa.table({name: replaced.get(name, rollouts[name]) for name in schema.names}).cast(schema)
 
 
@@ -46,17 +48,19 @@ def _retold(
     behavior: tuple[TokenBytes, np.ndarray],
     student: tuple[TokenBytes, np.ndarray],
     tokenizer: Tokenizer,
+    roles: Roles,
 ) -> dict[str, pa.Array]:
     """The columns that tokens decide."""
     tokens, stop = student
-    sampled, stopped = sampled_tokens(rollouts, *behavior)
-    own = spell(tokenizer, tokens, rollouts["response"].to_pylist())
+    sampled, segments, stopped = sampled_tokens(rollouts, *behavior)
+    own = read_by(tokenizer, tokens, roles, rollouts, segments, spelled_out(sampled, segments, behavior[0]))
     kept = rollouts["sampler_logp"].combine_chunks().is_valid()
     given = [_flat(rollouts, "behavior_logp"), _flat_sampler(rollouts)]
-    (behavior_logp, sampler_logp), counts, whole = _spread(rollouts, sampled, own, given)
+    (behavior_logp, sampler_logp), of_segment, whole = _spread(rollouts, sampled, segments, own, given)
     stops = stopped & whole
+    counts = np.add.reduceat(of_segment, segments.offsets[:-1]) if len(rollouts) else of_segment
     lengths = np.diff(own.offsets)
-    keep = np.arange(len(own.ids)) - np.repeat(own.offsets[:-1], lengths) < np.repeat(counts, lengths)
+    keep = np.arange(len(own.ids)) - np.repeat(own.offsets[:-1], lengths) < np.repeat(of_segment, lengths)
     ends, lasts = np.cumsum(counts)[stops], _last(rollouts)[stops]
 
     def with_stops(logps: np.ndarray, sampled: np.ndarray, mask: pa.BooleanArray | None = None) -> pa.ListArray:
@@ -71,7 +75,35 @@ def _retold(
         "sampler_logp": with_stops(sampler_logp, given[1], pc.invert(kept)),
         "top_id": pa.nulls(len(rollouts), schema.field("top_id").type),
         "finish_reason": pa.array(np.where(stops, "stop", "length"), pa.string()),
+        "segments": _segments(rollouts, segments, of_segment),
+        "broken": _broken(rollouts),
     }
+
+
+def _segments(rollouts: pa.Table, segments: Segments, tokens: np.ndarray) -> pa.Array:
+    """The same segments with this student's numbers of tokens."""
+    listed = rollouts["segments"].combine_chunks()
+    known = listed.is_valid()
+    inner = listed.flatten()
+    given = np.repeat(known.to_numpy(zero_copy_only=False), np.diff(segments.offsets))
+    columns = [inner.field(name) for name in ("role", "tokens", "bytes", "loss")]
+    columns[1] = pa.array(tokens[given], pa.int32())
+    fields = list(listed.type.value_type)
+    counts = pc.fill_null(pc.list_value_length(listed), 0).to_numpy()
+    offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32())
+    values = pa.StructArray.from_arrays(columns, fields=fields)
+    return pa.ListArray.from_arrays(offsets, values, type=listed.type, mask=pc.invert(known))
+
+
+def _broken(rollouts: pa.Table) -> pa.Array:
+    """The same places, where this student's tokens spell the stand-ins themselves."""
+    listed = rollouts["broken"].combine_chunks()
+    inner = listed.flatten()
+    raw = pa.array(np.full(len(inner), 3), pa.int32())
+    values = pa.StructArray.from_arrays([inner.field("byte"), raw], fields=list(listed.type.value_type))
+    counts = pc.fill_null(pc.list_value_length(listed), 0).to_numpy()
+    offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32())
+    return pa.ListArray.from_arrays(offsets, values, type=listed.type, mask=pc.invert(listed.is_valid()))
 
 
 def _lists(values: np.ndarray, lengths: np.ndarray, mask: pa.BooleanArray | None = None) -> pa.ListArray:
@@ -99,31 +131,38 @@ def _last(rollouts: pa.Table) -> np.ndarray:
 
 
 def _spread(
-    rollouts: pa.Table, sampled: Spelling, own: Spelling, given: list[np.ndarray]
+    rollouts: pa.Table, sampled: Spelling, segments: Segments, own: Spelling, given: list[np.ndarray]
 ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     """Log-probs of the sampled tokens, as log-probs of our own ones.
 
     Args:
         given: several log-probs of the sampled tokens, those of stops among them, flat.
     Returns:
-        float32 (own tokens,) of each; int64 (responses,), how many of each response's own tokens have one; bool (responses,),
+        float32 (own tokens,) of each; int64 (segments,), how many of each segment's own tokens have one; bool (responses,),
         whether these and the sampled ones spell the same text to its end.
     """
-    lengths = np.diff(sampled.offsets)
     # The sampled tokens' log-probs without those of the stops.
+    counts = np.diff(sampled.offsets[segments.offsets])
     start = _last(rollouts) + 1 - rollouts["response_ids"].combine_chunks().value_lengths().to_numpy()
-    index = np.arange(len(sampled.ids)) - np.repeat(sampled.offsets[:-1], lengths) + np.repeat(start, lengths)
+    index = np.arange(len(sampled.ids)) - np.repeat(sampled.offsets[segments.offsets[:-1]] - start, counts)
     ours, theirs = (Tokens(side.offsets, side.ends) for side in (own, sampled))
-    units = align(ours, theirs, np.minimum(own.exact, sampled.exact), np.zeros(len(lengths), bool))
+    units = align(ours, theirs, np.minimum(own.exact, sampled.exact), np.zeros(len(segments), bool))
     at = sampled.offsets[units.row] + units.t_start
     compared = units.kind != MASKED
+    # A text that the two spell otherwise ends the response; a role that one can't say is only left out.
+    lost = np.zeros(len(segments), bool)
+    lost[units.row[~compared]] = True
+    lost &= ~segments.is_role
+    before = np.cumsum(lost) - lost
+    cut = before > before[segments.offsets[segments.row]]
+    compared &= ~cut[units.row]
 
     def spread(flat: np.ndarray) -> np.ndarray:
         total = np.concatenate([[0.0], np.cumsum(flat[index].astype(np.float64))])
         mean = (total[at + units.t_len] - total[at]) / np.maximum(units.s_len, 1)
         return np.repeat(np.where(compared, mean, 0.0), units.s_len).astype(np.float32)
 
-    counts = np.bincount(units.row[compared], units.s_len[compared], len(lengths)).astype(np.int64)
-    masked = np.zeros(len(lengths), bool)
-    masked[units.row[~compared]] = True
-    return [spread(flat) for flat in given], counts, ~masked
+    of_segment = np.bincount(units.row[compared], units.s_len[compared], len(segments)).astype(np.int64)
+    whole = np.ones(len(rollouts), bool)
+    whole[segments.row[lost]] = False
+    return [spread(flat) for flat in given], of_segment, whole

@@ -1,11 +1,14 @@
 """The student's view of the teacher's scores: aligned units with candidates in student ids. No model needed."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.align.segments import Segments, broken_of, offsets_of, sampled_tokens
 from pipeline.align.tokens import Spelling, TokenBytes
-from pipeline.align.units import KINDS, MASKED, STOP, Tokens, Units, align
+from pipeline.align.units import CONTEXT, KINDS, MASKED, ROLE, STOP, Tokens, Units, align
 from schemas.errors import OpdError
 from schemas.tables import STOP_ID, arrow_schema
 
@@ -20,6 +23,7 @@ def student_view(
     student_stop: np.ndarray,
     teacher_stop: np.ndarray,
     pairs: np.ndarray,
+    same: bool = False,
 ) -> pa.Table:
     """Units of the rollouts, with the teacher's candidates mapped to student ids.
 
@@ -28,6 +32,7 @@ def student_view(
         student: bytes of the student's tokens.
         student_stop, teacher_stop: ids of the two stop sets.
         pairs: teacher id -> student id (`support.pair_ids`).
+        same: whether the teacher read these very ids: then each token is a unit, whatever its bytes.
     Returns:
         A table of schema `units`. Where the student wrote what stops the teacher (a newline, say), the teacher's log-prob
         of it is at most the mass that neither candidates nor stopping hold, since the teacher would have ended there;
@@ -48,43 +53,59 @@ def student_view(
     n:m 1 2 0.375 [3, -1] [0.5   0.125] 0.25
     stop 1 0 0.75 [1, -1] [0.125 0.75 ] 0.0
     """
-    teacher, text_limit, t_row_start = _teacher_tokens(rollouts, scores)
-    sampled, stopped = sampled_tokens(rollouts, student, student_stop)
-    limit = np.minimum(sampled.exact, text_limit)
-    # Past `limit` any end will do, as long as ends never fall; the shard has -1 where tokens don't spell the response.
-    beyond = np.repeat(limit + 1, teacher.counts)
-    ends = np.where(teacher.ends < 0, beyond, np.minimum(teacher.ends, beyond))
-    units = align(Tokens(sampled.offsets, sampled.ends), Tokens(teacher.offsets, ends), limit, stopped)
+    sampled, segments, stopped = sampled_tokens(rollouts, student, student_stop)
+    teacher, t_row_start = _teacher_tokens(rollouts, scores, segments)
+    units = _units(sampled, teacher, segments, stopped, same)
+    row, segment = segments.row[units.row], units.row
+    s_start = units.s_start + segments.starts_of(np.diff(sampled.offsets))[segment]
+    t_start = units.t_start + segments.starts_of(np.diff(teacher.offsets))[segment]
+    byte_start, byte_end = (at + segments.byte_start[segment] for at in (units.byte_start, units.byte_end))
     kind = units.kind.copy()
+    if not same:
+        kind[_holds_broken(rollouts, segments, units)] = MASKED
 
-    at = t_row_start[units.row] + units.t_start  # row of `scores` at each unit's start
+    at = t_row_start[row] + t_start  # row of `scores` at each unit's start
     logp = scores["logp"].to_numpy().astype(np.float64)
     token_id = scores["token_id"].to_numpy()
     halts = np.isin(token_id, teacher_stop)
+    halts[token_id >= 0] &= ~np.repeat(
+        segments.is_role, np.diff(teacher.offsets)
+    )  # which may end a turn that another follows
     logp[halts] = np.clip(scores["tail_logp"].to_numpy()[halts], LOG_FLOOR, logp[halts])
     halted_before: np.ndarray = np.cumsum(halts) - halts
-    kind[halted_before[at] > halted_before[t_row_start[units.row]]] = MASKED
+    kind[halted_before[at] > halted_before[t_row_start[row]]] = MASKED
 
-    masked = kind == MASKED
-    t_rows = np.where(masked, 0, np.where(kind == STOP, 1, units.t_len))
+    # A role that is one of the student's stop tokens stops, although another turn follows.
+    is_stop = np.isin(np.append(sampled.ids, -1), student_stop)
+    first = np.minimum(sampled.offsets[segment] + units.s_start, len(sampled.ids))
+    ends_turn = segments.is_role[segment] & (units.s_len == 1) & is_stop[first]
+    kind = np.where(segments.is_role[segment] & (kind != MASKED), np.where(ends_turn, STOP, ROLE), kind)
+    kind = np.where(segments.loss[segment], kind, CONTEXT).astype(np.int8)
+
+    masked = np.isin(kind, (MASKED, CONTEXT))
+    t_rows = np.where(masked, 0, np.where((kind == STOP) & ~ends_turn, 1, units.t_len))
 
     def sums(values: np.ndarray) -> np.ndarray:
         """Over each unit's teacher tokens."""
         total = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
         return total[at + t_rows] - total[at]
 
+    teacher_logp = np.where(ends_turn, scores["stop_logp"].to_numpy()[at], sums(logp))
     log_z = scores["log_z"].to_numpy()  # NaN where it is null
     t_log_z = sums(log_z) / np.maximum(t_rows, 1) - log_z[at]
     cand_id, cand_logp, dropped_logp = _candidates(scores, at, masked, pairs, student_stop)
+    counts = np.bincount(row, minlength=len(rollouts))
     columns = {
-        "rollout_id": rollouts["rollout_id"].combine_chunks().take(pa.array(units.row)),
-        "unit": pa.array(_index_within(units, len(rollouts)), pa.int32()),
+        "rollout_id": rollouts["rollout_id"].combine_chunks().take(pa.array(row)),
+        "unit": pa.array(np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts), pa.int32()),
         "kind": pa.array(KINDS).take(pa.array(kind)),
-        **{
-            name: pa.array(getattr(units, name), pa.int32())
-            for name in ("s_start", "s_len", "t_start", "t_len", "byte_start", "byte_end")
-        },
-        "teacher_logp": pa.array(sums(logp), pa.float32(), mask=masked),
+        "s_start": pa.array(s_start, pa.int32()),
+        "s_len": pa.array(units.s_len, pa.int32()),
+        "t_start": pa.array(t_start, pa.int32()),
+        "t_len": pa.array(units.t_len, pa.int32()),
+        "byte_start": pa.array(byte_start, pa.int32()),
+        "byte_end": pa.array(byte_end, pa.int32()),
+        "teacher_logp": pa.array(teacher_logp, pa.float32(), mask=masked),
         "teacher_entropy": pa.array(scores["entropy"].to_numpy()[at], pa.float32(), mask=masked),
         "t_log_z": pa.array(t_log_z, pa.float32(), mask=masked | np.isnan(t_log_z)),
         "cand_id": cand_id,
@@ -95,8 +116,46 @@ def student_view(
     return pa.table(columns, schema=arrow_schema("units"))
 
 
-def _teacher_tokens(rollouts: pa.Table, scores: pa.Table) -> tuple[Tokens, np.ndarray, np.ndarray]:
-    """Teacher tokens (end rows left out), bytes up to which they spell the response, each response's first score row."""
+def _units(sampled: Spelling, teacher: Spelling, segments: Segments, stopped: np.ndarray, same: bool) -> Units:
+    """Units within segments: `row` is the segment, and starts count from its own."""
+    stops = np.zeros(len(segments), np.int64)
+    stops[segments.last[stopped]] = 1
+    stops = stops.astype(bool)
+    if not same:
+        limit = np.minimum(sampled.exact, teacher.exact)
+        # Past `limit` any end will do, as long as ends never fall.
+        ends = np.minimum(teacher.ends, np.repeat(limit + 1, np.diff(teacher.offsets)))
+        return align(Tokens(sampled.offsets, sampled.ends), Tokens(teacher.offsets, ends), limit, stops)
+    if not np.array_equal(sampled.ids, teacher.ids):
+        raise OpdError("scores hold other tokens than the rollouts, which their teacher reads as they are")
+    counts = np.diff(sampled.offsets)
+    nth = np.arange(1, len(sampled.ids) + 1) - np.repeat(sampled.offsets[:-1], counts)
+    tokens = Tokens(sampled.offsets, nth)
+    units = align(tokens, tokens, counts, stops)
+    # Bytes are where the tokens end in the text.
+    last = sampled.offsets[units.row] + units.byte_end
+    ends = np.minimum(sampled.ends, np.repeat(segments.size, counts))
+    borders = [
+        np.where(last - sampled.offsets[units.row] > 0, np.append(ends, 0)[last - 1], 0),
+        np.where(units.byte_start > 0, np.append(ends, 0)[sampled.offsets[units.row] + units.byte_start - 1], 0),
+    ]
+    return replace(units, byte_end=borders[0], byte_start=borders[1])
+
+
+def _holds_broken(rollouts: pa.Table, segments: Segments, units: Units) -> np.ndarray:
+    """bool (units,): a broken character lies in it, which no text spells."""
+    segment, byte, _ = broken_of(rollouts, segments)
+    width = 1 + max(int(segments.size.max(initial=0)), int(units.byte_end.max(initial=0)))
+    places = segment * width + byte
+    first, last = (
+        np.searchsorted(places, units.row.astype(np.int64) * width + border)
+        for border in (units.byte_start, units.byte_end)
+    )
+    return last > first
+
+
+def _teacher_tokens(rollouts: pa.Table, scores: pa.Table, segments: Segments) -> tuple[Spelling, np.ndarray]:
+    """Teacher tokens by segment (end rows left out), and each response's first score row."""
     token_id = scores["token_id"].to_numpy()
     end_rows = np.flatnonzero(token_id < 0)
     if not scores["rollout_id"].take(pa.array(end_rows)).equals(rollouts["rollout_id"]):
@@ -104,32 +163,20 @@ def _teacher_tokens(rollouts: pa.Table, scores: pa.Table) -> tuple[Tokens, np.nd
             f"scores hold {len(end_rows)} responses that are not the {len(rollouts)} of the rollouts, in their order"
         )
     first = np.concatenate([[0], end_rows[:-1] + 1])[: len(end_rows)]
-    offsets = np.concatenate([[0], np.cumsum(end_rows - first)])
-    ends = scores["byte_end"].to_numpy().astype(np.int64)[token_id >= 0]
-    limit = np.zeros(len(rollouts), np.int64)
-    np.maximum.at(limit, np.repeat(np.arange(len(rollouts)), np.diff(offsets)), ends)
-    return Tokens(offsets, ends), limit, first
-
-
-def sampled_tokens(rollouts: pa.Table, student: TokenBytes, student_stop: np.ndarray) -> tuple[Spelling, np.ndarray]:
-    """The sampled tokens without the final stop, and bool (responses,), whether a stop was sampled.
-
-    Raises OpdError when a response that was stopped doesn't end with a stop token.
-    """
-    response_ids = rollouts["response_ids"].combine_chunks()
-    ids, offsets = response_ids.flatten().to_numpy(), _offsets(response_ids)
-    stopped = pc.equal(rollouts["finish_reason"], "stop").to_numpy()
-    last = offsets[1:] - 1
-    wrong = stopped & ~np.isin(np.append(ids, -1)[last], student_stop)
-    if wrong.any():
-        name = rollouts["rollout_id"][int(np.argmax(wrong))].as_py()
-        raise OpdError(
-            f"rollout {name}: finish_reason is stop, but its last token is not in the stop set of {student.name}"
-        )
-    keep = np.ones(len(ids), bool)
-    keep[last[stopped]] = False
-    ids, offsets = ids[keep], np.concatenate([[0], np.cumsum(np.diff(offsets) - stopped)])
-    return Spelling(ids, offsets, *student.ends(ids, offsets, rollouts["response"].combine_chunks())), stopped
+    real = token_id >= 0
+    owner = np.repeat(np.arange(len(rollouts)), end_rows - first)
+    within = pc.fill_null(scores["segment"].combine_chunks(), 0).to_numpy()[real]
+    if (within >= np.diff(segments.offsets)[owner]).any():
+        raise OpdError("scores hold more segments of a response than the rollouts; make one of the two shards again")
+    segment = segments.offsets[owner] + within
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(segment, minlength=len(segments)))])
+    given = scores["byte_end"].to_numpy().astype(np.int64)[real]
+    ends = given - segments.byte_start[segment]
+    # The shard has -1 where tokens don't spell the response: they end past all that is exact.
+    exact = np.zeros(len(segments), np.int64)
+    np.maximum.at(exact, segment[given >= 0], ends[given >= 0])
+    ends = np.where(given < 0, exact[segment] + 1, ends)
+    return Spelling(token_id[real], offsets, ends, exact), first
 
 
 def _candidates(
@@ -139,7 +186,7 @@ def _candidates(
     rows = pa.array(np.where(masked, 0, at), mask=masked)
     taken_id = scores["cand_id"].combine_chunks().take(rows)
     taken_logp = scores["cand_logp"].combine_chunks().take(rows)
-    ids, offsets = taken_id.flatten().to_numpy(), _offsets(taken_id)
+    ids, offsets = taken_id.flatten().to_numpy(), offsets_of(taken_id)
     logp = taken_logp.flatten().to_numpy()
     unit = np.repeat(np.arange(len(at)), np.diff(offsets))
     # What stops the student is the stop candidate's business, even where the teacher means it as text.
@@ -164,13 +211,3 @@ def _candidates(
         pa.ListArray.from_arrays(list_offsets, pa.array(out_logp), type=fields.field("cand_logp").type),
         dropped_logp,
     )
-
-
-def _offsets(lists: pa.ListArray) -> np.ndarray:
-    """int64 (rows + 1,) offsets into `lists.flatten()`; null rows are empty."""
-    return np.concatenate([[0], np.cumsum(pc.fill_null(pc.list_value_length(lists), 0).to_numpy())])
-
-
-def _index_within(units: Units, rows: int) -> np.ndarray:
-    counts = np.bincount(units.row, minlength=rows)
-    return np.arange(len(units)) - np.repeat(np.cumsum(counts) - counts, counts)

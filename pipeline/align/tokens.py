@@ -1,8 +1,8 @@
 """The one place that turns token ids into bytes."""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ class TokenBytes:
     """bool (vocab,): ids of special tokens."""
     canonical: np.ndarray
     """bool (vocab,): exactly one id for each byte string; `<0xNN>` only where no other token spells that byte."""
+    roles: Mapping[int, str] = field(default_factory=dict)
+    """Ids that say something beside text, and what (`pipeline.align.roles.Roles.single`)."""
 
     def __len__(self) -> int:
         return len(self.bytes)
@@ -57,7 +59,12 @@ class TokenBytes:
         return data, offsets[1:]
 
     def ends(
-        self, ids: np.ndarray, offsets: np.ndarray, texts: pa.Array, skip: np.ndarray | None = None
+        self,
+        ids: np.ndarray,
+        offsets: np.ndarray,
+        texts: pa.Array,
+        skip: np.ndarray | None = None,
+        broken: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Where each token ends in its text, and how far the tokens really spell that text.
 
@@ -66,6 +73,8 @@ class TokenBytes:
             offsets: int64 (texts + 1,), where each text's ids start.
             texts: string or binary array (texts,).
             skip: int64 (texts,), leading bytes of the tokens that aren't part of the text; none by default.
+            broken: characters of the texts that stand for bytes that are no UTF-8: int64 (texts + 1,), where each text's
+                start, and of each the byte in its text and how many bytes of the tokens it stands for.
         Returns:
             int64 (tokens,) byte ends; int64 (texts,) bytes up to which the two agree.
         """
@@ -74,8 +83,10 @@ class TokenBytes:
         data, starts = flat_bytes(self.bytes)
         text, text_starts = flat_bytes(texts)
         skip = np.zeros(len(texts), np.int64) if skip is None else skip
+        none = np.zeros(0, np.int64)
+        holes, at, raw = (np.zeros(len(texts) + 1, np.int64), none, none) if broken is None else broken
         ends, exact = np.empty(len(ids), np.int64), np.empty(len(texts), np.int64)
-        byte_ends(ids, offsets, starts, data, text, text_starts, skip, ends, exact)
+        byte_ends(ids, offsets, starts, data, text, text_starts, skip, holes, at, raw, ends, exact)
         return ends, exact
 
 
@@ -173,14 +184,19 @@ def _canonical(spelled: list[bytes | None], vocab: dict[int, str]) -> np.ndarray
 def vocabulary_table(tokens: TokenBytes, stop: np.ndarray) -> pa.Table:
     """`tokens` and its stop ids as a table of schema `vocabulary`; `from_table` reads it back."""
     ids = np.arange(len(tokens), dtype=np.int32)
-    columns = [ids, tokens.bytes, tokens.special, tokens.canonical, np.isin(ids, stop)]
+    roles = pa.array([tokens.roles.get(index) for index in range(len(tokens))], pa.string())
+    columns = [ids, tokens.bytes, tokens.special, tokens.canonical, np.isin(ids, stop), roles]
     return pa.table(columns, schema=arrow_schema("vocabulary"))
 
 
 def from_table(table: pa.Table, name: str) -> tuple[TokenBytes, np.ndarray]:
     """The token bytes and int32 stop ids that `vocabulary_table` wrote."""
     special, canonical, stop = (table[column].to_numpy() for column in ("special", "canonical", "stop"))
-    return TokenBytes(name, table["bytes"].combine_chunks(), special, canonical), np.flatnonzero(stop).astype(np.int32)
+    named = table["role"].combine_chunks()
+    at = np.flatnonzero(named.is_valid().to_numpy(zero_copy_only=False))
+    roles = dict(zip(at.tolist(), named.take(pa.array(at)).to_pylist(), strict=True))
+    tokens = TokenBytes(name, table["bytes"].combine_chunks(), special, canonical, roles)
+    return tokens, np.flatnonzero(stop).astype(np.int32)
 
 
 def text_tokenizer(tokenizer: Any, name: str) -> Tokenizer:

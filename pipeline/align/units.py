@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-ONE_TO_ONE, N_TO_M, STOP, MASKED = 0, 1, 2, 3
-KINDS = ("1:1", "n:m", "stop", "masked")
+ONE_TO_ONE, N_TO_M, STOP, MASKED, ROLE, CONTEXT = range(6)
+KINDS = ("1:1", "n:m", "stop", "masked", "role", "context")
 """Names of the kind codes, by code."""
+UNCOMPARED = (KINDS[MASKED], KINDS[CONTEXT])
+"""Kinds without loss: what one side can't say, and what the student didn't write."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from schemas.errors import OpdError
 def pair_ids(teacher: TokenBytes, student: TokenBytes) -> np.ndarray:
     """The shared vocabulary as one array: int32 (teacher vocab,), teacher id -> student id, -1 where there is none.
 
-    Two tokens are the same exactly when their bytes are; of several ids with equal bytes only the canonical one pairs.
+    Two tokens are the same when both say the same role, or else exactly when their bytes are; of several ids with equal bytes
+    only the canonical one pairs.
     """
 
     def table(tokens: TokenBytes, name: str) -> pl.DataFrame:
@@ -23,6 +24,10 @@ def pair_ids(teacher: TokenBytes, student: TokenBytes) -> np.ndarray:
     shared = table(teacher, "teacher").join(table(student, "student"), on="bytes")
     pairs = np.full(len(teacher), -1, np.int32)
     pairs[shared["teacher"].to_numpy()] = shared["student"].to_numpy()
+    says = {role: index for index, role in student.roles.items()}
+    for index, role in teacher.roles.items():
+        if role in says:
+            pairs[index] = says[role]
     return pairs
 
 
@@ -63,9 +68,11 @@ def end_ids(tokenizer: Any, generation_config: Any) -> list[int]:
     configured = getattr(generation_config, "eos_token_id", None)
     ids |= set(configured) if isinstance(configured, list | tuple) else {configured}
     # Chat models whose EOS is not the end of turn (Gemma, Llama 3): the template says what closes a turn.
-    for name in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|return|>"):
+    template = str(tokenizer.chat_template or "")
+    # In gpt-oss' format <|end|> ends a message, such as the thinking, after which the same turn goes on.
+    end = "<|return|>" if "<|channel|>" in template else "<|end|>"
+    for name in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", end):
         index = tokenizer.convert_tokens_to_ids(name)
-        template = tokenizer.chat_template or ""
-        if name in str(template) and index is not None and index != tokenizer.unk_token_id:
+        if name in template and index is not None and index != tokenizer.unk_token_id:
             ids.add(index)
     return sorted(index for index in ids if index is not None)

@@ -18,26 +18,79 @@ def byte_ends(
     text: np.ndarray,
     text_starts: np.ndarray,
     skip: np.ndarray,
+    broken_offsets: np.ndarray,
+    broken_at: np.ndarray,
+    broken_raw: np.ndarray,
     ends: np.ndarray,
     exact: np.ndarray,
 ) -> None:
-    """`TokenBytes.ends`: byte by byte until the first difference."""
+    """`TokenBytes.ends`: byte by byte until the first difference, past broken characters by their number of raw bytes."""
     vocabulary = len(starts) - 1
     for row in range(len(exact)):
         begin, size = text_starts[row], text_starts[row + 1] - text_starts[row]
         at, agreed, same = -skip[row], 0, True
+        hole, passed = broken_offsets[row], 0
         for position in range(offsets[row], offsets[row + 1]):
             token = ids[position]
             if 0 <= token < vocabulary:
                 first, length = starts[token], starts[token + 1] - starts[token]
-                k = max(0, -at)
-                while same and k < length:
-                    same = at + k < size and data[first + k] == text[begin + at + k]
-                    agreed = at + k + same
-                    k += 1
-                at += length
+                for k in range(length):
+                    if same and at >= 0:
+                        if hole < broken_offsets[row + 1] and at == broken_at[hole]:
+                            passed += 1
+                            if passed < broken_raw[hole]:
+                                continue  # within a broken character, which is three bytes of the text
+                            at, hole, passed = at + 2, hole + 1, 0
+                        else:
+                            same = at < size and data[first + k] == text[begin + at]
+                        agreed = at + same
+                    at += 1
             ends[position] = max(at, 0)
         exact[row] = agreed
+
+
+@numba.njit(cache=True, nogil=True)
+def find_spellings(
+    ids: np.ndarray,
+    offsets: np.ndarray,
+    has_bytes: np.ndarray,
+    head: np.ndarray,
+    chain: np.ndarray,
+    flat: np.ndarray,
+    at: np.ndarray,
+    out: np.ndarray,
+) -> int:
+    """`roles.find_roles`: spellings by the id that they begin with, `head`, and then by `chain`, the longest first.
+
+    Writes start, number of tokens and index of the spelling (-1: an id that is neither text nor a role), returns how many.
+    """
+    count = 0
+    for row in range(len(offsets) - 1):
+        position = offsets[row]
+        while position < offsets[row + 1]:
+            token = ids[position]
+            inside = 0 <= token < len(has_bytes)
+            spelling = head[token] if inside else -1
+            size = 0
+            while spelling >= 0:
+                size = at[spelling + 1] - at[spelling]
+                same = position + size <= offsets[row + 1]
+                k = 0
+                while same and k < size:
+                    same = ids[position + k] == flat[at[spelling] + k]
+                    k += 1
+                if same:
+                    break
+                spelling = chain[spelling]
+            if spelling >= 0 or not inside or not has_bytes[token]:
+                if spelling < 0:
+                    size = 1
+                out[0, count], out[1, count], out[2, count] = position, size, spelling
+                count += 1
+                position += size
+            else:
+                position += 1
+    return count
 
 
 @numba.njit(cache=True, nogil=True)

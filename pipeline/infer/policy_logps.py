@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow as pa
 
-from pipeline.align.student_view import sampled_tokens
+from pipeline.align.segments import sampled_tokens
 from pipeline.infer.engines import Teacher
 from pipeline.infer.score import Candidates
 from pipeline.prepared import PreparedModel
@@ -29,15 +29,19 @@ def policy_table(policy: Teacher, student: PreparedModel, rollouts: pa.Table) ->
     Raises:
         OpdError: a single response is more than memory holds.
     """
-    sampled, stopped = sampled_tokens(rollouts, student.vocabulary, student.stop)
-    responses = np.split(sampled.ids, sampled.offsets[1:-1])
+    sampled, segments, stopped = sampled_tokens(rollouts, student.vocabulary, student.stop)
+    responses_at = sampled.offsets[segments.offsets]
+    responses = np.split(sampled.ids, responses_at[1:-1])
     prompts = [np.array(ids, np.int32) for ids in rollouts["prompt_ids"].to_pylist()]
     scored = policy.score(prompts, responses, Candidates(mass=0, k_max=0))
-    # The row after the last token is that of stopping; a truncated response has no use for it.
-    counts = np.diff(sampled.offsets) + 1
+    # The row after the last token is that of stopping; a truncated response has no use for it. A stop token before it ends
+    # a turn that another one follows.
+    counts = np.diff(responses_at) + 1
     keep = np.ones(len(scored.logp), bool)
     keep[np.cumsum(counts)[~stopped] - 1] = False
+    stops = np.isin(np.insert(sampled.ids, responses_at[1:], -1), student.stop)
+    logp = np.where(stops, scored.stop_logp, scored.logp)
     offsets = pa.array(np.concatenate([[0], np.cumsum(counts - ~stopped)]), pa.int32())
     schema = arrow_schema("policy")
-    logps = pa.ListArray.from_arrays(offsets, pa.array(scored.logp[keep]), type=schema.field("policy_logp").type)
+    logps = pa.ListArray.from_arrays(offsets, pa.array(logp[keep]), type=schema.field("policy_logp").type)
     return pa.table({"rollout_id": rollouts["rollout_id"], "policy_logp": logps}, schema=schema)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.align.texts import valid_prefix
+from pipeline.align.segments import told
 from pipeline.infer.sample import Response
 from pipeline.prepared import PreparedModel, PromptTable
 from schemas.config import Config
@@ -67,28 +67,27 @@ def rollout_table(
         warped: whether temperature or top_p made the sampler's distribution another one than the model's.
     """
     rows = [
-        {
+        say
+        | {
             "rollout_id": one.rollout_id,
             "prompt_id": one.prompt["prompt_id"],
             "sample": one.sample,
             "round": number,
             "prompt_ids": prompt,
             "response_ids": response.ids,
-            "response": response_text(student, response),
             "behavior_logp": response.behavior_logp,
             "sampler_logp": response.sampler_logp if warped else None,
             "top_id": list(response.top_id) if response.top_id.size else None,
             "finish_reason": "stop" if response.stopped else "length",
             "answer": one.prompt["answer"],
         }
-        for one, prompt, response in zip(wanted, prompts, responses, strict=True)
+        for one, prompt, response, say in zip(wanted, prompts, responses, texts(student, responses), strict=True)
     ]
     return pa.Table.from_pylist(rows, schema=arrow_schema("rollouts"))
 
 
-def response_text(student: PreparedModel, response: Response) -> str:
-    """The longest valid UTF-8 prefix of the response's bytes, up to the first special token."""
-    ids = response.ids[: len(response.ids) - response.stopped]
-    without_bytes = ~student.vocabulary.has_bytes[ids]
-    text_ids = ids[: int(without_bytes.argmax())] if without_bytes.any() else ids
-    return valid_prefix(student.vocabulary.concatenate(text_ids)[0].tobytes())
+def texts(student: PreparedModel, responses: Sequence[Response]) -> list[dict[str, Any]]:
+    """What each response says, the final stop left out: columns `response`, `segments` and `broken` of schema `rollouts`."""
+    ids = [response.ids[: len(response.ids) - response.stopped] for response in responses]
+    offsets = np.cumsum([0, *map(len, ids)])
+    return list(told(np.concatenate([np.zeros(0, np.int32), *ids]), offsets, student.vocabulary, student.roles))

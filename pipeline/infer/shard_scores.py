@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from pipeline.align.segments import Segments, read_by, sampled_tokens, spelled_out
 from pipeline.align.student_candidates import requested_ids
-from pipeline.align.student_view import sampled_tokens
-from pipeline.align.tokens import Spelling, spell
+from pipeline.align.tokens import Spelling
 from pipeline.align.vocabularies import pair_ids, same_ids
 from pipeline.infer.audit import Deltas, choose, deltas, figures
 from pipeline.infer.engines import open_teacher
@@ -47,6 +47,11 @@ class ShardScores:
         return same_ids(self.teacher.vocabulary, self.student.vocabulary)
 
     @cached_property
+    def has_roles(self) -> bool:
+        """Whether some response has more than text."""
+        return any(group["segments"].null_count < len(group) for group in self.rollouts.row_groups(["segments"]))
+
+    @cached_property
     def renderer(self) -> Renderer:
         """The teacher's prompts."""
         return self.teacher.renderer(self.prompts)
@@ -58,7 +63,9 @@ class ShardScores:
         Names and values of this and of `inputs` make an entry's name in the cache: with others, none is found again.
         """
         scores = self.config.scores
-        return {
+        # Without roles in the responses it doesn't matter how the teacher says them.
+        roles = {"roles": self.teacher.roles.identity} if self.has_roles and not self.reads_tokens else {}
+        return roles | {
             "teacher": self.teacher.ref.identity(),
             "reads": "tokens" if self.reads_tokens else "text",
             "engine": self.config.teacher.engine,
@@ -90,11 +97,14 @@ class ShardScores:
         groups = (group["prompt_id"].to_pylist() for group in self.rollouts.row_groups())
         return [self.renderer.ids((self.prompts.rows[name] for name in names), limit) for names in groups]
 
-    def spelling(self, group: pa.Table) -> Spelling:
-        """The responses of a row group as the teacher reads them."""
+    def spelling(self, group: pa.Table) -> tuple[Spelling, Segments]:
+        """The responses of a row group as the teacher reads them, by segment."""
+        sampled, segments, _ = sampled_tokens(group, self.student.vocabulary, self.student.stop)
         if self.reads_tokens:
-            return sampled_tokens(group, self.student.vocabulary, self.student.stop)[0]
-        return spell(self.teacher.text_tokenizer, self.teacher.vocabulary, group["response"].to_pylist())
+            return sampled, segments
+        teacher, is_text = self.teacher, spelled_out(sampled, segments, self.student.vocabulary)
+        read = read_by(teacher.text_tokenizer, teacher.vocabulary, teacher.roles, group, segments, is_text)
+        return read, segments
 
     @property
     def candidates(self) -> Candidates:
@@ -102,7 +112,7 @@ class ShardScores:
         scores = self.config.scores
         return Candidates(scores.mass, 0 if scores.support == "student" else scores.k_max, scores.min_p)
 
-    def requested(self, group: pa.Table, spelling: Spelling) -> list[np.ndarray] | None:
+    def requested(self, group: pa.Table, spelling: Spelling, segments: Segments) -> list[np.ndarray] | None:
         """The student's candidates, where they are kept: for each response int64 (teacher tokens + 1, k) teacher ids or -1.
 
         Raises OpdError when the rollouts don't have them.
@@ -114,9 +124,9 @@ class ShardScores:
                 f"{self.rollouts.path}: scores.support is {self.config.scores.support}, but these rollouts were "
                 "sampled without `rollouts.top_k`"
             )
-        sampled, _ = sampled_tokens(group, self.student.vocabulary, self.student.stop)
+        sampled, _, _ = sampled_tokens(group, self.student.vocabulary, self.student.stop)
         pairs = pair_ids(self.student.vocabulary, self.teacher.vocabulary)
-        return requested_ids(group["top_id"].combine_chunks(), sampled, spelling, pairs)
+        return requested_ids(group["top_id"].combine_chunks(), sampled, spelling, segments, pairs)
 
     def write(self, path: Path, progress: Progress, say: Callable[[str], None]) -> None:
         """Score the shard row group by row group, and audit it.
@@ -130,7 +140,7 @@ class ShardScores:
         """
         spelled = [self.spelling(group) for group in self.rollouts.row_groups()]
         longest = self.longest(spelled)
-        total = sum(len(spelling.ids) for spelling in spelled)
+        total = sum(len(spelling.ids) for spelling, _ in spelled)
         chosen = choose(self.rollouts.rows, self.config.audit.responses, self.inputs["responses"])
         kept: list[tuple[np.ndarray, np.ndarray, pa.Table]] = []
         first = 0
@@ -142,16 +152,17 @@ class ShardScores:
                 open_teacher(self.teacher, longest, self.config.scores.batch_tokens, say) as teacher,
                 progress(total, "teacher tokens") as advance,
             ):
-                for group, spelling, prompts in zip(
+                for group, (spelling, segments), prompts in zip(
                     self.rollouts.row_groups(), spelled, self.teacher_prompts, strict=True
                 ):
-                    responses = np.split(spelling.ids, spelling.offsets[1:-1])
-                    candidates = replace(self.candidates, requested=self.requested(group, spelling))
+                    responses_at = spelling.offsets[segments.offsets]
+                    responses = np.split(spelling.ids, responses_at[1:-1])
+                    candidates = replace(self.candidates, requested=self.requested(group, spelling, segments))
                     scored = teacher.score(prompts, responses, candidates, advance)
-                    table = score_table(group["rollout_id"], spelling, scored, self.config.scores.log_z)
+                    table = score_table(group["rollout_id"], spelling, segments, scored, self.config.scores.log_z)
                     writer.write(table)
                     for at in chosen[(chosen >= first) & (chosen < first + len(group))] - first:
-                        row = int(spelling.offsets[at] + at)
+                        row = int(responses_at[at] + at)
                         kept.append((prompts[at], responses[at], table.slice(row, len(responses[at]) + 1)))
                     first += len(group)
             if kept:
@@ -197,11 +208,13 @@ class ShardScores:
             found.append(deltas(model, prompts[at], response, self.teacher.stop, rows))
         return found
 
-    def longest(self, spelled: list[Spelling]) -> int:
+    def longest(self, spelled: list[tuple[Spelling, Segments]]) -> int:
         """Tokens of the longest prompt and response together. Raises OpdError when the teacher can't read that many."""
         longest = 0
-        for group, spelling, prompts in zip(self.rollouts.row_groups(), spelled, self.teacher_prompts, strict=True):
-            lengths = np.diff(spelling.offsets) + [len(prompt) for prompt in prompts]
+        for group, (spelling, segments), prompts in zip(
+            self.rollouts.row_groups(), spelled, self.teacher_prompts, strict=True
+        ):
+            lengths = np.diff(spelling.offsets[segments.offsets]) + [len(prompt) for prompt in prompts]
             at = int(lengths.argmax())
             if lengths[at] > self.teacher.context:
                 raise OpdError(

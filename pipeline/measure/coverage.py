@@ -7,6 +7,7 @@ import polars as pl
 import pyarrow as pa
 
 from pipeline.align.tokens import TokenBytes
+from pipeline.align.units import CONTEXT, KINDS
 from schemas.config import Coverage
 
 CLASSES = ("digits", "whitespace", "non-ASCII", "template", "other")
@@ -63,6 +64,7 @@ def measure(tables: Iterable[tuple[pa.Table, pa.Table]], student: TokenBytes) ->
         dropped = pl.col("dropped_logp").exp().fill_null(0.0)
         parts.append(
             frame.with_columns(unit_classes(units, rollouts, student))
+            .filter(pl.col("kind") != KINDS[CONTEXT])  # not the student's to be compared
             .group_by("class", "kind")
             .agg(
                 tokens=pl.col("s_len").sum(),
@@ -99,8 +101,8 @@ def shares(measured: pl.DataFrame) -> dict[str, float]:
 
     kept = float(measured["kept"].sum())
     return {
-        "compared": of("1:1", "n:m", "stop"),
-        "one_to_one": of("1:1", "stop"),
+        "compared": of("1:1", "n:m", "stop", "role"),
+        "one_to_one": of("1:1", "stop", "role"),
         "shared_mass": 1 - float(measured["dropped"].sum()) / kept if kept else 0.0,
     }
 

@@ -9,7 +9,7 @@ from functools import partial, reduce
 import numpy as np
 import polars as pl
 
-from pipeline.align.units import KINDS
+from pipeline.align.units import CONTEXT, KINDS, UNCOMPARED
 from pipeline.weights.cross_fitting import tokens_of_units
 from pipeline.weights.gates import REPETITIVE, seq_rep
 from pipeline.weights.importance import ess
@@ -18,7 +18,7 @@ from schemas.diagnostics import Credit, Distance, Entropy, Ratios, Texts
 Sums = dict[str, float]
 
 TENTHS = range(10)
-COMPARED = pl.col("kind") != "masked"
+COMPARED = ~pl.col("kind").is_in(UNCOMPARED)
 
 
 Spread = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -201,14 +201,15 @@ def credit(total: Sums, clipped_share: float | None) -> Credit:
 
 
 def kinds(total: Sums) -> dict[str, float]:
-    """Share of student tokens in each kind of unit."""
-    tokens = sum(total[f"tokens_{kind}"] for kind in KINDS)
-    return {kind: total[f"tokens_{kind}"] / max(1.0, tokens) for kind in KINDS}
+    """Share of the student's own tokens in each kind of unit."""
+    own = [kind for kind in KINDS if kind != KINDS[CONTEXT]]
+    tokens = sum(total[f"tokens_{kind}"] for kind in own)
+    return {kind: total[f"tokens_{kind}"] / max(1.0, tokens) for kind in own}
 
 
 def compared(total: Sums) -> float:
     """Number of units that are not masked."""
-    return sum(total[f"units_{kind}"] for kind in KINDS if kind != "masked")
+    return sum(total[f"units_{kind}"] for kind in KINDS if kind not in UNCOMPARED)
 
 
 def ratio(part: float, whole: float) -> float | None:

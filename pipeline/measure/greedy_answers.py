@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 
 from pipeline.infer.engines import Sampler
-from pipeline.infer.rollout_table import response_text
+from pipeline.infer.rollout_table import texts as texts_of
 from pipeline.measure.scorers import scorer
 from pipeline.prepared import PreparedModel
 from schemas.config import Config
@@ -35,7 +35,7 @@ def greedy_answers(
     """
     seeds = [0] * len(rows)  # no draw
     responses = sampler.sample(prompts, seeds, config.rollouts.longest, temperature=0, advance=advance)
-    texts = [response_text(student, response) for response in responses]
+    texts = [said["response"] for said in texts_of(student, responses)]
     score = scorer(config.evaluate, config.prompts.source)
     scored = [score(text, row) for text, row in zip(texts, rows, strict=True)]
     return pl.DataFrame(

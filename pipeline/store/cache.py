@@ -8,6 +8,7 @@ Nothing in an entry depends on where the cache lies, so it may be moved, copied 
 """
 
 import hashlib
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -35,11 +36,15 @@ from schemas.manifest import Manifest, digest
 
 
 def responses_digest(rollouts: Shard) -> str:
-    """sha256 of what the teacher reads of the rollouts: names and texts, in their row groups."""
+    """sha256 of what the teacher reads of the rollouts: names and texts, and roles between them, in their row groups."""
     running = hashlib.sha256()
-    for group in rollouts.row_groups():
-        for name, text in zip(group["rollout_id"].to_pylist(), group["response"].to_pylist(), strict=True):
+    for group in rollouts.row_groups(["rollout_id", "response", "segments"]):
+        rows = zip(*(group[column].to_pylist() for column in ("rollout_id", "response", "segments")), strict=True)
+        for name, text, segments in rows:
             running.update(f"{name}\0{len(text)}\0{text}\0".encode())
+            if segments is not None:
+                told = [(each["role"], each["bytes"]) for each in segments]
+                running.update(f"{json.dumps(told)}\0".encode())
         running.update(b"\1")
     return running.hexdigest()
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.errors import OpdError
-from schemas.manifest import FORMAT, Manifest, differences
+from schemas.manifest import FORMAT, READABLE, Manifest, differences
 from schemas.tables import TABLES, arrow_schema, writer_options
 
 METADATA_KEY = b"opd"
@@ -207,18 +207,27 @@ class Shard:
         """Some columns of one row group, text as dictionaries; read by this thread alone."""
         text = [column.name for column in TABLES[self.manifest.kind] if column.type == pa.string()]
         with pq.ParquetFile(self.path, read_dictionary=text) as file:
-            return file.read_row_group(index, columns=list(columns), use_threads=False)
+            return self._complete(file.read_row_group(index, columns=list(columns), use_threads=False), columns)
 
     def row_groups(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The row groups in order, one in memory at a time; of all columns, or of some."""
         with pq.ParquetFile(self.path) as file:
             for index in range(file.num_row_groups):
-                yield file.read_row_group(index, columns=columns)
+                yield self._complete(file.read_row_group(index, columns=columns), columns)
 
     def read(self) -> pa.Table:
         """The whole table."""
         with pq.ParquetFile(self.path) as file:
-            return file.read()
+            return self._complete(file.read())
+
+    def _complete(self, table: pa.Table, columns: Sequence[str] | None = None) -> pa.Table:
+        """With nulls for the columns that a shard of an earlier format lacks."""
+        if self.manifest.format == FORMAT or self.manifest.kind not in TABLES:
+            return table
+        for index, field in enumerate(arrow_schema(self.manifest.kind)):
+            if field.name not in table.column_names and (columns is None or field.name in columns):
+                table = table.add_column(min(index, table.num_columns), field, pa.nulls(len(table), field.type))
+        return table
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -273,7 +282,9 @@ def open_shard(
     Raises OpdError for a missing, damaged or foreign shard, with a field-by-field difference.
     """
     shard = Shard(Path(path), read_manifest(Path(path)))
-    shard.expect(identity or {}, inputs or {}, format=FORMAT, kind=kind)
+    if shard.manifest.format not in READABLE:
+        shard.expect({}, format=FORMAT)
+    shard.expect(identity or {}, inputs or {}, kind=kind)
     check_content(shard.path, shard.manifest)
     return shard
 
@@ -296,5 +307,7 @@ def check_content(path: Path, manifest: Manifest) -> None:
         raise OpdError(f"{path}: its manifest is not its own: {'; '.join(different)}; delete both and run again")
     schema = pq.read_schema(path)
     wanted = arrow_schema(manifest.kind) if manifest.kind in TABLES else schema
-    if different := list(differences({f.name: str(f.type) for f in wanted}, {f.name: str(f.type) for f in schema})):
+    later = {f.name for f in wanted if f.nullable} - set(schema.names) if manifest.format < FORMAT else set()
+    expected = {f.name: str(f.type) for f in wanted if f.name not in later}
+    if different := list(differences(expected, {f.name: str(f.type) for f in schema})):
         raise OpdError(f"{path}: its columns are not those of a {manifest.kind} table: {'; '.join(different)}")

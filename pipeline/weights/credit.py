@@ -14,6 +14,7 @@ from itertools import chain
 import numpy as np
 import polars as pl
 
+from pipeline.align.units import UNCOMPARED
 from pipeline.weights import gates
 from pipeline.weights.cross_fitting import (
     Sums,
@@ -36,7 +37,7 @@ from schemas.config import Weights
 from schemas.errors import OpdError
 from schemas.tables import WEIGHTS
 
-MASKED = pl.col("kind") == "masked"
+MASKED = pl.col("kind").is_in(UNCOMPARED)
 MAX_LOG_RATIO = 20.0
 """nats; a ratio beyond it is no estimate of anything, but it must stay a number."""
 

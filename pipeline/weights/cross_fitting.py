@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import polars as pl
 
+from pipeline.align.units import UNCOMPARED
 from schemas.errors import OpdError
 
 FOLDS = 5
@@ -208,7 +209,7 @@ def residual_sums(table: pl.DataFrame) -> Sums:
 
     `table` is what `residual_keys` gives; d = advantage; masked units are left out.
     """
-    compared = table.filter(pl.col("kind") != "masked")
+    compared = table.filter(~pl.col("kind").is_in(UNCOMPARED))
     return {kind: sums_by(compared, keys, ["advantage"]) for kind, keys in RESIDUAL_KEYS.items()}
 
 
@@ -237,6 +238,6 @@ def residual(table: pl.DataFrame, sums: Sums) -> pl.Series:
     d = table["advantage"].cast(pl.Float64)
     return (
         (d - (by_token + by_bin) / 2)
-        .zip_with(table["kind"] != "masked", pl.zeros(len(table), eager=True))
+        .zip_with(~table["kind"].is_in(UNCOMPARED), pl.zeros(len(table), eager=True))
         .alias("residual")
     )

@@ -90,9 +90,11 @@ def corrected(kinds: Sequence[str]) -> pl.Expr:
     """pi_behavior / pi_sampler of units of these kinds, 1 at others: what temperature and top-p made likelier weighs less.
 
     Reads `sampler_ratio`, which is 1 everywhere when nothing but the model's own distribution was sampled from. The policy that
-    is trained isn't in it: what that has moved since the sampling is for `truncated`.
+    is trained isn't in it: what that has moved since the sampling is for `truncated`. A role counts as what its tokens make it.
     """
-    return pl.when(pl.col("kind").is_in(list(kinds))).then("sampler_ratio").otherwise(1.0)
+    single = (pl.col("s_len") == 1) & (pl.col("t_len") == 1)
+    form = pl.when(pl.col("kind") != "role").then("kind").when(single).then(pl.lit("1:1")).otherwise(pl.lit("n:m"))
+    return pl.when(form.is_in(list(kinds))).then("sampler_ratio").otherwise(1.0)
 
 
 def ess(count: float, total: float, squared: float) -> float | None:

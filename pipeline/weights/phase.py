@@ -33,7 +33,7 @@ from schemas.config import Weights
 from schemas.errors import OpdError
 from schemas.manifest import digest
 
-UNIT_COLUMNS = ("rollout_id", "unit", "kind", "s_start", "s_len", "teacher_logp")
+UNIT_COLUMNS = ("rollout_id", "unit", "kind", "s_start", "s_len", "t_len", "teacher_logp")
 CANDIDATE_COLUMNS = ("cand_logp", "tail_logp", "dropped_logp")
 CONNECT_SECONDS = 10
 """How long a scheduler may take to answer."""

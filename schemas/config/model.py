@@ -60,6 +60,14 @@ class Model(Section):
         description="strings that end a response beside the model's own end tokens: every token that starts with one stops",
     )
 
+    roles: dict[str, tuple[str, ...]] = Field(
+        default_factory=dict,
+        description="how the model spells what text can't say, by role (begin_thinking, end_thinking, begin_tool_call, "
+        "end_tool_call, begin_tool_result, next_tool_result, end_tool_result, begin_user, begin_assistant, end_turn, or "
+        "names of your own that the other model has too); the first spelling is what it says, the others are read as it too. "
+        "They take the place of those that are known of its family (Qwen and other ChatML models, Llama 3, Gemma, gpt-oss, "
+        "DeepSeek, Mistral, Phi)",
+    )
     tuned_on: str | None = Field(
         None,
         description="student only: `model` of the teacher whose samples it was fine-tuned on; the run warns where "

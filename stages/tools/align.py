@@ -12,12 +12,12 @@ import typer
 from rich.text import Text
 
 from pipeline.align.texts import Aligned, align_texts, unit_rows
-from pipeline.align.units import KINDS
 from schemas.errors import OpdError
 from stages.run import console
 from stages.run.sides import JsonOption, StudentOption, TeacherOption, open_side
 
-COLOURS = {"1:1": "green", "n:m": "yellow", "stop": "cyan", "masked": "red"}
+COLOURS = {"1:1": "green", "n:m": "yellow", "masked": "red"}
+"""Of a text there are no other kinds."""
 LINES_AT_ONCE = 1024
 
 
@@ -54,7 +54,7 @@ def describe(aligned: Aligned, text: int) -> dict[str, Any]:
     """The JSON of one text."""
     rows = unit_rows(aligned, text)
     student, teacher = (int(s.offsets[text + 1] - s.offsets[text]) for s in (aligned.student, aligned.teacher))
-    by_kind = {kind: sum(row["s_len"] for row in rows if row["kind"] == kind) for kind in KINDS}
+    by_kind = {kind: sum(row["s_len"] for row in rows if row["kind"] == kind) for kind in COLOURS}
     return {
         "units": rows,
         "masked_bytes": int(aligned.masked_bytes[text]),

@@ -19,6 +19,7 @@ import torch
 import yaml
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.align.units import UNCOMPARED
 from pipeline.align.vocabularies import pair_ids
 from pipeline.infer.forward import head
 from pipeline.infer.score import hidden_rows
@@ -97,8 +98,9 @@ class Rollouts:
         self.hidden: dict[str, torch.Tensor] = {}
         model = judge.take_model()
         for group, prompts in zip(place.rollouts.row_groups(), wanted.teacher_prompts, strict=True):
-            spelling = wanted.spelling(group)
-            responses, names = np.split(spelling.ids, spelling.offsets[1:-1]), group["rollout_id"].to_pylist()
+            spelling, segments = wanted.spelling(group)
+            responses = np.split(spelling.ids, spelling.offsets[segments.offsets[1:-1]])
+            names = group["rollout_id"].to_pylist()
             for batch, hidden in hidden_rows(model, prompts, responses, self.run.config.scores.batch_tokens):
                 self.hidden |= {names[i]: rows for i, rows in zip(batch, hidden, strict=True)}
         del model  # only its head is needed from here on
@@ -146,7 +148,7 @@ class Rollouts:
         starts = {
             name: torch.tensor(of_response["t_start"].to_list())
             for (name,), of_response in pl.concat([pl.DataFrame(triple[1].read()) for triple in shards])
-            .filter(pl.col("kind") != "masked")
+            .filter(~pl.col("kind").is_in(UNCOMPARED))
             .group_by("rollout_id")
         }
 
