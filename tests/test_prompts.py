@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from pipeline.prompts import Renderer, collect
+from pipeline.prompts import collect
+from pipeline.rendering import Renderer
 from schemas.config import Model, Prompts, Splits
 from schemas.errors import OpdError
 
