@@ -21,6 +21,8 @@ from schemas.errors import OpdError
 HIDDEN, CONTROL = 0xF0000, 0x100000
 """First characters of the two private planes: for look-alikes in a row's text, and for control tokens."""
 PRIVATE = re.compile("[\U000f0000-\U0010ffff]")
+ESCAPED = re.compile(r"\\U000f[0-9a-f]{4}|\\udb[89ab][0-9a-f]\\ud[c-f][0-9a-f]{2}")
+"""A character of the first as Python and JSON may spell it."""
 
 
 class ControlTokens:

@@ -2,8 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import product
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -12,7 +11,7 @@ import jinja2.meta
 import jinja2.sandbox
 import numpy as np
 
-from pipeline.control_tokens import PRIVATE, ControlTokens
+from pipeline.control_tokens import ESCAPED, PRIVATE, ControlTokens
 from pipeline.conversations import Message
 from pipeline.prompts import variables
 from schemas.config import Model
@@ -127,6 +126,11 @@ class Renderer:
         """The rendering, and whether look-alikes are hidden in it."""
         hide = self._looks_like_control(row)
         text = self._rendering(row, hide)
+        if hide and ESCAPED.search(text):
+            raise OpdError(
+                f"model {self._name}: prompt {row['prompt_id']}: holds what looks like a control token, in a list or an object "
+                "that a template prints as the value of a program; have it print texts, or `tojson`"
+            )
         return text, hide and PRIVATE.search(text) is not None
 
     def _rendering(self, row: Mapping[str, Any], hide: bool) -> str:
@@ -154,32 +158,31 @@ class Renderer:
         messages = [dict(message) for message in conversation]
         last = max(number for number, message in enumerate(messages) if message["role"] == "user")
         messages[last]["content"] = prompt
+        messages = [{**message, "content": message["content"] or ""} for message in messages]
         if system is not None:
             others = [message for message in messages if message["role"] != "system"]
             messages = [{"role": "system", "content": system}, *others]
         tools = values["tools"] if row.get("tools") else None
-        wanted = _pieces(messages, tools)
-        missing: list[str] = []
-        failed: Exception | None = None
-        for spell in SPELLINGS if any("tool_calls" in message for message in messages) else SPELLINGS[:1]:
+        pieces = _pieces(messages, tools)
+        problem: OpdError | None = None
+        # Some templates put the arguments of calls together with other text, others want an object.
+        for spelled in (messages, [_arguments_as_json(message) for message in messages]):
             try:
                 text = self._tokenizer.apply_chat_template(
-                    [spell(message) for message in messages],
+                    spelled,
                     tools=tools,
                     tokenize=False,
                     add_generation_prompt=True,
                     **self._config.chat_template_kwargs,
                 )
             except FAILURES as error:
-                failed = failed or error
-                continue
-            lost = _lost(wanted, text)
-            if not lost:
-                return text
-            missing = missing or lost
-        if failed and not missing:
-            raise self._fails(row, failed) from failed
-        raise self._loses(row, missing, "its chat template")
+                problem = problem or self._fails(row, error)
+            else:
+                if not (lost := _lost(pieces, text)):
+                    return text
+                problem = problem or self._loses(row, lost, "its chat template")
+        assert problem
+        raise problem
 
     def _check_plain(self, row: Mapping[str, Any], values: Mapping[str, Any], prompt: str) -> None:
         """Refuse a plain rendering of a conversation that leaves out some of it."""
@@ -221,24 +224,14 @@ def _tojson(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
-def _spelling(text_arguments: bool, empty: str | None) -> Callable[[Message], Message]:
-    def spell(message: Message) -> Message:
-        if "tool_calls" not in message:
-            return message
-        calls = [
-            {**call, "function": {**call["function"], "arguments": _tojson(call["function"]["arguments"])}}
-            if text_arguments
-            else call
-            for call in message["tool_calls"]
-        ]
-        return {**message, "content": message["content"] or empty, "tool_calls": calls}
-
-    return spell
-
-
-SPELLINGS = [_spelling(*how) for how in product((False, True), ("", None))]
-"""How messages with tool calls are given to templates: arguments as an object or as its JSON, no content as "" or None. Some
-templates take only one of them (DeepSeek-V3's wants JSON and None, Qwen3's an object or JSON and "")."""
+def _arguments_as_json(message: Message) -> Message:
+    """A message whose tool calls have their arguments as text."""
+    if "tool_calls" not in message:
+        return message
+    functions = [call["function"] for call in message["tool_calls"]]
+    spelled = [{**function, "arguments": _tojson(function["arguments"])} for function in functions]
+    calls = [{**call, "function": new} for call, new in zip(message["tool_calls"], spelled, strict=True)]
+    return {**message, "tool_calls": calls}
 
 
 def _pieces(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> list[str]:

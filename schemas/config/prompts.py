@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from schemas.config.section import Section
 
@@ -47,3 +47,10 @@ class Prompts(Section):
         "at its end is it. null: there is none, and accuracy is not measured",
     )
     splits: Splits = Field(Splits(), description="how many rows go where")
+
+    @model_validator(mode="after")
+    def _fields_differ(self) -> "Prompts":
+        named = [field for field in (self.prompt_field, self.answer_field, self.tools_field) if field is not None]
+        if len(set(named)) < len(named):
+            raise ValueError(f"`prompt_field`, `answer_field` and `tools_field` must differ, found {', '.join(named)}")
+        return self
