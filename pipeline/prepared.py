@@ -1,21 +1,54 @@
 """What a run has prepared: a model with its vocabulary, and its prompts. Parts are loaded when first used."""
 
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from tokenizers import Tokenizer
 
 from pipeline.align.roles import Roles, roles_of
 from pipeline.align.tokens import TokenBytes, from_table, text_tokenizer
 from pipeline.models import ModelRef, load_model, load_tokenizer, model_config, native_dtype, reference
-from pipeline.prompts import Renderer
+from pipeline.rendering import Renderer
 from pipeline.store.shards import Shard
 from schemas.config import Model
 from schemas.errors import OpdError
+from schemas.tables import arrow_schema
+
+
+class PromptRows(Sequence[dict[str, Any]]):
+    """Some rows of the run's prompts, read when they are asked for, a row group in memory at a time."""
+
+    def __init__(self, shard: Shard, positions: np.ndarray) -> None:
+        """`positions`: int64 (n,) of the rows in the shard, in the order wanted."""
+        self._shard, self.positions = shard, positions
+        self._ends = np.cumsum(shard.row_group_sizes())
+        self._group: tuple[int, pa.Table] | None = None
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: Any) -> Any:
+        """A row, or by a slice or array of indices some of them, not read yet."""
+        if isinstance(index, slice | np.ndarray):
+            return PromptRows(self._shard, self.positions[index])
+        return self._row(int(self.positions[index]))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(self._row, self.positions.tolist())
+
+    def _row(self, position: int) -> dict[str, Any]:
+        number = int(np.searchsorted(self._ends, position, side="right"))
+        if self._group is None or self._group[0] != number:
+            self._group = (number, self._shard.row_group(number, arrow_schema("prompts").names))
+        table = self._group[1]
+        return table.slice(position - (int(self._ends[number]) - len(table)), 1).to_pylist()[0]
 
 
 @dataclass(frozen=True)
@@ -24,14 +57,22 @@ class PromptTable:
 
     shard: Shard
 
-    @cached_property
-    def rows(self) -> dict[str, dict[str, Any]]:
-        """Rows by prompt_id, in order."""
-        return {row["prompt_id"]: row for row in self.shard.read().to_pylist()}
+    def split(self, name: str) -> PromptRows:
+        """Rows of one split, in order, read when they are asked for."""
+        return PromptRows(self.shard, np.flatnonzero(pc.equal(self._names["split"], name)))
 
-    def split(self, name: str) -> list[dict[str, Any]]:
-        """Rows of one split, in order."""
-        return [row for row in self.rows.values() if row["split"] == name]
+    def take(self, names: Sequence[str]) -> PromptRows:
+        """Rows with these prompt_ids. Raises OpdError when there is no such one."""
+        places = pc.index_in(pa.array(names, pa.string()), self._names["prompt_id"])
+        if places.null_count:
+            missing = names[int(np.flatnonzero(places.is_null())[0])]
+            raise OpdError(f"{self.shard.path}: holds no prompt {missing!r}")
+        return PromptRows(self.shard, places.to_numpy().astype(np.int64))
+
+    @cached_property
+    def _names(self) -> pa.Table:
+        """Which prompt each row is, and its split."""
+        return pa.concat_tables(self.shard.row_groups(["prompt_id", "split"]))
 
 
 @dataclass(frozen=True)

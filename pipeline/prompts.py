@@ -1,24 +1,35 @@
-"""Prompts: de-duplicate and split what a source gives, without overlap, and render it for a model."""
+"""Prompts: de-duplicate and split what a source gives, without overlap, holding no more of it than is taken."""
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
-import jinja2
-import jinja2.sandbox
 import numpy as np
 import pyarrow as pa
 
-from pipeline.sources import kind_of
-from schemas.config import Model, Prompts
+from pipeline.conversations import Asked, asked, reference
+from pipeline.sources import is_shuffled, kind_of
+from schemas.config import Prompts
 from schemas.errors import OpdError
 from schemas.tables import arrow_schema
 
 RESERVED = ("prompt", "answer", "examples")
+CONVERSATION_FIELDS = ("messages", "conversations")
+"""Where data sets keep conversations; looked for where there is no field `prompt`."""
+ROW_GROUP = 4096
+"""Prompts that are Python objects at once, and those of a row group on disk."""
+KEY_BYTES = 16
+"""Of a digest of what a row asks: two among a billion would be the same with a probability of 1e-21."""
+
+Row = Mapping[str, Any]
 
 
 def collect(config: Prompts, seed: int) -> pa.Table:
-    """Read, de-duplicate, shuffle and split prompts.
+    """Read, de-duplicate, shuffle and split prompts; conversations are the same where all of them and their tools are.
+
+    Where a source can be read again, it is read twice, and only what is taken is held in memory beside a digest of each row.
 
     Returns:
         A table of schema `prompts`: all of `examples`, then `test`, `dev`, `train`. A larger `train` never changes the
@@ -26,138 +37,133 @@ def collect(config: Prompts, seed: int) -> pa.Table:
     Raises:
         OpdError: the source is missing, broken, or has too few distinct prompts.
     """
-    wanted = config.splits
-    need = wanted.examples + wanted.test + wanted.dev + wanted.train
-    kind = kind_of(config.source)
-    rows: dict[str, dict[str, Any]] = {}
-    for row in kind.rows(config.source, config.options, seed, need):
-        item = _item(row, config)
-        rows.setdefault(item["prompt"], item)
-        if kind.shuffled and len(rows) == need:
-            break
-    if not rows:
+    splits = {name: getattr(config.splits, name) for name in ("examples", "test", "dev", "train")}
+    need = sum(splits.values())
+    kind, shuffled = kind_of(config.source), is_shuffled(config.source, config.options)
+    rereads = kind.again and not shuffled
+
+    def rows() -> Iterator[tuple[int, Row]]:
+        return enumerate(kind.rows(config.source, config.options, seed, need))
+
+    distinct = islice(_distinct(rows(), config), need if shuffled else None)
+    if rereads:
+        numbers = np.fromiter((number for number, _ in distinct), np.int64)
+        count = len(numbers)
+    else:
+        table = _table(distinct, config)
+        count = len(table)
+    if not count:
         raise OpdError(f"prompts: {config.source} holds no prompts")
-    if len(rows) < need:
+    if count < need:
+        asked_for = " + ".join(f"{name} {splits[name]}" for name in ("examples", "train", "dev", "test"))
         raise OpdError(
-            f"prompts: {config.source} holds {len(rows)} different prompts, but prompts.splits asks for {need} "
-            f"(examples {wanted.examples} + train {wanted.train} + dev {wanted.dev} + test {wanted.test})"
+            f"prompts: {config.source} holds {count} different prompts, but prompts.splits asks for {need} ({asked_for})"
         )
     # Taking what is in random order already as it comes keeps the splits when `train` grows.
-    order = np.arange(need) if kind.shuffled else np.random.default_rng(seed).permutation(len(rows))[:need]
-    items = list(rows.values())
-    names = [
-        split
-        for split, count in (
-            ("examples", wanted.examples),
-            ("test", wanted.test),
-            ("dev", wanted.dev),
-            ("train", wanted.train),
-        )
-        for _ in range(count)
-    ]
-    table = [
-        {"prompt_id": f"p{i:03}", "split": split, **items[index]}
-        for i, (split, index) in enumerate(zip(names, order.tolist(), strict=True))
-    ]
-    return pa.Table.from_pylist(table, schema=arrow_schema("prompts"))
+    order = np.arange(need) if shuffled else np.random.default_rng(seed).permutation(count)[:need]
+    if rereads:
+        table = _table(_taken(rows(), numbers[order]), config)
+        order = np.argsort(np.argsort(order))  # the table has them in the source's order
+    columns = {
+        "prompt_id": pa.array([f"p{number:03}" for number in range(need)]),
+        "split": pa.array(np.repeat(list(splits), list(splits.values())), pa.string()),
+        **dict(zip(table.column_names, table.take(order).columns, strict=True)),
+    }
+    return pa.table(columns).select(arrow_schema("prompts").names).cast(arrow_schema("prompts"))
 
 
-def _item(row: Mapping[str, Any], config: Prompts) -> dict[str, Any]:
-    for field in filter(None, (config.prompt_field, config.answer_field)):
-        if field not in row:
-            raise OpdError(
-                f"prompts: {config.source} has no field {field!r}; it has {', '.join(map(repr, row))} "
-                "(set prompts.prompt_field and prompts.answer_field)"
-            )
-    prompt = row[config.prompt_field]
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise OpdError(
-            f"prompts: {config.source}: field {config.prompt_field!r} must be non-empty text, found {prompt!r}"
-        )
-    answer = row[config.answer_field] if config.answer_field else None
-    rest = {k: v for k, v in row.items() if k not in (config.prompt_field, config.answer_field)}
+def _distinct(rows: Iterable[tuple[int, Row]], config: Prompts) -> Iterator[tuple[int, Row]]:
+    """Of rows that ask the same, the first."""
+    seen: set[bytes] = set()
+    for number, row in rows:
+        key = hashlib.blake2b(_asked(row, number, config).key.encode(), digest_size=KEY_BYTES).digest()
+        if key not in seen:
+            seen.add(key)
+            yield number, row
+
+
+def _taken(rows: Iterable[tuple[int, Row]], numbers: np.ndarray) -> Iterator[tuple[int, Row]]:
+    """The rows with these numbers, in the source's order."""
+    taken = np.zeros(numbers.max() + 1, bool)
+    taken[numbers] = True
+    return ((number, row) for number, row in islice(rows, len(taken)) if taken[number])
+
+
+def _table(rows: Iterator[tuple[int, Row]], config: Prompts) -> pa.Table:
+    """Columns of schema `prompts`, without those that depend on the other rows."""
+    whole = arrow_schema("prompts")
+    schema = pa.schema([whole.field(name) for name in whole.names if name not in ("prompt_id", "split")])
+    tables = [schema.empty_table()]
+    while group := list(islice(rows, ROW_GROUP)):
+        tables.append(pa.Table.from_pylist([_item(row, number, config) for number, row in group], schema))
+    return pa.concat_tables(tables)
+
+
+def _asked(row: Row, number: int, config: Prompts) -> Asked:
+    field = _prompt_field(row, number, config)
+    where = f"prompts: {config.source}, row {number}, field {field!r}"
+    return asked(row[field], row.get(config.tools_field) if config.tools_field else None, where)
+
+
+def _prompt_field(row: Row, number: int, config: Prompts) -> str:
+    """The field that holds the question: the configured one, or where it is `prompt` and not there, that of a conversation."""
+    if row.get(config.prompt_field) is None and config.prompt_field == "prompt":
+        for name in CONVERSATION_FIELDS:
+            if row.get(name) is not None:
+                return name
+    if config.prompt_field not in row:
+        raise _no_field(config.prompt_field, row, number, config)
+    return config.prompt_field
+
+
+def _no_field(field: str, row: Row, number: int, config: Prompts) -> OpdError:
+    return OpdError(
+        f"prompts: {config.source}, row {number}: has no field {field!r}; it has {', '.join(map(repr, row))} "
+        "(set prompts.prompt_field and prompts.answer_field)"
+    )
+
+
+def _item(row: Row, number: int, config: Prompts) -> dict[str, Any]:
+    one = _asked(row, number, config)
+    answer = None
+    if field := config.answer_field:
+        answer = reference(row.get(field))
+        if answer is None:
+            answer = one.answer
+        if answer is None and field not in row:
+            raise _no_field(field, row, number, config)
+    used = (_prompt_field(row, number, config), config.answer_field, config.tools_field)
     return {
-        "prompt": prompt,
-        "answer": None if answer is None else str(answer),
-        "fields": json.dumps(rest, ensure_ascii=False, default=str),
+        "prompt": one.prompt,
+        "messages": _text(one.messages),
+        "tools": _text(one.tools),
+        "answer": answer,
+        "fields": _text({name: value for name, value in row.items() if name not in used}),
     }
 
 
-class Renderer:
-    """Renders prompts for one model: its Jinja prompt, its own chat template, and BOS exactly once."""
-
-    def __init__(self, config: Model, tokenizer: Any, examples: Sequence[Mapping[str, Any]]) -> None:
-        template = tokenizer.chat_template
-        self.chat = bool(template) if config.chat is None else config.chat
-        if self.chat and not template:
-            raise OpdError(f"model {config.model}: `chat` is true, but its tokenizer has no chat template")
-        if config.system is not None and not self.chat:
-            raise OpdError(f"model {config.model}: `system` needs a chat template, and its tokenizer has none")
-        self._name = config.model
-        self._tokenizer = tokenizer
-        self._examples = [variables(row) for row in examples]
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False
-        )
-        try:
-            self._prompt = environment.from_string(config.prompt)
-            self._system = environment.from_string(config.system) if config.system is not None else None
-        except jinja2.TemplateSyntaxError as error:
-            raise OpdError(f"model {config.model}: `prompt` or `system` is not valid Jinja: {error}") from error
-        bos, added = tokenizer.bos_token_id, tokenizer("").input_ids
-        self._bos = bos if bos is not None and added[:1] == [bos] else None
-        self.identity = {
-            "prompt": config.prompt,
-            "system": config.system,
-            "chat_template": str(template) if self.chat else None,
-            "bos": self._bos,
-            "examples": self._examples,
-        }
-        """What determines every rendering, for manifests."""
-
-    def text(self, row: Mapping[str, Any]) -> str:
-        """The rendered prompt of a `prompts` row."""
-        values = {**variables(row), "examples": self._examples}
-        try:
-            prompt = self._prompt.render(values)
-            system = self._system.render(values) if self._system else None
-            if not self.chat:
-                return prompt
-            messages = [{"role": "user", "content": prompt}]
-            if system is not None:
-                messages.insert(0, {"role": "system", "content": system})
-            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except jinja2.UndefinedError as error:
-            known = ", ".join(sorted(values))
-            raise OpdError(f"model {self._name}: prompt template: {error}; known names: {known}") from error
-        except (jinja2.TemplateError, TypeError, ValueError) as error:  # a chat template without a system role, say
-            raise OpdError(f"model {self._name}: prompt {row['prompt_id']} can't be rendered: {error}") from error
-
-    def ids(self, rows: Iterable[Mapping[str, Any]], limit: int) -> list[np.ndarray]:
-        """Token ids of each row's rendered prompt, BOS included where the tokenizer wants one.
-
-        Args:
-            limit: tokens that the prompt may take (the context less the response).
-        Raises:
-            OpdError: a prompt is longer.
-        """
-        rows = list(rows)
-        encoded = self._tokenizer([self.text(row) for row in rows], add_special_tokens=False).input_ids if rows else []
-        out = []
-        for row, bare in zip(rows, encoded, strict=True):
-            ids = [self._bos, *bare] if self._bos is not None and bare[:1] != [self._bos] else bare
-            if not ids:
-                raise OpdError(f"prompt {row['prompt_id']}: renders to no tokens for {self._name}")
-            if len(ids) > limit:
-                raise OpdError(
-                    f"prompt {row['prompt_id']}: {len(ids)} tokens for {self._name}, but its context leaves room for {limit}; "
-                    "drop it from prompts.source or lower rollouts.max_new_tokens"
-                )
-            out.append(np.asarray(ids, np.int32))
-        return out
+def _text(value: Any) -> str | None:
+    return None if value is None else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def variables(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What templates know of a `prompts` row: its prompt, its answer, and the source's other fields."""
-    fields = {k: v for k, v in json.loads(row["fields"]).items() if k not in RESERVED}
-    return {**fields, "prompt": row["prompt"], "answer": row["answer"]}
+def asked_of(row: Row) -> Asked:
+    """What a `prompts` row asks."""
+    messages, tools = (None if row[name] is None else json.loads(row[name]) for name in ("messages", "tools"))
+    return Asked(row["prompt"], messages, tools)
+
+
+def variables(row: Row) -> dict[str, Any]:
+    """What templates know of a `prompts` row: its prompt, its answer, its conversation, and the source's other fields.
+
+    `system` is the text of the conversation's own system message, or else the field of that name, or empty.
+    """
+    fields = {name: value for name, value in json.loads(row["fields"]).items() if name not in RESERVED}
+    conversation: dict[str, Any] = {"messages": [{"role": "user", "content": row["prompt"]}], "system": "", "tools": []}
+    conversation |= fields
+    if row.get("messages"):
+        conversation["messages"] = json.loads(row["messages"])
+        own = [message["content"] for message in conversation["messages"] if message["role"] == "system"]
+        conversation["system"] = own[0] if own else conversation["system"]
+    if row.get("tools"):
+        conversation["tools"] = json.loads(row["tools"])
+    return {**conversation, "prompt": row["prompt"], "answer": row["answer"]}

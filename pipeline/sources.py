@@ -1,10 +1,14 @@
 """Where rows of prompts come from: how `prompts.source` is written says which kind it is, and a kind is a line of SOURCES."""
 
+import csv
+import gzip
 import importlib
 import io
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,11 +18,23 @@ import zstandard
 
 from pipeline import own_code
 from schemas.config.options import OWN_CODE
-from schemas.errors import OpdError
+from schemas.errors import OpdError, one_line
 
 GENERATED_SEED_SPACING = 1_000_003
 """reasoning-gym seeds item i with seed + i, so neighbouring seeds would share items."""
 GYM = "reasoning-gym:"
+SHUFFLE_BUFFER = 10_000
+"""Rows that a streamed data set's order is drawn from at a time."""
+BATCH = 1_000
+"""Rows that are Python objects at once where a file is read by columns."""
+CHUNK = 1 << 20
+SEPARATORS = tuple(" \t\r\n,")
+csv.field_size_limit(2**31 - 1)  # the module's own limit, 128 kB, is shorter than long documents
+
+SAVED_MARKS = ("dataset_dict.json", "state.json")
+"""By which one tells a folder of several splits or of one that `datasets.save_to_disk` wrote,"""
+SAVED_FILES = (*SAVED_MARKS, "dataset_info.json", "*.arrow", "*/state.json", "*/dataset_info.json", "*/*.arrow")
+"""and all that it reads there."""
 
 Row = Mapping[str, Any]
 
@@ -48,6 +64,8 @@ class Source:
         rows: what gives its rows.
         shuffled: whether they come in an order drawn from the seed. Then the first `need` different ones are taken as they
             come and the rest isn't asked for; else all are read and shuffled.
+        again: whether reading them again costs little and gives the same, so that those not taken needn't be kept meanwhile.
+        is_there: what else must hold of it, where how it is written doesn't tell.
         verify: its own judgement of (source, answer, `prompts` row), where it has one.
         digest: of what else than the config determines the rows, where that can be told.
     """
@@ -55,13 +73,21 @@ class Source:
     written: re.Pattern[str]
     rows: Rows
     shuffled: bool = False
+    again: bool = False
+    is_there: Callable[[str], bool] = lambda _: True
     verify: Callable[[str, str, Row], bool] | None = None
     digest: Callable[[str], str] | None = None
 
 
 def kind_of(source: str) -> Source:
     """The kind of a `prompts.source`: the first of SOURCES that is written like it."""
-    return next(kind for kind in SOURCES.values() if kind.written.fullmatch(source))
+    return next(kind for kind in SOURCES.values() if kind.written.fullmatch(source) and kind.is_there(source))
+
+
+def is_shuffled(source: str, options: Mapping[str, Any]) -> bool:
+    """Whether a source's rows come in an order drawn from the seed; those of a streamed data set do."""
+    kind = kind_of(source)
+    return kind.shuffled or (kind.rows is _hub and bool(options.get("streaming")))
 
 
 def identity(source: str) -> dict[str, str]:
@@ -103,25 +129,96 @@ def _file(source: str, options: dict[str, Any]) -> Path:
     return path
 
 
+@contextmanager
+def _text(path: Path) -> Iterator[io.TextIOWrapper]:
+    """A text file, compressed or not, decompressed piece by piece."""
+    try:
+        with path.open("rb") as raw:
+            stream: Any = raw
+            if path.suffix == ".zst":
+                stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+            elif path.suffix == ".gz":
+                stream = gzip.GzipFile(fileobj=raw)
+            yield io.TextIOWrapper(stream, encoding="utf-8-sig", newline="" if _CSV.fullmatch(path.name) else None)
+    except UnicodeDecodeError as error:
+        raise OpdError(f"prompts: {path}: not UTF-8: {error}") from error
+    except zstandard.ZstdError as error:
+        raise OpdError(f"prompts: {path}: not zstandard data: {error}") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise OpdError(f"prompts: {path}: not gzip data, or cut: {error}") from error
+
+
 def _jsonl(source: str, options: dict[str, Any], seed: int, need: int) -> Iterator[Row]:
     path = _file(source, options)
-    with path.open("rb") as raw:
-        stream: Any = zstandard.ZstdDecompressor().stream_reader(raw) if path.suffix == ".zst" else raw
+    with _text(path) as lines:
+        yield from _rows_of_lines(lines, path)
+
+
+def _rows_of_lines(lines: io.TextIOWrapper, path: Path) -> Iterator[Row]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            for number, line in enumerate(io.TextIOWrapper(stream, encoding="utf-8"), 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise OpdError(f"prompts: {path}, line {number}: not JSON: {error}") from error
-                if not isinstance(row, dict):
-                    raise OpdError(f"prompts: {path}, line {number}: expected an object, found {type(row).__name__}")
-                yield row
-        except UnicodeDecodeError as error:
-            raise OpdError(f"prompts: {path}: not UTF-8: {error}") from error
-        except zstandard.ZstdError as error:
-            raise OpdError(f"prompts: {path}: not zstandard data: {error}") from error
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise OpdError(f"prompts: {path}, line {number}: not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise OpdError(f"prompts: {path}, line {number}: expected an object, found {type(row).__name__}")
+        yield row
+
+
+def _json(source: str, options: dict[str, Any], seed: int, need: int) -> Iterator[Row]:
+    """Of a list of objects, one after another; of what doesn't begin as a list, lines."""
+    path = _file(source, options)
+    with _text(path) as text:
+        start = text.read(CHUNK).lstrip()
+        if start.startswith("["):
+            yield from _elements(start[1:], text, path)
+            return
+    yield from _jsonl(source, options, seed, need)
+
+
+def _elements(buffer: str, text: io.TextIOWrapper, path: Path) -> Iterator[Row]:
+    """The objects of a JSON list whose bracket has been read, without ever holding all of its text."""
+    decoder, at, number, ended = json.JSONDecoder(), 0, 0, False
+    while True:
+        while buffer[at : at + 1] in SEPARATORS:
+            at += 1
+        if buffer[at : at + 1] == "]":
+            return
+        try:
+            row, at = decoder.raw_decode(buffer, at)
+        except json.JSONDecodeError as error:
+            if ended:
+                raise OpdError(f"prompts: {path}, row {number}: not JSON: {error.msg}") from error
+            more = text.read(max(CHUNK, len(buffer) - at))  # twice as much, should one row be long
+            buffer, at, ended = buffer[at:] + more, 0, not more
+            continue
+        if not isinstance(row, dict):
+            raise OpdError(f"prompts: {path}, row {number}: expected an object, found {type(row).__name__}")
+        yield row
+        number += 1
+
+
+def _csv(source: str, options: dict[str, Any], seed: int, need: int) -> Iterator[Row]:
+    """Cells are text; an empty one is None."""
+    path = _file(source, options)
+    with _text(path) as text:
+        reader = csv.reader(text, strict=True)
+        try:
+            header = next(reader, [])
+            if len(set(header)) < len(header):
+                raise OpdError(f"prompts: {path}: two columns have the same name: {', '.join(header)}")
+            for cells in reader:
+                if cells and len(cells) != len(header):
+                    raise OpdError(
+                        f"prompts: {path}, line {reader.line_num}: {len(cells)} cells, but the header has {len(header)}: "
+                        f"{', '.join(header)}"
+                    )
+                if cells:
+                    yield {name: cell or None for name, cell in zip(header, cells, strict=True)}
+        except csv.Error as error:
+            raise OpdError(f"prompts: {path}, line {reader.line_num}: not CSV: {error}") from error
 
 
 def _parquet(source: str, options: dict[str, Any], seed: int, need: int) -> Iterator[Row]:
@@ -130,7 +227,7 @@ def _parquet(source: str, options: dict[str, Any], seed: int, need: int) -> Iter
     path = _file(source, options)
     try:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches():
+            for batch in file.iter_batches(BATCH):
                 yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise OpdError(f"prompts: {path}: not readable as Parquet: {error}") from error
@@ -150,24 +247,63 @@ def _own(source: str, options: dict[str, Any], seed: int, need: int) -> Iterator
         yield row
 
 
+def _is_saved(source: str) -> bool:
+    """Whether it is a folder that `datasets.save_to_disk` wrote."""
+    folder = Path(source).expanduser()
+    return any((folder / name).is_file() for name in SAVED_MARKS)
+
+
+def _saved(source: str, options: dict[str, Any], seed: int, need: int) -> Iterator[Row]:
+    import datasets  # noqa: PLC0415
+
+    if rest := options.keys() - {"split"}:
+        raise OpdError(f"prompts: {source} is a saved data set, whose only option is `split`, found {', '.join(rest)}")
+    try:
+        found = datasets.load_from_disk(Path(source).expanduser())
+    except (OSError, ValueError, KeyError) as error:
+        raise OpdError(f"prompts: {source}: not readable as a saved data set: {one_line(error)}") from error
+    if isinstance(found, datasets.DatasetDict):
+        split = options.get("split", "train")
+        if split not in found:
+            raise OpdError(f"prompts: {source} has no split {split!r}; set prompts.options.split: {', '.join(found)}")
+        found = found[split]
+    elif options:
+        raise OpdError(f"prompts: {source} is one saved split, which takes no prompts.options, found {options}")
+    yield from _rows_of(found)
+
+
+def _rows_of(found: Any) -> Iterator[Row]:
+    """Rows of a `datasets.Dataset`, which decodes a batch faster than its rows."""
+    for batch in found.iter(BATCH):
+        yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+
+
 def _hub(source: str, options: dict[str, Any], seed: int, need: int) -> Iterator[Row]:
     import datasets  # noqa: PLC0415
 
     try:
-        yield from datasets.load_dataset(source, **{"split": "train", **options})
+        found = datasets.load_dataset(source, **{"split": "train", **options})
+        if options.get("streaming"):
+            found = found.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+        yield from _rows_of(found)
     except (OSError, ValueError, KeyError) as error:
-        text = " ".join(str(error).split())[:300]
         raise OpdError(
-            f"prompts: {source!r} is neither a .jsonl, .jsonl.zst or .parquet file, nor module:function of your own, nor a "
-            f"dataset the hub gives us: {text}"
+            f"prompts: {source!r} is neither a file ({', '.join(ENDINGS)}), nor a folder of datasets.save_to_disk, nor "
+            f"module:function of your own, nor a dataset the hub gives us: {one_line(error)}"
         ) from error
 
 
+_CSV = re.compile(r".*\.csv(\.gz|\.zst)?")
+ENDINGS = (".jsonl", ".json", ".csv", "each .gz or .zst too", ".parquet")
+
 SOURCES: dict[str, Source] = {
     "reasoning-gym": Source(re.compile(rf"{GYM}.*"), _gym, shuffled=True, verify=_gym_verifies),
-    "jsonl": Source(re.compile(r".*\.jsonl(\.zst)?"), _jsonl),
-    "parquet": Source(re.compile(r".*\.parquet"), _parquet),
+    "jsonl": Source(re.compile(r".*\.jsonl(\.gz|\.zst)?"), _jsonl, again=True),
+    "json": Source(re.compile(r".*\.json(\.gz|\.zst)?"), _json, again=True),
+    "csv": Source(_CSV, _csv, again=True),
+    "parquet": Source(re.compile(r".*\.parquet"), _parquet, again=True),
     "own": Source(OWN_CODE, _own, digest=own_code.source_digest),
-    "hub": Source(re.compile(r".*", re.DOTALL), _hub),
+    "saved": Source(re.compile(r".*", re.DOTALL), _saved, again=True, is_there=_is_saved),
+    "hub": Source(re.compile(r".*", re.DOTALL), _hub, again=True),
 }
 """Kinds of sources; the first that fits is taken, and `hub`, the last, takes anything."""

@@ -38,7 +38,8 @@ def _computes(role: str) -> Keys:
 
 def _prompted(role: str) -> Keys:
     """A model's prompts, and how it says roles."""
-    return Keys(tuple(f"{role}.{key}" for key in ("model", "chat", "system", "prompt", "roles")))
+    keys = ("model", "chat", "chat_template_kwargs", "system", "prompt", "prefill", "roles")
+    return Keys(tuple(f"{role}.{key}" for key in keys))
 
 
 def _on_engine(role: str) -> Keys:

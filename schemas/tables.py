@@ -34,8 +34,23 @@ def _struct(**fields: pa.DataType) -> pa.DataType:
 
 PROMPTS = (
     Column("prompt_id", pa.string(), "name of the prompt, unique in the run, stable for the same source row"),
-    Column("split", pa.string(), "examples | train | dev | test; no prompt text is in two splits"),
-    Column("prompt", pa.string(), "the bare question, before any template"),
+    Column("split", pa.string(), "examples | train | dev | test; no prompt is in two splits"),
+    Column(
+        "prompt", pa.string(), "the bare question, before any template; of a conversation the last user message's text"
+    ),
+    Column(
+        "messages",
+        pa.string(),
+        "JSON list of the conversation's messages (role, content, tool_calls, ...) that the model is to answer; null where the "
+        "question is all there is",
+        nullable=True,
+    ),
+    Column(
+        "tools",
+        pa.string(),
+        "JSON list of the schemas of the tools it may call; null when there are none",
+        nullable=True,
+    ),
     Column("answer", pa.string(), "reference answer; null when the source has none", nullable=True),
     Column("fields", pa.string(), "JSON object of the source row's other fields; templates may use them"),
 )

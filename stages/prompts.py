@@ -1,7 +1,7 @@
 """Prompts: read the source, split it, write prompts.parquet."""
 
 from pipeline import sources
-from pipeline.prompts import collect
+from pipeline.prompts import ROW_GROUP, collect
 from pipeline.store.shards import open_writer
 from stages.run import console
 from stages.run.context import DEFAULT_CONFIG, ConfigOption
@@ -15,7 +15,8 @@ def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
     table = collect(config.prompts, config.seed)
     identity = run.decided | sources.identity(config.prompts.source)
     with open_writer(run.prompts, "prompts", identity, {}) as writer:
-        writer.write(table)
+        for start in range(0, len(table), ROW_GROUP):
+            writer.write(table.slice(start, ROW_GROUP))
     counts = ", ".join(f"{n['counts']} {n['values']}" for n in table["split"].value_counts().to_pylist())
     console.say(f"prompts: {counts} from {config.prompts.source}")
 

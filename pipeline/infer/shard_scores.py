@@ -21,7 +21,7 @@ from pipeline.infer.engines import open_teacher
 from pipeline.infer.score import Candidates
 from pipeline.infer.score_table import score_table
 from pipeline.prepared import PreparedModel, PromptTable
-from pipeline.prompts import Renderer
+from pipeline.rendering import Renderer
 from pipeline.store.cache import lists_digest, responses_digest
 from pipeline.store.shards import Shard, open_writer
 from schemas.config import Config
@@ -95,7 +95,7 @@ class ShardScores:
         """Prompt ids of each response, by row group. Raises OpdError when one leaves too little room for a response."""
         limit = self.teacher.context - self.config.rollouts.longest
         groups = (group["prompt_id"].to_pylist() for group in self.rollouts.row_groups())
-        return [self.renderer.ids((self.prompts.rows[name] for name in names), limit) for names in groups]
+        return [self.renderer.ids(self.prompts.take(names), limit) for names in groups]
 
     def spelling(self, group: pa.Table) -> tuple[Spelling, Segments]:
         """The responses of a row group as the teacher reads them, by segment."""

@@ -49,11 +49,25 @@ class Model(Section):
     chat: bool | None = Field(
         None, description="wrap the prompt in the tokenizer's chat template; null: exactly when it has one"
     )
-    system: str | None = Field(None, description="Jinja text of a system message (chat only)")
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="options that its chat template reads, such as `enable_thinking: false`; others are refused by name",
+    )
+    system: str | None = Field(
+        None,
+        description="Jinja text of the system message (chat only), in place of the conversation's own, which it can take in as "
+        "`{{ system }}`; null: the conversation's own, if it has one",
+    )
     prompt: str = Field(
         "{{ prompt }}",
-        description="Jinja text of the prompt; knows `prompt`, `answer`, the source's other fields, and `examples` "
-        "(a list of rows with the same names)",
+        description="Jinja text of the prompt, in a conversation of the last user message; knows `prompt`, `answer`, "
+        "`messages`, `tools`, `system`, the source's other fields, and `examples` (a list of rows with the same names). "
+        "Without a chat template it is all that the model reads, so for conversations it must spell out `messages`",
+    )
+    prefill: str | None = Field(
+        None,
+        description="Jinja text that the answer begins with, put after what the template opens the answer with; it is part of "
+        "the prompt, not of the response",
     )
     stop: tuple[str, ...] = Field(
         (),
@@ -75,9 +89,13 @@ class Model(Section):
     )
 
     @model_validator(mode="after")
-    def _system_needs_chat(self) -> "Model":
-        if self.system is not None and self.chat is False:
-            raise ValueError("`system` needs a chat template, but `chat` is false")
+    def _needs_chat(self) -> "Model":
+        for key, given in (
+            ("system", self.system is not None),
+            ("chat_template_kwargs", bool(self.chat_template_kwargs)),
+        ):
+            if given and self.chat is False:
+                raise ValueError(f"`{key}` needs a chat template, but `chat` is false")
         return self
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ from filelock import FileLock, Timeout
 
 from pipeline import own_code
 from pipeline.models import IDENTITY_FILES, TOKENIZER_FILES
+from pipeline.sources import SAVED_FILES
 from schemas.config.options import OWN_CODE
 from schemas.decides import decided
 from schemas.errors import OpdError
@@ -78,10 +79,14 @@ def policy(run: Run) -> Callable[[Any], Path]:
 
 
 def local_files(source: str) -> list[Path]:
-    """The user's own files that a source names, so that an edit of them is seen; none for packages and the hub."""
+    """The user's own files that a model's or the prompts' source names, so that an edit is seen; none of packages and the hub.
+
+    Of a folder that is what identifies a model, and what `datasets.save_to_disk` wrote.
+    """
     path = Path(source).expanduser()
     if path.is_dir():
-        return sorted(file for pattern in (*IDENTITY_FILES, *TOKENIZER_FILES) for file in path.glob(pattern))
+        patterns = {*IDENTITY_FILES, *TOKENIZER_FILES, *SAVED_FILES}
+        return sorted({file for pattern in patterns for file in path.glob(pattern)})
     return [path] if path.is_file() else []
 
 
