@@ -60,9 +60,7 @@ def asked(value: Any, tools: Any, where: str) -> Asked:
     schemas = _tools(tools, where)
     if isinstance(value, str) and value.strip():
         return Asked(value, tools=schemas)
-    if isinstance(value, str) or not isinstance(value, Sequence) or not value:
-        raise OpdError(f"{where} must be non-empty text or a list of messages, found {value!r}")
-    messages = [_message(message, f"{where}, message {number}") for number, message in enumerate(value)]
+    messages = messages_of(value, where)
     answer = messages.pop() if messages[-1]["role"] == "assistant" else None
     users = [message["content"] for message in messages if message["role"] == "user"]
     if not users:
@@ -74,6 +72,13 @@ def asked(value: Any, tools: Any, where: str) -> Asked:
         )
     alone = len(messages) == 1 and messages[0].keys() == {"role", "content"}
     return Asked(users[-1], None if alone else messages, schemas, reference(answer) if answer else None)
+
+
+def messages_of(value: Any, where: str) -> list[Message]:
+    """Messages in one form, as `asked` reads them. Raises OpdError when one is malformed."""
+    if isinstance(value, str) or not isinstance(value, Sequence) or not value:
+        raise OpdError(f"{where} must be non-empty text or a list of messages, found {value!r}")
+    return [_message(message, f"{where}, message {number}") for number, message in enumerate(value)]
 
 
 def reference(answer: Any) -> str | None:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import jinja2
@@ -111,6 +112,57 @@ class Renderer:
             out.append(np.asarray(ids, np.int32))
         return out
 
+    def spans(self, row: Mapping[str, Any], turns: Sequence[Message], stop: np.ndarray) -> list[tuple[list[int], bool]]:
+        """What follows a prompt in a longer conversation, as the chat template writes it.
+
+        Args:
+            row: of the prompt, schema `prompts`.
+            turns: messages after it, the first and the last of which are the assistant's.
+            stop: int32 ids that end a turn.
+        Returns:
+            Token ids of each stretch, and whether the assistant wrote it: its turn with the token that ends it, but nothing
+            that the template puts around that.
+        Raises:
+            OpdError: the model has no chat template, or it writes earlier turns otherwise once later ones follow.
+        """
+        if not self.chat:
+            raise OpdError(
+                f"{self._name} has no chat template, so it can't read {row['prompt_id']}, a conversation; give prompts and "
+                "responses as text"
+            )
+        turns = [{**turn, "content": turn["content"] or ""} for turn in turns]
+        hide = self._looks_like_control(row) or self._control.are_in(json.dumps(turns, ensure_ascii=False))
+        values = variables(row)
+        if hide:
+            turns, values = self._control.hide(turns), {name: self._control.hide(v) for name, v in values.items()}
+        values["examples"] = self._hidden_examples if hide else self._examples
+        system = self._system.render(values) if self._system else None
+        first = self._messages(row, values, self._prompt.render(values), system)
+        tools, mine = _tools(row, values), [turn["role"] == "assistant" for turn in turns]
+        whole = self._written(row, [*first, *turns], tools, opens=False)
+        borders = []
+        for number in np.flatnonzero(mine).tolist():
+            opened = self._written(row, [*first, *turns[:number]], tools)
+            if number == 0:
+                opened += self._prefill.render(values)
+            if not whole.startswith(opened):
+                raise OpdError(
+                    f"{row['prompt_id']}: the chat template of {self._name} writes what is before turn {number + 1} otherwise "
+                    "once others follow (it leaves out what was thought, say), so that no single sequence is what the model "
+                    "has read; import the last answer alone (`--spans last`)"
+                )
+            borders.append(len(opened))
+        where, stretches = f"{row['prompt_id']} for {self._name}", []
+        for start, end in pairwise([*borders, len(whole)]):
+            text = whole[start:end]
+            usual = None if hide else self._tokenizer(text, add_special_tokens=False).input_ids
+            ids = self._control.encode(text, where) if usual is None else list(usual)
+            stops = np.flatnonzero(np.isin(ids, stop))
+            if not len(stops):
+                raise OpdError(f"{where}: an assistant's turn has no token that ends it ({text[-40:]!r})")
+            stretches += [(ids[: stops[0] + 1], True), (ids[stops[0] + 1 :], False)]
+        return stretches[:-1]
+
     def _looks_like_control(self, row: Mapping[str, Any]) -> bool:
         """Whether the row's text, or that of the examples shown with it, holds a look-alike of a control token."""
         data = [row.get(name) for name in ("prompt", "answer", "messages", "tools", "fields")]
@@ -154,6 +206,12 @@ class Renderer:
 
     def _chat(self, row: Mapping[str, Any], values: Mapping[str, Any], prompt: str, system: str | None) -> str:
         """The conversation as the chat template writes it, in the first spelling that it writes all of."""
+        return self._written(row, self._messages(row, values, prompt, system), _tools(row, values))
+
+    def _messages(
+        self, row: Mapping[str, Any], values: Mapping[str, Any], prompt: str, system: str | None
+    ) -> list[Message]:
+        """The row's messages with what the config's `prompt` and `system` make of them."""
         conversation = values["messages"] if row.get("messages") else [{"role": "user"}]
         messages = [dict(message) for message in conversation]
         last = max(number for number, message in enumerate(messages) if message["role"] == "user")
@@ -162,7 +220,10 @@ class Renderer:
         if system is not None:
             others = [message for message in messages if message["role"] != "system"]
             messages = [{"role": "system", "content": system}, *others]
-        tools = values["tools"] if row.get("tools") else None
+        return messages
+
+    def _written(self, row: Mapping[str, Any], messages: list[Message], tools: Any, opens: bool = True) -> str:
+        """Messages as the chat template writes them, all of them; `opens` the assistant's next turn."""
         pieces = _pieces(messages, tools)
         problem: OpdError | None = None
         # Some templates put the arguments of calls together with other text, others want an object.
@@ -172,7 +233,7 @@ class Renderer:
                     spelled,
                     tools=tools,
                     tokenize=False,
-                    add_generation_prompt=True,
+                    add_generation_prompt=opens,
                     **self._config.chat_template_kwargs,
                 )
             except FAILURES as error:
@@ -206,6 +267,10 @@ class Renderer:
             f"model {self._name}: prompt {row['prompt_id']}: {by} leaves out {len(lost)} of its texts and tool names "
             f"({shown}); use a template that writes them, or drop the row from prompts.source"
         )
+
+
+def _tools(row: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
+    return values["tools"] if row.get("tools") else None
 
 
 def _texts(template: str | dict[str, str]) -> list[str]:

@@ -26,7 +26,7 @@ STAGES = (
     "evaluate",
     "report",
 )
-TOOLS = ("align", "support", "audit", "plan", "cache", "schema", "config", "recipes", "summary")
+TOOLS = ("import", "align", "support", "audit", "plan", "cache", "schema", "config", "recipes", "summary")
 PANELS = {
     **dict.fromkeys(STAGES, "Stages (the Snakefile runs them in order)"),
     **dict.fromkeys(TOOLS, "Ask"),
@@ -35,6 +35,7 @@ MODULES = {
     **{name: f"stages.{name}" for name in STAGES},
     **{name: f"stages.tools.{name}" for name in TOOLS},
     "report": "stages.report.page",
+    "import": "stages.tools.import_rollouts",
 }
 
 

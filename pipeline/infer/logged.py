@@ -1,0 +1,193 @@
+"""Rollouts that were made elsewhere: rows of a log, each a prompt and what was answered, in this student's tokens."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from pipeline.align.segments import told
+from pipeline.conversations import Asked, Message, asked, messages_of, reference
+from pipeline.prepared import PreparedModel
+from pipeline.rendering import Renderer
+from schemas.errors import OpdError
+
+PROMPTS = ("prompt", "messages", "conversations")
+RESPONSES = ("response", "completion")
+IDS = ("response_ids", "completion_ids")
+LOGPS = ("behavior_logp", "logprobs")
+"""What logs call these; the first that a row has is taken."""
+OURS = {*PROMPTS, *RESPONSES, *IDS, *LOGPS, "sampler_logp", "loss_mask", "finish_reason", "answer", "tools"}
+"""Fields that are read; templates may use a row's others."""
+
+Spans = Literal["all", "last"]
+
+
+@dataclass(frozen=True)
+class Logged:
+    """A row of a log.
+
+    Attributes:
+        where: file and row, for errors.
+        asked: the prompt.
+        prompt: its row of schema `prompts`, but for the columns that depend on other rows.
+        turns: the assistant's answer and what followed it, up to its last; None where it isn't given as messages.
+        text: the answer as text; None where it isn't given so.
+        ids: the answer in the student's tokens; None where it isn't given so.
+        logps, sampler_logps: nats, one per id; None where they aren't given.
+        loss: bool, one per id, which of them the student wrote; None for all.
+        finish: `stop`, `length`, or None where the row doesn't say.
+    """
+
+    where: str
+    asked: Asked
+    prompt: dict[str, Any]
+    turns: list[Message] | None
+    text: str | None
+    ids: np.ndarray | None
+    logps: np.ndarray | None
+    sampler_logps: np.ndarray | None
+    loss: np.ndarray | None
+    finish: str | None
+
+
+def read(row: Mapping[str, Any], where: str, spans: Spans) -> Logged:
+    """Read a row of a log.
+
+    A row has a prompt (text or messages) and a response: text, messages, or ids of the student's tokens with their log-probs
+    where there are; or it is a conversation, whose answers are the response.
+
+    Args:
+        spans: of a conversation, whether all of the assistant's messages are answers, or the last alone.
+    Raises:
+        OpdError: it is malformed; names the field.
+    """
+    given = {name: value for name, value in row.items() if value is not None}
+    prompt, response, ids = (_first(given, names) for names in (PROMPTS, RESPONSES, IDS))
+    if prompt is None:
+        raise OpdError(f"{where}: has neither of {', '.join(PROMPTS)}; it has {', '.join(map(repr, row))}")
+    value, turns, text = given[prompt], None, None
+    if ids is None and response is not None and isinstance(given[response], str):
+        text = given[response]
+    elif ids is None and response is not None:
+        turns = messages_of(given[response], f"{where}, field {response!r}")
+    elif ids is None:
+        value, turns = _split(messages_of(value, f"{where}, field {prompt!r}"), spans, where)
+    if turns and not (turns[0]["role"] == turns[-1]["role"] == "assistant"):
+        raise OpdError(f"{where}: a response must begin and end with the assistant's message")
+    question = asked(value, given.get("tools"), f"{where}, field {prompt!r}")
+    finish = given.get("finish_reason")
+    columns = {
+        "prompt": question.prompt,
+        "messages": _json(question.messages),
+        "tools": _json(question.tools),
+        "answer": reference(given.get("answer")),
+        "fields": _json({name: value for name, value in row.items() if name not in OURS}),
+    }
+    if ids is None:
+        return Logged(where, question, columns, turns, text, None, None, None, None, finish)
+    numbers = _numbers(given, ids, np.int64, where)
+    logps, sampler, loss = (
+        _numbers(given, name, kind, where, len(numbers)) if name else None
+        for name, kind in (
+            (_first(given, LOGPS), np.float32),
+            (_first(given, ("sampler_logp",)), np.float32),
+            (_first(given, ("loss_mask",)), np.bool_),
+        )
+    )
+    return Logged(where, question, columns, None, None, numbers, logps, sampler, loss, finish)
+
+
+def _first(given: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    return next((name for name in names if name in given), None)
+
+
+def _json(value: Any) -> str | None:
+    return None if value is None else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _split(messages: list[Message], spans: Spans, where: str) -> tuple[list[Message], list[Message]]:
+    """What was asked, and what was answered."""
+    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
+        raise OpdError(
+            f"{where}: has no response: neither a field {', '.join(RESPONSES + IDS)} nor an assistant's message"
+        )
+    first = answers[0] if spans == "all" else answers[-1]
+    return messages[:first], messages[first : answers[-1] + 1]
+
+
+def _numbers(given: Mapping[str, Any], name: str, kind: Any, where: str, count: int | None = None) -> np.ndarray:
+    """A list of numbers; log-probs at most 0 and finite."""
+    try:
+        values = np.asarray(given[name])
+        if values.ndim != 1 or (values.size and values.dtype.kind not in "iufb"):
+            raise ValueError
+        found = values.astype(kind)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise OpdError(f"{where}: `{name}` must be a list of numbers, found {str(given[name])[:80]}") from error
+    if count is not None and len(found) != count:
+        raise OpdError(f"{where}: `{name}` has {len(found)} numbers, but there are {count} response ids")
+    if kind is np.float32 and not (np.isfinite(found) & (found <= 1e-3)).all():
+        raise OpdError(f"{where}: `{name}` must be log-probs, finite and at most 0, found {found.max()}")
+    return found
+
+
+@dataclass(frozen=True)
+class Told:
+    """A logged response in the student's tokens.
+
+    Attributes:
+        ids: int32, the final stop left out.
+        stopped: whether the student ended it.
+        loss: bool, one per id; None for all.
+    """
+
+    ids: np.ndarray
+    stopped: bool
+    loss: np.ndarray | None
+
+
+def in_tokens(logged: Logged, prompt: Mapping[str, Any], student: PreparedModel, renderer: Renderer) -> Told:
+    """The response in the student's tokens.
+
+    Text is read as text; what the tokenizer has as special tokens is not looked for in it. Unless its `finish_reason` is
+    `length`, the student ended it. Messages are written by the student's chat template. Ids are taken as they are.
+
+    Args:
+        prompt: of schema `prompts`.
+        renderer: of the student's prompts.
+    Raises:
+        OpdError: the template can't write the conversation as one sequence, or an id is not in the vocabulary.
+    """
+    if logged.text is not None:
+        ids = student.text_tokenizer.encode(logged.text, add_special_tokens=False).ids
+        return Told(np.asarray(ids, np.int32), logged.finish != "length", None)
+    if logged.turns is not None:
+        stretches = renderer.spans(prompt, logged.turns, student.stop)
+        every = np.concatenate([np.asarray(ids, np.int32) for ids, _ in stretches])
+        loss = np.repeat([mine for _, mine in stretches], [len(ids) for ids, _ in stretches])
+        return Told(every[:-1], True, None if loss.all() else loss[:-1])
+    assert logged.ids is not None
+    size = len(student.vocabulary)
+    foreign = logged.ids[(logged.ids < 0) | (logged.ids >= size)]
+    if len(foreign):
+        raise OpdError(
+            f"{logged.where}: response id {foreign[0]}, but {student.ref.source} has tokens 0 to {size - 1}; are they another "
+            "tokenizer's? give text instead"
+        )
+    stopped = len(logged.ids) > 0 and bool(np.isin(logged.ids[-1], student.stop))
+    kept = len(logged.ids) - stopped
+    return Told(logged.ids[:kept].astype(np.int32), stopped, None if logged.loss is None else logged.loss[:kept])
+
+
+def columns_of(told_ones: Sequence[Told], student: PreparedModel) -> list[dict[str, Any]]:
+    """Columns `response`, `segments` and `broken` of schema `rollouts`, by response."""
+    ids = [one.ids for one in told_ones]
+    loss = None
+    if any(one.loss is not None for one in told_ones):
+        loss = np.concatenate([np.ones(len(one.ids), bool) if one.loss is None else one.loss for one in told_ones])
+    offsets = np.cumsum([0, *map(len, ids)])
+    flat = np.concatenate([np.zeros(0, np.int32), *ids])
+    return list(told(flat, offsets, student.vocabulary, student.roles, loss))

@@ -1,0 +1,208 @@
+"""Import: rollouts that were made elsewhere, as a folder whose rollouts a run scores and trains on."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pyarrow as pa
+import typer
+import yaml
+
+from pipeline.infer.engines import open_teacher
+from pipeline.infer.logged import Logged, Told, columns_of, in_tokens, read
+from pipeline.infer.policy_logps import policy_table
+from pipeline.infer.rollout_table import ROW_GROUP
+from pipeline.prepared import PreparedModel, PromptTable
+from pipeline.prompts import asked_of, collect
+from pipeline.rendering import Renderer
+from pipeline.sources import kind_of
+from pipeline.store.shards import file_digest, open_shard, open_writer, write_text
+from schemas.config.load import load_config
+from schemas.errors import OpdError
+from schemas.tables import arrow_schema
+from stages import models
+from stages.run import console
+from stages.run.context import DEFAULT_CONFIG, ConfigOption, policy
+from stages.run.run import Run, run_of, write_config
+
+NEXT = "train.yaml"
+"""The config of the run that goes on from there."""
+
+
+def main(
+    files: Annotated[list[str], typer.Argument(help="JSONL, JSON, CSV or Parquet files, as prompts.source has them")],
+    into: Annotated[Path, typer.Option("--as", help="the folder to make, runs/<name>")],
+    config_file: ConfigOption = DEFAULT_CONFIG,
+    spans: Annotated[
+        str, typer.Option(help="of a conversation: `all` of the assistant's messages are answers, or the `last` alone")
+    ] = "all",
+) -> None:
+    """Take rollouts from elsewhere: check them, put them in the student's tokens, and find the log-probs that they lack.
+
+    A row has `prompt` (text or messages) and `response` (text or messages), or `messages` alone, whose answers by the assistant
+    are the response; or `response_ids` in the student's tokens, with `behavior_logp` or `logprobs` (nats at temperature 1),
+    `sampler_logp` and `loss_mask` where there are. `tools`, `answer` and `finish_reason` are read, other fields are kept for
+    templates. Rows whose prompt the config's run holds out are left out.
+    """
+    if into.parent != Path("runs") or not into.name:
+        raise OpdError(f"--as {into}: expected runs/<name>, beside other runs")
+    if (into / "round-0").exists():
+        raise OpdError(f"--as {into}: holds rollouts already; give another name, or delete it")
+    if spans not in ("all", "last"):
+        raise OpdError(f"--spans {spans}: expected all or last")
+    given = load_config(config_file)
+    run = run_of(given.model_copy(update={"run": into.name}))
+    held_out = _held_out(run)
+    write_config(run)
+    models.main("student", run.root / "config.yaml")
+    student = policy(run, 0)
+    prompts, left_out = _write_prompts(run, files, spans, held_out)
+    renderer = student.renderer(prompts)
+    made = [0, 0, 0]
+    longest = max(
+        (
+            len(ids) + len(one.ids) + 1
+            for _, _, ids, one in _rows(run, files, spans, held_out, student, renderer, prompts)
+        ),
+        default=0,
+    )
+    if not longest:
+        raise OpdError(f"import: {', '.join(files)}: no row is left to import")
+    identity = {"student": student.ref.tokenizer, "prompt": renderer.identity, "stop_ids": student.stop.tolist()}
+    inputs = {"prompts": prompts.shard.manifest.sha256, **{Path(f).name: file_digest(Path(f)) for f in _plain(files)}}
+    with open_teacher(student, longest, run.settings.scores.batch_tokens, console.say) as scorer:
+        rows = _rows(run, files, spans, held_out, student, renderer, prompts)
+        for number in range(10**9):
+            shard = list(islice(rows, run.config.rollouts.shard_size))
+            if not shard:
+                break
+            place = run.root / "round-0" / "rollouts" / f"{number:03}.parquet"
+            with open_writer(place, "rollouts", identity, inputs, {"imported": " ".join(files)}) as writer:
+                for start in range(0, len(shard), ROW_GROUP):
+                    table = _table(shard[start : start + ROW_GROUP], student)
+                    lacks = table["behavior_logp"].combine_chunks().is_null()
+                    made = [made[0] + len(table), made[1] + int(pa.compute.sum(lacks).as_py() or 0), number + 1]
+                    writer.write(_complete(table, scorer, student) if made[1] else table)
+    after = _next(run, config_file, into)
+    console.say(
+        f"{into}: {made[0]} responses in {made[2]} shards, {made[1]} of them without log-probs, which the student gave; "
+        f"{left_out} left out, whose prompts are held out"
+    )
+    console.say(f"score them and train: snakemake --cores all --configfile {after}")
+
+
+def _plain(files: Iterable[str]) -> list[str]:
+    return [file for file in files if Path(file).is_file()]
+
+
+def _held_out(run: Run) -> set[str]:
+    """What the config's own prompts hold out, by what they ask."""
+    table = collect(run.config.prompts, run.config.seed)
+    rows = table.filter(pa.compute.is_in(table["split"], pa.array(["dev", "test"]))).to_pylist()
+    return {asked_of(row).key for row in rows}
+
+
+def _logged(files: Iterable[str], spans: Any) -> Iterator[Logged]:
+    for file in files:
+        for number, row in enumerate(kind_of(file).rows(file, {}, 0, 0)):
+            yield read(row, f"{file}, row {number}", spans)
+
+
+def _write_prompts(run: Run, files: list[str], spans: str, held_out: set[str]) -> tuple[PromptTable, int]:
+    """The prompts of all rows, each once, and how many rows are left out."""
+    left_out, seen, group = 0, set[str](), []
+    identity = {"imported": files}
+    with open_writer(run.prompts, "prompts", identity, {}) as writer:
+        for logged in _logged(files, spans):
+            key = logged.asked.key
+            left_out += key in held_out
+            if key in held_out or key in seen:
+                continue
+            group.append({"prompt_id": f"p{len(seen):03}", "split": "train", **logged.prompt})
+            seen.add(key)
+            if len(group) == 4096:
+                writer.write(pa.Table.from_pylist(group, arrow_schema("prompts")))
+                group = []
+        writer.write(pa.Table.from_pylist(group, arrow_schema("prompts")))
+    return PromptTable(open_shard(run.prompts, "prompts")), left_out
+
+
+Row = tuple[dict[str, Any], Logged, np.ndarray, Told]
+
+
+def _rows(
+    run: Run,
+    files: list[str],
+    spans: str,
+    held_out: set[str],
+    student: PreparedModel,
+    renderer: Renderer,
+    prompts: PromptTable,
+) -> Iterator[Row]:
+    """Of each response its names, its row, the ids of its prompt, and itself in tokens."""
+    numbers: dict[str, int] = {}
+    samples: list[int] = []
+    for logged in _logged(files, spans):
+        key = logged.asked.key
+        if key in held_out:
+            continue
+        number = numbers.setdefault(key, len(numbers))
+        if number == len(samples):
+            samples.append(0)
+        name, sample = f"p{number:03}", samples[number]
+        samples[number] += 1
+        (prompt,) = prompts.take([name])
+        told = in_tokens(logged, prompt, student, renderer)
+        (ids,) = renderer.ids([prompt], student.context - len(told.ids) - 1)
+        names = {"rollout_id": f"r0-{name}-{sample}", "prompt_id": name, "sample": sample, "round": 0}
+        yield names | {"answer": prompt["answer"]}, logged, ids, told
+
+
+def _table(rows: list[Row], student: PreparedModel) -> pa.Table:
+    """Rows of schema `rollouts`, where `behavior_logp` may be null."""
+    stop = student.stop[:1]
+    out = []
+    says = columns_of([told for *_, told in rows], student)
+    for (names, logged, prompt, told), say in zip(rows, says, strict=True):
+        ids = logged.ids.astype(np.int32) if logged.ids is not None else told.ids
+        if logged.ids is None and told.stopped:
+            ids = np.append(ids, stop)
+        out.append(
+            names
+            | say
+            | {"prompt_ids": prompt, "response_ids": ids, "behavior_logp": logged.logps}
+            | {"sampler_logp": logged.sampler_logps, "finish_reason": "stop" if told.stopped else "length"}
+        )
+    schema = arrow_schema("rollouts")
+    at = schema.get_field_index("behavior_logp")
+    return pa.Table.from_pylist(out, schema.set(at, schema.field(at).with_nullable(True)))
+
+
+def _complete(table: pa.Table, scorer: Any, student: PreparedModel) -> pa.Table:
+    """With the student's own log-probs for the responses that have none."""
+    lacks = table["behavior_logp"].combine_chunks().is_null().to_numpy(zero_copy_only=False)
+    own = policy_table(scorer, student, table.filter(pa.array(lacks)))["policy_logp"].to_pylist()
+    given = table["behavior_logp"].to_pylist()
+    filled = iter(own)
+    values = [next(filled) if missing else logps for missing, logps in zip(lacks, given, strict=True)]
+    schema = arrow_schema("rollouts")
+    return table.set_column(
+        schema.get_field_index("behavior_logp"),
+        schema.field("behavior_logp"),
+        pa.array(values, schema.field("behavior_logp").type),
+    )
+
+
+def _next(run: Run, config_file: Path, into: Path) -> Path:
+    """The given config, but for the rollouts of its first round, which are those of the folder."""
+    values = yaml.safe_load(config_file.read_text())
+    name = values.get("run", "default")
+    values |= {"run": name if name != into.name else f"{name}-trained", "reuse": [str(into)]}
+    write_text(into / NEXT, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    return into / NEXT
+
+
+if __name__ == "__main__":
+    console.run(main)
