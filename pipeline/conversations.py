@@ -67,7 +67,7 @@ def asked(value: Any, tools: Any, where: str) -> Asked:
         raise OpdError(f"{where} has no user's message before the assistant's last, so there is nothing to answer")
     if messages[-1]["role"] not in ("user", "tool"):
         raise OpdError(
-            f"{where}: what the assistant shall answer is a {messages[-1]['role']} message; it must be the user's or a tool's, "
+            f"{where}: the message to answer has the role {messages[-1]['role']!r}; it must be the user's or a tool's, "
             "with at most one assistant's message after it"
         )
     alone = len(messages) == 1 and messages[0].keys() == {"role", "content"}

@@ -359,8 +359,8 @@ def test_tools_have_one_form(given: Any) -> None:
         (["Hi."], None, "message 0: expected an object with `role` and `content`, found 'Hi.'"),
         ([{"content": "Hi."}], None, "message 0: no `role`"),
         ([USER, {"role": "narrator", "content": "x"}], None, "message 1: unknown role 'narrator'; known are system"),
-        ([USER, SYSTEM], None, "what the assistant shall answer is a system message"),
-        ([USER, REPLY, REPLY], None, "what the assistant shall answer is a assistant message"),
+        ([USER, SYSTEM], None, "the message to answer has the role 'system'"),
+        ([USER, REPLY, REPLY], None, "the message to answer has the role 'assistant'"),
         ([SYSTEM, REPLY], None, "no user's message"),
         ([{"role": "user", "content": " "}], None, "message 0: no text in its `content`"),
         ([USER, {"role": "tool"}], None, "message 1: no text in its `content`"),
@@ -631,3 +631,29 @@ def test_the_shipped_conversations_are_asked_of_a_real_model(smollm2: Any) -> No
                 renderer.text(one)
         else:
             assert renderer.text(one).count("<|im_start|>") == 7
+
+
+def test_what_arrow_fills_into_conversations_is_taken_out(tmp_path: Path) -> None:
+    """A column has one type, so every call has the arguments of all, null where it has none."""
+    rows = [json.loads(line) for line in Path("examples/conversations.jsonl").read_text().splitlines()]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet")
+    assert (
+        "city"
+        in pq.read_table(tmp_path / "p.parquet")["messages"][0].as_py()[2]["tool_calls"][0]["function"]["arguments"]
+    )
+    splits = Splits(examples=0, train=6, test=6)
+    found, wanted = (
+        [
+            {name: json.loads(row[name] or "null") for name in ("messages", "tools")} | {"answer": row["answer"]}
+            for row in collect(Prompts(source=source, splits=splits), 0).to_pylist()
+        ]
+        for source in (str(tmp_path / "p.parquet"), "examples/conversations.jsonl")
+    )
+    assert found == wanted
+
+
+def test_a_completion_of_messages_is_an_answer(tmp_path: Path) -> None:
+    """TRL's prompt and completion, both of messages."""
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": [SYSTEM, USER], "completion": [REPLY]}])
+    config = Prompts(source=str(path), answer_field="completion", splits=Splits(examples=0, train=1, test=0))
+    assert collect(config, 0)["answer"].to_pylist() == ["Hello."]
