@@ -18,12 +18,13 @@ from schemas.errors import OpdError
 from stages.run import console
 from stages.run.run import run_of, write_config
 from stages.run.workflow import (
-    fresh_phases,
     hold,
     local_files,
     policy,
     reads,
     reused_phases,
+    sampled_phases,
+    scored_phases,
     shard_of,
     shards,
     tables,
@@ -39,7 +40,8 @@ if not workflow.config_settings.configfiles:
 
 try:
     RUN = run_of(parse_config(config, " ".join(map(str, workflow.configfiles))))
-    REUSED, FRESH = reused_phases(RUN), fresh_phases(RUN)
+    REUSED, TAKEN = reused_phases(RUN, scored=True), reused_phases(RUN, scored=False)
+    SAMPLED, SCORED = sampled_phases(RUN), scored_phases(RUN)
 except OpdError as error:
     sys.exit(f"error: {error}")
 
@@ -129,6 +131,29 @@ rule reuse:
         "python -m stages.reuse --config {params.config} --phase {wildcards.phase} --shard {wildcards.shard} 2>&1 | tee {log}"
 
 
+# Rollouts that come without scores, from `opd import` or a run that wasn't scored.
+rule take:
+    input:
+        lambda wildcards: RUN.phase(wildcards.phase).source.shard("rollouts", int(wildcards.shard)),
+        FOLDER / "prompts.parquet",
+        FOLDER / "models/student-vocabulary.parquet",
+    output:
+        shard_of(RUN, "rollouts"),
+    log:
+        FOLDER / "logs/{phase}-take-{shard}.log",
+    benchmark:
+        FOLDER / "timings/{phase}-take-{shard}.tsv"
+    wildcard_constraints:
+        phase=TAKEN,
+    conda:
+        "config/environment.yaml"
+    params:
+        config=SETTINGS,
+        reads=reads(RUN, "reuse"),
+    shell:
+        "python -m stages.reuse --config {params.config} --phase {wildcards.phase} --shard {wildcards.shard} 2>&1 | tee {log}"
+
+
 rule rollouts:
     input:
         FOLDER / "prompts.parquet",
@@ -141,7 +166,7 @@ rule rollouts:
     benchmark:
         FOLDER / "timings/{phase}-rollouts-{shard}.tsv"
     wildcard_constraints:
-        phase=FRESH,
+        phase=SAMPLED,
     conda:
         "config/environment.yaml"
     threads: CORES
@@ -169,7 +194,7 @@ rule scores:
     benchmark:
         FOLDER / "timings/{phase}-scores-{shard}.tsv"
     wildcard_constraints:
-        phase=FRESH,
+        phase=SCORED,
     conda:
         "config/environment.yaml"
     threads: CORES

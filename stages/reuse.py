@@ -21,7 +21,7 @@ from stages.run.run import Place, Run, Source, open_run
 
 
 def main(phase: PhaseOption, shard: ShardOption = 0, config_file: ConfigOption = DEFAULT_CONFIG) -> None:
-    """Re-tokenise a shard of another run's rollouts for this student, and link the scores that the teacher gave it."""
+    """Re-tokenise a shard of another run's rollouts for this student, and link the scores that a teacher gave it."""
     run = open_run(config_file, "reuse", phase)
     part = run.phase(phase)
     source = part.source
@@ -29,6 +29,9 @@ def main(phase: PhaseOption, shard: ShardOption = 0, config_file: ConfigOption =
         raise OpdError(f"--phase {phase}: `reuse` gives this run {len(run.reused)} rounds, numbered from 0")
     place = part[shard]
     given = open_shard(source.shard("rollouts", shard), "rollouts")
+    if not source.is_scored:
+        write_rollouts(place, source, given)
+        return
     scores = open_shard(source.shard("scores", shard), "scores", inputs={"responses": responses_digest(given)})
     write_rollouts(place, source, given)
     link_shard(scores.path.resolve(), place.path("scores"))
@@ -57,7 +60,8 @@ def write_rollouts(place: Place, source: Source, given: Shard) -> None:
             writer.write(
                 retokenise(group, behavior, tokens, student.text_tokenizer, student.roles, renderer.ids(rows, limit))
             )
-    console.say(f"{place.phase.name}: {given.rows} responses and their scores reused from {source.folder}")
+    what = "responses and their scores" if source.is_scored else "responses"
+    console.say(f"{place.phase.name}: {given.rows} {what} reused from {source.folder}")
 
 
 def refuse_leaks(run: Run, prompts: PromptTable, source: Source) -> None:

@@ -15,6 +15,7 @@ from stages.run.context import (
     ThreadsOption,
     open_prompts,
     policy,
+    prompts_of,
     teacher,
 )
 from stages.run.provenance import write_provenance
@@ -31,7 +32,9 @@ def main(
     run = open_run(config_file, "scores", phase)
     console.threads(threads)
     place = run.phase(phase)[shard]
-    wanted = ShardScores(run.settings, place.rollouts, open_prompts(run), teacher(run), policy(run, 0))
+    prompts = open_prompts(run)
+    models = teacher(run), policy(run, 0)
+    wanted = ShardScores(run.settings, place.rollouts, prompts, *models, prompts_of(place.phase))
     link = place.path("scores")
 
     def make(path: Path) -> None:

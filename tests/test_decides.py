@@ -274,7 +274,7 @@ def test_rules_ask_for_what_a_phase_has(read: Reads) -> None:
     assert workflow.shards(run, "eval-0", "rollouts", "units", "weights") == []
     found = workflow.shards(run, "round-0", "rollouts", "weights")
     assert found == [run.root / "round-0/rollouts/000.parquet", run.root / "round-0/weights.json"]
-    assert re.fullmatch(workflow.reused_phases(run), "round-1")
-    assert re.fullmatch(workflow.fresh_phases(run), "eval-0") and not re.fullmatch(
-        workflow.fresh_phases(run), "round-1"
+    assert re.fullmatch(workflow.reused_phases(run, scored=True), "round-1")
+    assert re.fullmatch(workflow.scored_phases(run), "eval-0") and not re.fullmatch(
+        workflow.sampled_phases(run), "round-1"
     )

@@ -40,6 +40,8 @@ class ShardScores:
     prompts: PromptTable
     teacher: PreparedModel
     student: PreparedModel
+    asked: PromptTable | None = None
+    """The prompts that the rollouts name, where another run sampled them; the run's own are for its examples then."""
 
     @cached_property
     def reads_tokens(self) -> bool:
@@ -95,7 +97,7 @@ class ShardScores:
         """Prompt ids of each response, by row group. Raises OpdError when one leaves too little room for a response."""
         limit = self.teacher.context - self.config.rollouts.longest
         groups = (group["prompt_id"].to_pylist() for group in self.rollouts.row_groups())
-        return [self.renderer.ids(self.prompts.take(names), limit) for names in groups]
+        return [self.renderer.ids((self.asked or self.prompts).take(names), limit) for names in groups]
 
     def spelling(self, group: pa.Table) -> tuple[Spelling, Segments]:
         """The responses of a row group as the teacher reads them, by segment."""

@@ -1,4 +1,4 @@
-"""What a run takes over from the runs whose folders its `reuse` names: their scored rounds, and what it doesn't say itself."""
+"""What a run takes over from the runs whose folders its `reuse` names: their rounds, and what it doesn't say itself."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,11 +12,11 @@ INHERITED = ("seed", "prompts", "teacher", "rollouts", "scores", "evaluate")
 """What must agree with, or was fixed by, the rollouts and scores that are reused. All else is the new run's own."""
 
 
-def scored_rounds(run: Path) -> list[Path]:
-    """The folders of a run's rounds that have scores, in order; the folder itself where it is one round without a run."""
+def sampled_rounds(run: Path) -> list[Path]:
+    """The folders of a run's rounds that have rollouts, in order; the folder itself where it is one round without a run."""
     own = [folder for folder in run.glob("round-*") if folder.name.removeprefix("round-").isdigit()]  # no replayed ones
     folders = sorted(own, key=lambda folder: int(folder.name.removeprefix("round-"))) or [run]
-    return [folder for folder in folders if list((folder / "scores").glob("*.parquet"))]
+    return [folder for folder in folders if list((folder / "rollouts").glob("*.parquet"))]
 
 
 def stored_config(values: Mapping[str, Any]) -> Path | None:
@@ -52,7 +52,7 @@ def inherit(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         )
     taken = {name: stored[name] for name in missing if name in stored}
     if "rollouts" in taken:
-        rounds = sum(len(scored_rounds(Path(given).expanduser())) for given in values["reuse"])
+        rounds = sum(len(sampled_rounds(Path(given).expanduser())) for given in values["reuse"])
         horizons = taken["rollouts"].get("max_new_tokens")
         if rounds:
             taken["rollouts"] |= {"rounds": rounds}

@@ -9,7 +9,7 @@ from pipeline.models import ModelRef
 from pipeline.prepared import PreparedModel, PromptTable
 from pipeline.store.shards import open_shard
 from schemas.errors import OpdError
-from stages.run.run import Run
+from stages.run.run import Phase, Run
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="the run's YAML file", show_default=True)]
 PhaseOption = Annotated[str, typer.Option(help="round-<r> or eval-<c>")]
@@ -21,6 +21,13 @@ DEFAULT_CONFIG = Path("config/config.yaml")
 def open_prompts(run: Run) -> PromptTable:
     """The run's prompts, verified."""
     return PromptTable(open_shard(run.prompts, "prompts"))
+
+
+def prompts_of(phase: Phase) -> PromptTable:
+    """The prompts that a phase's rollouts name: those of the run that they come from."""
+    if phase.source is None:
+        return open_prompts(phase.run)
+    return PromptTable(open_shard(phase.source.run / "prompts.parquet", "prompts"))
 
 
 def read_ref(path: Path, stage: str, weights: bool = True) -> ModelRef:

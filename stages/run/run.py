@@ -23,7 +23,7 @@ import yaml
 from pipeline.store.cache import responses_digest
 from pipeline.store.shards import Shard, manifest_path, open_shard, read_manifest, write_text
 from schemas.config import Config, load_config
-from schemas.config.reuse import scored_rounds
+from schemas.config.reuse import sampled_rounds
 from schemas.decides import decided, settings
 from schemas.errors import OpdError
 
@@ -38,7 +38,8 @@ MADE_FROM = {"policy": ("rollouts",), "units": ("rollouts", "scores"), "weights"
 
 @dataclass(frozen=True)
 class Source:
-    """Rollouts and scores of another run: its folder, and that of one round in it (the same for a plain dataset)."""
+    """Rollouts of another run, or imported ones, and their scores: its folder, and that of one round in it (the same for a
+    plain dataset)."""
 
     run: Path
     folder: Path
@@ -51,6 +52,11 @@ class Source:
     def shards(self) -> int:
         """How many shards it has."""
         return len(list((self.folder / "rollouts").glob("*.parquet")))
+
+    @cached_property
+    def is_scored(self) -> bool:
+        """Whether a teacher has scored them all; else the run that takes them over has its own score them."""
+        return all(self.shard("scores", number).exists() for number in range(self.shards))
 
 
 @dataclass(frozen=True)
@@ -102,17 +108,15 @@ class Run:
     def reused(self) -> list[Source]:
         """The rounds that come from other runs, in order; at most as many as the run has.
 
-        A source is a run's folder, or any folder with `rollouts/`, `scores/`, `prompts.parquet` and
-        `models/*-vocabulary.parquet`. Raises OpdError when it has no scored rounds.
+        A source is a run's folder, one that `opd import` made, or any folder with `rollouts/`, `prompts.parquet` and
+        `models/*-vocabulary.parquet`, and `scores/` where there are. Raises OpdError when it has no rollouts.
         """
         sources: list[Source] = []
         for given in self.config.reuse:
             run = Path(given).expanduser()
-            if not (scored := scored_rounds(run)):
-                raise OpdError(
-                    f"reuse: {given}: no folder with scored rollouts (round-<r>/rollouts and round-<r>/scores)"
-                )
-            sources += [Source(run, folder) for folder in scored]
+            if not (rounds := sampled_rounds(run)):
+                raise OpdError(f"reuse: {given}: no folder with rollouts (round-<r>/rollouts)")
+            sources += [Source(run, folder) for folder in rounds]
         return sources[: self.config.rollouts.rounds]
 
     @property
@@ -143,12 +147,17 @@ class Run:
         """Prompts on which the on-policy reverse KL is measured; it takes a teacher, so none by default with `reuse`."""
         if self.config.evaluate.kl_items is not None:
             return self.config.evaluate.kl_items
-        return 0 if self.config.reuse else min(KL_ITEMS, self.config.held_out)
+        return min(KL_ITEMS, self.config.held_out) if self._scores_rounds else 0
+
+    @property
+    def _scores_rounds(self) -> bool:
+        """Whether a round is left for the teacher to score."""
+        return len(self.rounds) > len(self.reused) or not all(source.is_scored for source in self.reused)
 
     @property
     def needs_teacher(self) -> bool:
         """Whether the teacher itself is needed; its tokens' bytes suffice when every score is reused."""
-        return self.kl_items > 0 or len(self.rounds) > len(self.reused)
+        return self.kl_items > 0 or self._scores_rounds
 
 
 @dataclass(frozen=True)

@@ -90,14 +90,19 @@ def local_files(source: str) -> list[Path]:
     return [path] if path.is_file() else []
 
 
-def reused_phases(run: Run) -> str:
-    """Pattern of the phases whose rollouts and scores come from another run (`reuse`)."""
-    return "|".join(f"round-{r}" for r in range(len(run.reused))) or "none"
+def reused_phases(run: Run, scored: bool) -> str:
+    """Pattern of the phases whose rollouts come from another run (`reuse`): those with their scores, or those without."""
+    return "|".join(f"round-{r}" for r, source in enumerate(run.reused) if source.is_scored == scored) or "none"
 
 
-def fresh_phases(run: Run) -> str:
-    """Pattern of the phases that are sampled and scored."""
-    return rf"(?!({reused_phases(run)})\b)(round|eval)-\d+"
+def sampled_phases(run: Run) -> str:
+    """Pattern of the phases that are sampled."""
+    return rf"(?!({reused_phases(run, True)}|{reused_phases(run, False)})\b)(round|eval)-\d+"
+
+
+def scored_phases(run: Run) -> str:
+    """Pattern of the phases that the teacher scores."""
+    return rf"(?!({reused_phases(run, True)})\b)(round|eval)-\d+"
 
 
 def hold(run: Run) -> FileLock:

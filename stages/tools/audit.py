@@ -16,6 +16,7 @@ from stages.run.context import (
     ConfigOption,
     ThreadsOption,
     open_prompts,
+    prompts_of,
     policy,
     teacher,
 )
@@ -46,7 +47,7 @@ def main(
     worst_mean = worst = 0.0
     with console.progress("audit", len(places), "shards") as advance:
         for place in places:
-            about = ShardScores(config, place.rollouts, prompts, judge, student)
+            about = ShardScores(config, place.rollouts, prompts, judge, student, prompts_of(place.phase))
             scores = open_shard(place.path("scores"), "scores", about.identity, about.inputs)
             result = figures(about.stored_deltas(model, scores, responses, f"{seed:016x}"), config.audit.dtype)
             mean, largest = result["audit_mean_delta"], result["audit_max_delta"]

@@ -82,9 +82,9 @@ def main(
             with open_writer(place, "rollouts", identity, inputs, {"imported": " ".join(files)}) as writer:
                 for start in range(0, len(shard), ROW_GROUP):
                     table = _table(shard[start : start + ROW_GROUP], student)
-                    lacks = table["behavior_logp"].combine_chunks().is_null()
-                    made = [made[0] + len(table), made[1] + int(pa.compute.sum(lacks).as_py() or 0), number + 1]
-                    writer.write(_complete(table, scorer, student) if made[1] else table)
+                    lacks = table["behavior_logp"].null_count
+                    made = [made[0] + len(table), made[1] + lacks, number + 1]
+                    writer.write(_complete(table, scorer, student) if lacks else table)
     after = _next(run, config_file, into)
     console.say(
         f"{into}: {made[0]} responses in {made[2]} shards, {made[1]} of them without log-probs, which the student gave; "
