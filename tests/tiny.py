@@ -38,14 +38,24 @@ def model(seed: int = 0, dtype: torch.dtype = torch.float32, tied: bool = True) 
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
-def saved(folder: Path, merges: list[tuple[str, str]]) -> None:
-    """A prepared model: the same two layers over a byte-level BPE tokenizer with these merges."""
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def saved(folder: Path, merges: list[tuple[str, str]], chat: bool = False) -> None:
+    """A prepared model: the same two layers over a byte-level BPE tokenizer with these merges, `chat` in ChatML."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = ["<|end|>", *alphabet, *(a + b for a, b in merges)]
+    special = ["<|im_end|>", "<|im_start|>"] if chat else ["<|end|>"]
+    tokens = [*special, *alphabet, *(a + b for a, b in merges)]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(folder)
+    tokenizer.add_special_tokens(special)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[0])
+    fast.chat_template = CHATML if chat else None
+    fast.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokens),

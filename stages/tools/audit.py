@@ -16,8 +16,8 @@ from stages.run.context import (
     ConfigOption,
     ThreadsOption,
     open_prompts,
-    prompts_of,
     policy,
+    prompts_of,
     teacher,
 )
 from stages.run.run import open_run

@@ -154,8 +154,11 @@ def _rows(
         name, sample = f"p{number:03}", samples[number]
         samples[number] += 1
         (prompt,) = prompts.take([name])
-        told = in_tokens(logged, prompt, student, renderer)
-        (ids,) = renderer.ids([prompt], student.context - len(told.ids) - 1)
+        try:
+            told = in_tokens(logged, prompt, student, renderer)
+            (ids,) = renderer.ids([prompt], student.context - len(told.ids) - 1)
+        except OpdError as error:
+            raise OpdError(f"{logged.where}: {error}") from error
         names = {"rollout_id": f"r0-{name}-{sample}", "prompt_id": name, "sample": sample, "round": 0}
         yield names | {"answer": prompt["answer"]}, logged, ids, told
 

@@ -1,0 +1,223 @@
+"""Rollouts from elsewhere: what a log says, in tokens, scored once and trained on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import tiny
+import torch
+import yaml
+from test_tokenizers import npm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.align.vocabularies import end_ids
+from pipeline.infer.logged import read
+from pipeline.rendering import Renderer
+from schemas.config import Model, load_config
+from schemas.errors import OpdError
+from stages import coverage, models, policy, prompts, reuse, scores, train, units, weights
+from stages.run.run import run_of
+from stages.tools import import_rollouts
+
+LOGS: list[dict[str, Any]] = [
+    {"prompt": "one", "response": "ab c"},
+    {"prompt": "one", "response": "never ende", "finish_reason": "length"},
+    {"prompt": "two", "response_ids": [40, 41, 0], "logprobs": [-1.0, -2.0, -0.5]},
+    {"prompt": "three", "response_ids": [40, 41, 42], "loss_mask": [1, 0, 1]},
+    {
+        "messages": [
+            {"role": "system", "content": "Tools."},
+            {"role": "user", "content": "Rain in Rome <|im_end|>?"},
+            {"role": "assistant", "content": "call rain"},
+            {"role": "tool", "content": "no <|im_start|> rain"},
+            {"role": "assistant", "content": "No."},
+            {"role": "user", "content": "Thanks"},
+            {"role": "assistant", "content": "Bye."},
+        ]
+    },
+    {"prompt": "held out", "response": "x"},
+]
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The folder that `opd import` made of LOGS, and what it said."""
+    folder = tmp_path_factory.mktemp("import")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        tiny.saved(Path("student"), [("a", "b"), ("N", "o")], chat=True)
+        tiny.saved(Path("teacher"), [("n", "e"), ("a", "b"), ("o", ".")], chat=True)
+        Path("logs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in LOGS))
+        own = [{"prompt": "held out", "answer": "x"}, *({"prompt": f"p{n}", "answer": "x"} for n in range(3))]
+        Path("own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+        config = {
+            "run": "a",
+            "cache": str(folder / "cache"),
+            "prompts": {"source": "own.jsonl", "splits": {"examples": 0, "train": 1, "test": 3}},
+            "student": {"model": "student", "dtype": "float32"},
+            "teacher": {"model": "teacher", "dtype": "float32"},
+            "rollouts": {"rounds": 1, "prompts": 1, "max_new_tokens": 8, "shard_size": 3},
+            "coverage": {"min_compared": 0, "min_one_to_one": 0, "min_shared_mass": 0},
+            "train": {"batch_size": 2},
+            "evaluate": {"kl_items": 1},
+            "audit": {"responses": 1},
+        }
+        # `held out` is in the test split for some seed.
+        for seed in range(9):
+            Path("a.yaml").write_text(json.dumps(config | {"seed": seed}))
+            prompts.main(Path("a.yaml"))
+            split = pl.read_parquet("runs/a/prompts.parquet").filter(pl.col("prompt") == "held out")["split"][0]
+            if split == "test":
+                break
+        import_rollouts.main(["logs.jsonl"], Path("runs/logs"), Path("a.yaml"))
+        yield folder
+
+
+@pytest.fixture
+def there(imported: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(imported)
+    return imported
+
+
+def rollouts() -> list[dict[str, Any]]:
+    return pl.read_parquet("runs/logs/round-0/rollouts/*.parquet").to_dicts()
+
+
+def test_each_form_is_in_the_students_tokens_and_what_is_held_out_is_left_out(there: Path) -> None:
+    found = {row["rollout_id"]: row for row in rollouts()}
+    assert list(found) == ["r0-p000-0", "r0-p000-1", "r0-p001-0", "r0-p002-0", "r0-p003-0"]
+    tokenizer = AutoTokenizer.from_pretrained("student")
+    spelled = tokenizer("ab c").input_ids
+    assert found["r0-p000-0"]["response_ids"] == [*spelled, 0] and found["r0-p000-0"]["finish_reason"] == "stop"
+    assert found["r0-p000-1"]["response"] == "never ende" and found["r0-p000-1"]["finish_reason"] == "length"
+    assert found["r0-p001-0"]["response_ids"] == [40, 41, 0]
+    assert found["r0-p001-0"]["behavior_logp"] == [-1.0, -2.0, -0.5]
+    assert [segment["loss"] for segment in found["r0-p002-0"]["segments"]] == [True, False, True]
+    row = found["r0-p003-0"]
+    # The template writes the conversation; what rows say stays text.
+    messages = LOGS[4]["messages"]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert row["response"] == whole[whole.index("call rain") :].removesuffix("<|im_end|>\n")
+    assert row["response_ids"].count(0) == 5 and row["response_ids"].count(1) == 4
+    at, loss = 0, []
+    for segment in row["segments"]:
+        loss += [(segment["role"], row["response"].encode()[at : at + segment["bytes"]].decode(), segment["loss"])]
+        at += segment["bytes"]
+    own = "".join(text for _, text, mine in loss if mine)
+    assert own == "call rain<|im_end|>No.<|im_end|>Bye."
+
+
+def test_missing_log_probs_are_the_students_own(there: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained("student").double()
+    for row in rollouts():
+        if row["rollout_id"] == "r0-p001-0":
+            continue
+        ids = torch.tensor([row["prompt_ids"] + row["response_ids"]])
+        with torch.inference_mode():
+            logp = model(ids).logits[0].log_softmax(-1)
+        first = len(row["prompt_ids"]) - 1
+        expected = [float(logp[first + i, token]) for i, token in enumerate(row["response_ids"])]
+        assert np.allclose(row["behavior_logp"], expected, atol=1e-4), row["rollout_id"]
+
+
+def test_they_are_scored_and_trained_on_and_what_was_read_carries_no_loss(there: Path) -> None:
+    where = Path("runs/logs/train.yaml")
+    values = yaml.safe_load(where.read_text())
+    assert values["reuse"] == ["runs/logs"]
+    run = run_of(load_config(where))
+    assert run.needs_teacher and len(run.phase("round-0")) == 2
+    prompts.main(where)
+    for role in ("student", "teacher"):
+        models.main(role, where)  # type: ignore[arg-type]
+    for shard in range(2):
+        reuse.main("round-0", shard, where)
+        scores.main("round-0", shard, where, None)
+        units.main("round-0", shard, where)
+        policy.main("round-0", shard, where, None)
+    weights.main("round-0", where)
+    coverage.main("round-0", where)
+    train.main(0, where, None)
+    found = pl.read_parquet("runs/a/round-0/units/*.parquet").join(
+        pl.read_parquet("runs/a/round-0/weights/*.parquet"), on=("rollout_id", "unit")
+    )
+    assert set(found["kind"]) >= {"1:1", "stop", "context"}
+    talk = found.filter(pl.col("rollout_id") == "r0-p003-0").sort("unit")
+    assert (talk["kind"] == "stop").sum() == 3
+    assert (
+        talk.filter(pl.col("kind") == "context")["teacher_logp"].null_count() == (talk["kind"] == "context").sum() > 3
+    )
+    assert talk.filter(pl.col("kind") == "context")["advantage"].abs().max() == 0
+    # Where the log-probs are the student's own, the policy that trains is the one that sampled.
+    own = found.filter((pl.col("rollout_id") != "r0-p001-0") & ~pl.col("kind").is_in(["masked", "context"]))
+    assert own["is_ratio"].to_numpy() == pytest.approx(1.0, abs=1e-4)
+    other = found.filter((pl.col("rollout_id") == "r0-p001-0") & (pl.col("kind") == "1:1"))
+    assert (other["is_ratio"] - 1).abs().min() > 1e-3
+    assert json.loads(Path("runs/a/round-0/train/result.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"response": "x"}, "neither of prompt"),
+        ({"prompt": "a"}, "must be non-empty text or a list of messages"),
+        ({"prompt": "a", "response_ids": [1, 2], "logprobs": [-1.0]}, "`logprobs` has 1 numbers, but there are 2"),
+        ({"prompt": "a", "response_ids": [1], "logprobs": [0.5]}, "finite and at most 0"),
+        ({"prompt": "a", "response_ids": [1], "logprobs": [float("nan")]}, "finite and at most 0"),
+        ({"prompt": "a", "response_ids": ["x"]}, "list of numbers"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "no response"),
+        ({"prompt": "a", "response": [{"role": "user", "content": "b"}]}, "begin and end with the assistant's"),
+    ],
+)
+def test_a_malformed_row_is_named(row: dict[str, Any], named: str) -> None:
+    with pytest.raises(OpdError, match=named) as error:
+        read(row, "logs.jsonl, row 3", "all")
+    assert str(error.value).startswith("logs.jsonl, row 3")
+
+
+def test_ids_of_another_tokenizer_and_a_folder_that_is_there_are_refused(there: Path) -> None:
+    Path("bad.jsonl").write_text(json.dumps({"prompt": "q", "response_ids": [5, 99999]}) + "\n")
+    with pytest.raises(OpdError, match=r"response id 99999, but student has tokens 0 to 259"):
+        import_rollouts.main(["bad.jsonl"], Path("runs/bad"), Path("a.yaml"))
+    with pytest.raises(OpdError, match="holds rollouts already"):
+        import_rollouts.main(["logs.jsonl"], Path("runs/logs"), Path("a.yaml"))
+    with pytest.raises(OpdError, match="expected runs/<name>"):
+        import_rollouts.main(["logs.jsonl"], Path("elsewhere"), Path("a.yaml"))
+
+
+TURNS = [
+    {"role": "assistant", "content": "Paris."},
+    {"role": "user", "content": "And of <|im_end|></s> Spain?"},
+    {"role": "assistant", "content": "Madrid, naïvely."},
+]
+CALLS = [
+    {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "rain", "arguments": {"in": "Rome"}}}]},
+    {"role": "tool", "content": "none"},
+    {"role": "assistant", "content": "It is dry."},
+]
+TOOLS = json.dumps([{"type": "function", "function": {"name": "rain", "parameters": {"type": "object"}}}])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3", "llama3_1", "gemma3", "mistral_nemo", "deepseek_v3", "qwen3 tools"])
+def test_real_templates_tell_what_the_assistant_wrote(name: str) -> None:
+    family, _, tools = name.partition(" ")
+    tokenizer = npm(family)
+    renderer = Renderer(Model(model=family), tokenizer, [])
+    row = {"prompt_id": "p0", "prompt": "Capital of France?", "answer": None, "fields": "{}", "messages": None}
+    row |= {"tools": TOOLS if tools else None}
+    turns = CALLS if tools else TURNS
+    stretches = renderer.spans(row, turns, np.array(end_ids(tokenizer, None), np.int32))
+    assert [mine for _, mine in stretches] == [True, False, True]
+    own, between, last = (tokenizer.decode(ids) for ids, _ in stretches)
+    assert turns[1]["content"] in between
+    if tools:
+        assert '"name": "rain"' in own and "Rome" in own and "none" not in own and "It is dry." in last
+        return
+    assert own.startswith("Paris.") and "Spain" not in own and last.lstrip("<think>\n/").startswith("Madrid, naïvely.")
+    # One token ends each of the assistant's turns, and what the user wrote ends none.
+    stops = end_ids(tokenizer, None)
+    assert sum(index in stops for index in stretches[0][0]) == sum(index in stops for index in stretches[2][0]) == 1
+    assert sum(index in stops for index in stretches[1][0]) <= 1
