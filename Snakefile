@@ -83,6 +83,25 @@ rule prompts:
         "python -m stages.prompts --config {params.config} 2>&1 | tee {log}"
 
 
+rule also:
+    input:
+        [path for held_out in CONFIG.evaluate.also.values() for path in local_files(held_out.source)],
+    output:
+        FOLDER / "also.parquet",
+        FOLDER / "also.json",
+    log:
+        FOLDER / "logs/also.log",
+    benchmark:
+        FOLDER / "timings/also.tsv"
+    conda:
+        "config/environment.yaml"
+    params:
+        config=SETTINGS,
+        reads=reads(RUN, "also"),
+    shell:
+        "python -m stages.also --config {params.config} 2>&1 | tee {log}"
+
+
 rule models:
     input:
         lambda wildcards: local_files(getattr(CONFIG, wildcards.role).model),
@@ -333,6 +352,7 @@ rule evaluate:
         lambda wildcards: shards(RUN, f"eval-{wildcards.checkpoint}", "rollouts", "units", "weights"),
         lambda wildcards: RUN.policy_file(int(wildcards.checkpoint)),
         FOLDER / "prompts.parquet",
+        [FOLDER / "also.parquet"] if CONFIG.evaluate.also else [],
     output:
         FOLDER / "eval-{checkpoint}/result.json",
         FOLDER / "eval-{checkpoint}/answers.parquet",

@@ -55,6 +55,7 @@ _ROUND = Keys(("rollouts.prompts", "rollouts.samples"))
 
 STAGES: dict[str, Keys] = {
     "prompts": Keys(("prompts", "seed")),
+    "also": Keys(("evaluate.also", "seed")),
     "models student": Keys(("student.model", "student.revision", "student.stop")),
     "models teacher": Keys(("teacher.model", "teacher.revision", "teacher.stop", "reuse")),
     "reuse": _prompted("student") + Keys(("reuse", "rollouts.max_new_tokens")),

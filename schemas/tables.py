@@ -29,7 +29,11 @@ def _list(of: pa.DataType) -> pa.DataType:
 
 PROMPTS = (
     Column("prompt_id", pa.string(), "name of the prompt, unique in the run, stable for the same source row"),
-    Column("split", pa.string(), "examples | train | dev | test; no prompt text is in two splits"),
+    Column(
+        "split",
+        pa.string(),
+        "examples | train | dev | test, no prompt text in two of them; in also.parquet the name of a set",
+    ),
     Column("prompt", pa.string(), "the bare question, before any template"),
     Column("answer", pa.string(), "reference answer; null when the source has none", nullable=True),
     Column("fields", pa.string(), "JSON object of the source row's other fields; templates may use them"),

@@ -3,7 +3,20 @@
 from pathlib import Path
 
 from schemas.config import load_config
-from stages import coverage, diagnostics, evaluate, models, policy, prompts, rollouts, scores, train, units, weights
+from stages import (
+    also,
+    coverage,
+    diagnostics,
+    evaluate,
+    models,
+    policy,
+    prompts,
+    rollouts,
+    scores,
+    train,
+    units,
+    weights,
+)
 from stages.report import page as report
 from stages.run.run import Phase, run_of
 
@@ -12,6 +25,8 @@ def stages_of(where: Path) -> None:
     """Run them all, in order, in the working directory."""
     run = run_of(load_config(where))
     prompts.main(where)
+    if run.config.evaluate.also:
+        also.main(where)
     for role in ("student", "teacher"):
         models.main(role, where)
     tables(run.phase("eval-0"), where)

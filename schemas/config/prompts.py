@@ -16,8 +16,8 @@ class Splits(Section):
     test: int = Field(300, ge=0, description="held-out prompts that the report's figures come from")
 
 
-class Prompts(Section):
-    """Where prompts come from."""
+class PromptSource(Section):
+    """Rows of prompts, and which of their fields is what."""
 
     source: str = Field(
         description="`reasoning-gym:<dataset>`, a .jsonl, .jsonl.zst or .parquet file, a dataset id of the hub, or "
@@ -33,4 +33,9 @@ class Prompts(Section):
         "answer",
         description="field that holds the reference answer; null: there is none, and accuracy is not measured",
     )
+
+
+class Prompts(PromptSource):
+    """Where prompts come from."""
+
     splits: Splits = Field(Splits(), description="how many rows go where")

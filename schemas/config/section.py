@@ -6,13 +6,13 @@ from pydantic import BaseModel, ConfigDict, Tag
 
 
 class Section(BaseModel):
-    """A mapping in the YAML file; unknown keys are errors."""
+    """A mapping in the YAML file; unknown keys are errors, and so are numbers that are none."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def section(annotation: Any) -> type[Section] | None:
-    """The section that a field holds, always or where it isn't null; None where it is one of several (`variants`)."""
+    """The section that a field holds, always, where it isn't null or by name; None where it is one of several (`variants`)."""
     kinds = (annotation, *get_args(annotation))
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
 

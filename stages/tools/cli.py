@@ -13,6 +13,7 @@ from typer.core import TyperCommand, TyperGroup
 
 STAGES = (
     "prompts",
+    "also",
     "models",
     "reuse",
     "rollouts",

@@ -1,7 +1,7 @@
 """Config: every key with its default and meaning, or whether a file is valid."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_origin
 
 import typer
 
@@ -40,7 +40,8 @@ def config_markdown() -> str:
                 meaning = (field.description or "").replace("|", "\\|")
                 lines.append(f"| `{prefix}{name}` | {default} | {meaning} |")
             if below:
-                walk(below, f"{prefix}{name}.")
+                by_name = "<name>." if get_origin(field.annotation) is dict else ""
+                walk(below, f"{prefix}{name}.{by_name}")
             lines.extend(_of_variants(variants(field.annotation), field.default, f"{prefix}{name}."))
 
     walk(Config, "")
