@@ -123,6 +123,28 @@ rule models:
         "python -m stages.models --config {params.config} --role {wildcards.role} 2>&1 | tee {log}"
 
 
+# A gate before anything is sampled.
+rule fit:
+    input:
+        FOLDER / "prompts.parquet",
+        [FOLDER / "also.parquet"] if CONFIG.evaluate.also else [],
+        [FOLDER / f"models/{role}.json" for role in ("student", "teacher")],
+        [FOLDER / f"models/{role}-vocabulary.parquet" for role in ("student", "teacher")],
+    output:
+        FOLDER / "fit.json",
+    log:
+        FOLDER / "logs/fit.log",
+    benchmark:
+        FOLDER / "timings/fit.tsv"
+    conda:
+        "config/environment.yaml"
+    params:
+        config=SETTINGS,
+        reads=reads(RUN, "fit"),
+    shell:
+        "python -m stages.fit --config {params.config} 2>&1 | tee {log}"
+
+
 rule reuse:
     input:
         lambda wildcards: [
@@ -153,6 +175,7 @@ rule rollouts:
         FOLDER / "prompts.parquet",
         FOLDER / "models/student-vocabulary.parquet",
         policy(RUN),
+        ancient(FOLDER / "fit.json"),  # a gate: that it was passed matters, not when
     output:
         shard_of(RUN, "rollouts"),
     log:
@@ -353,6 +376,7 @@ rule evaluate:
         lambda wildcards: RUN.policy_file(int(wildcards.checkpoint)),
         FOLDER / "prompts.parquet",
         [FOLDER / "also.parquet"] if CONFIG.evaluate.also else [],
+        ancient(FOLDER / "fit.json"),
     output:
         FOLDER / "eval-{checkpoint}/result.json",
         FOLDER / "eval-{checkpoint}/answers.parquet",

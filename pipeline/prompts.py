@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.sources import kind_of
-from schemas.config import HeldOut, Model, Prompts, PromptSource
+from schemas.config import HeldOut, Model, Prompts, PromptSource, Splits
 from schemas.errors import OpdError
 from schemas.tables import arrow_schema
 
@@ -28,8 +28,23 @@ def collect(config: Prompts, seed: int) -> pa.Table:
     """
     wanted = config.splits
     need = wanted.examples + wanted.test + wanted.dev + wanted.train
-    parts = f"examples {wanted.examples} + train {wanted.train} + dev {wanted.dev} + test {wanted.test}"
-    items = _drawn(config, seed, need, f"prompts.splits asks for {need} ({parts})")
+    kind = kind_of(config.source)
+    rows: dict[str, dict[str, Any]] = {}
+    for row in kind.rows(config.source, config.options, seed, need):
+        item = _item(row, config)
+        rows.setdefault(item["prompt"], item)
+        if kind.shuffled and len(rows) == need:
+            break
+    if not rows:
+        raise OpdError(f"prompts: {config.source} holds no prompts")
+    if len(rows) < need:
+        raise OpdError(
+            f"prompts: {config.source} holds {len(rows)} different prompts, but prompts.splits asks for {need} "
+            f"(examples {wanted.examples} + train {wanted.train} + dev {wanted.dev} + test {wanted.test})"
+        )
+    # Taking what is in random order already as it comes keeps the splits when `train` grows.
+    order = np.arange(need) if kind.shuffled else np.random.default_rng(seed).permutation(len(rows))[:need]
+    items = list(rows.values())
     names = [
         split
         for split, count in (
@@ -41,47 +56,34 @@ def collect(config: Prompts, seed: int) -> pa.Table:
         for _ in range(count)
     ]
     table = [
-        {"prompt_id": f"p{i:03}", "split": split, **item}
-        for i, (split, item) in enumerate(zip(names, items, strict=True))
+        {"prompt_id": f"p{i:03}", "split": split, **items[index]}
+        for i, (split, index) in enumerate(zip(names, order.tolist(), strict=True))
     ]
     return pa.Table.from_pylist(table, schema=arrow_schema("prompts"))
 
 
 def collect_also(sets: Mapping[str, HeldOut], seed: int) -> pa.Table:
-    """Draw the prompts of `evaluate.also`: a table of schema `prompts`, with the sets' names as splits.
+    """Draw the prompts of `evaluate.also`, each set as `collect` draws a `train` split.
 
-    Raises OpdError as `collect` does.
+    Returns:
+        A table of schema `prompts`, with the sets' names as splits.
+    Raises:
+        OpdError: as `collect` does, naming the set.
     """
-    table = [
-        {"prompt_id": f"{name}-{i:03}", "split": name, **item}
-        for name, wanted in sets.items()
-        for i, item in enumerate(
-            _drawn(wanted, seed, wanted.count, f"evaluate.also.{name}.count asks for {wanted.count}")
-        )
-    ]
-    return pa.Table.from_pylist(table, schema=arrow_schema("prompts"))
+    tables = [arrow_schema("prompts").empty_table()]
+    for name, wanted in sets.items():
+        source = {key: getattr(wanted, key) for key in PromptSource.model_fields}
+        splits = Splits(examples=0, train=wanted.count, dev=0, test=0)
+        try:
+            table = collect(Prompts(**source, splits=splits), seed)
+        except OpdError as error:
+            raise OpdError(f"evaluate.also.{name}, with its count of {wanted.count} as `train`: {error}") from error
+        ids, of = [f"{name}-{i:03}" for i in range(len(table))], [name] * len(table)
+        tables.append(table.set_column(0, "prompt_id", pa.array(ids)).set_column(1, "split", pa.array(of)))
+    return pa.concat_tables(table.cast(arrow_schema("prompts")) for table in tables)
 
 
-def _drawn(config: PromptSource, seed: int, need: int, asks: str) -> list[dict[str, Any]]:
-    """`need` different prompts of a source, in random order; `asks` says for errors who wants so many."""
-    kind = kind_of(config.source)
-    rows: dict[str, dict[str, Any]] = {}
-    for row in kind.rows(config.source, config.options, seed, need):
-        item = _item(row, config)
-        rows.setdefault(item["prompt"], item)
-        if kind.shuffled and len(rows) == need:
-            break
-    if not rows:
-        raise OpdError(f"prompts: {config.source} holds no prompts")
-    if len(rows) < need:
-        raise OpdError(f"prompts: {config.source} holds {len(rows)} different prompts, but {asks}")
-    # Taking what is in random order already as it comes keeps the splits when `train` grows.
-    order = np.arange(need) if kind.shuffled else np.random.default_rng(seed).permutation(len(rows))[:need]
-    items = list(rows.values())
-    return [items[index] for index in order.tolist()]
-
-
-def _item(row: Mapping[str, Any], config: PromptSource) -> dict[str, Any]:
+def _item(row: Mapping[str, Any], config: Prompts) -> dict[str, Any]:
     for field in filter(None, (config.prompt_field, config.answer_field)):
         if field not in row:
             raise OpdError(

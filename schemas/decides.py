@@ -58,6 +58,20 @@ STAGES: dict[str, Keys] = {
     "also": Keys(("evaluate.also", "seed")),
     "models student": Keys(("student.model", "student.revision", "student.stop")),
     "models teacher": Keys(("teacher.model", "teacher.revision", "teacher.stop", "reuse")),
+    "fit": _prompted("student")
+    + _prompted("teacher")
+    + _ROUND
+    + Keys(
+        (
+            "reuse",
+            "evaluate.split",
+            "evaluate.kl_items",
+            "evaluate.also",
+            "rollouts.rounds",
+            "rollouts.max_new_tokens",
+            "rollouts.top_k",
+        )
+    ),
     "reuse": _prompted("student") + Keys(("reuse", "rollouts.max_new_tokens")),
     "rollouts": _computes("student")
     + _prompted("student")

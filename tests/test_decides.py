@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 Reads = dict[str, set[str]]
 
 OTHERWISE_READ = {
+    "fit": {"reuse", "evaluate.kl_items"},
     "models teacher": {"reuse"},
     "reuse": {"reuse"},
     "rollouts": {

@@ -8,6 +8,7 @@ from stages import (
     coverage,
     diagnostics,
     evaluate,
+    fit,
     models,
     policy,
     prompts,
@@ -29,6 +30,7 @@ def stages_of(where: Path) -> None:
         also.main(where)
     for role in ("student", "teacher"):
         models.main(role, where)
+    fit.main(where)
     tables(run.phase("eval-0"), where)
     evaluate.main(0, where, None)
     for number in run.rounds:

@@ -62,7 +62,8 @@ class Evaluate(Judged):
     )
     temperature: float = Field(
         0.6,
-        gt=0,
+        ge=0.01,
+        le=100,
         description="of `samples` above 1; 0.6 with `top_p: 0.95` is how reasoning models are commonly evaluated (DeepSeek-R1, "
         "Qwen3), 1 and 1 is the policy itself",
     )

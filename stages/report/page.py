@@ -80,7 +80,7 @@ def summarise(run: Run, before: pl.DataFrame, after: pl.DataFrame) -> dict[str, 
         "phases": [phase.model_dump(mode="json") for phase in phases],
         "teacher_tokens": dict(sum((Counter(phase.teacher.tokens) for phase in phases), Counter())),
         # Files that a longer run left behind don't count.
-        "seconds": timings(run, "prompts", "also", "models-", *(f"{phase.phase}-" for phase in phases)),
+        "seconds": timings(run, "prompts", "also", "models-", "fit", *(f"{phase.phase}-" for phase in phases)),
         "checkpoint": str(run.checkpoint(run.rounds[-1])),
         "report": str(run.root / "report.html"),
     }

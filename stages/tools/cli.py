@@ -15,6 +15,7 @@ STAGES = (
     "prompts",
     "also",
     "models",
+    "fit",
     "reuse",
     "rollouts",
     "scores",
