@@ -83,6 +83,25 @@ rule prompts:
         "python -m stages.prompts --config {params.config} 2>&1 | tee {log}"
 
 
+rule also:
+    input:
+        [path for held_out in CONFIG.evaluate.also.values() for path in local_files(held_out.source)],
+    output:
+        FOLDER / "also.parquet",
+        FOLDER / "also.json",
+    log:
+        FOLDER / "logs/also.log",
+    benchmark:
+        FOLDER / "timings/also.tsv"
+    conda:
+        "config/environment.yaml"
+    params:
+        config=SETTINGS,
+        reads=reads(RUN, "also"),
+    shell:
+        "python -m stages.also --config {params.config} 2>&1 | tee {log}"
+
+
 rule models:
     input:
         lambda wildcards: local_files(getattr(CONFIG, wildcards.role).model),
@@ -102,6 +121,28 @@ rule models:
         prepared=lambda wildcards: wildcards.role == "student" or RUN.needs_teacher,
     shell:
         "python -m stages.models --config {params.config} --role {wildcards.role} 2>&1 | tee {log}"
+
+
+# A gate before anything is sampled.
+rule fit:
+    input:
+        FOLDER / "prompts.parquet",
+        [FOLDER / "also.parquet"] if CONFIG.evaluate.also else [],
+        [FOLDER / f"models/{role}.json" for role in ("student", "teacher")],
+        [FOLDER / f"models/{role}-vocabulary.parquet" for role in ("student", "teacher")],
+    output:
+        FOLDER / "fit.json",
+    log:
+        FOLDER / "logs/fit.log",
+    benchmark:
+        FOLDER / "timings/fit.tsv"
+    conda:
+        "config/environment.yaml"
+    params:
+        config=SETTINGS,
+        reads=reads(RUN, "fit"),
+    shell:
+        "python -m stages.fit --config {params.config} 2>&1 | tee {log}"
 
 
 rule reuse:
@@ -134,6 +175,7 @@ rule rollouts:
         FOLDER / "prompts.parquet",
         FOLDER / "models/student-vocabulary.parquet",
         policy(RUN),
+        ancient(FOLDER / "fit.json"),  # a gate: that it was passed matters, not when
     output:
         shard_of(RUN, "rollouts"),
     log:
@@ -333,6 +375,8 @@ rule evaluate:
         lambda wildcards: shards(RUN, f"eval-{wildcards.checkpoint}", "rollouts", "units", "weights"),
         lambda wildcards: RUN.policy_file(int(wildcards.checkpoint)),
         FOLDER / "prompts.parquet",
+        [FOLDER / "also.parquet"] if CONFIG.evaluate.also else [],
+        ancient(FOLDER / "fit.json"),
     output:
         FOLDER / "eval-{checkpoint}/result.json",
         FOLDER / "eval-{checkpoint}/answers.parquet",

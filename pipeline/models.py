@@ -189,11 +189,23 @@ def model_config(folder: str | Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+def context(config: dict[str, Any]) -> int | None:
+    """Positions that a model with this config.json has, tokens; None where it doesn't say."""
+    return _of_text(config, "max_position_embeddings")
+
+
+def embedded(config: dict[str, Any]) -> int | None:
+    """Ids that it has an embedding of, padding included; None where it doesn't say."""
+    return _of_text(config, "vocab_size")
+
+
+def _of_text(config: dict[str, Any], key: str) -> int | None:
+    return config.get(key) or config.get("text_config", {}).get(key)
+
+
 def vocabulary(source: str, folder: str | Path, tokenizer: Any) -> TokenBytes:
     """Bytes of every id the model can emit, the padding of its embedding included."""
-    config = model_config(folder)
-    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size", 0)
-    return token_bytes(tokenizer, source, size)
+    return token_bytes(tokenizer, source, embedded(model_config(folder)) or 0)
 
 
 def generation_config(folder: str | Path) -> Any:

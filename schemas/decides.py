@@ -37,9 +37,14 @@ def _computes(role: str) -> Keys:
 
 
 def _prompted(role: str) -> Keys:
-    """A model's prompts, and how it says roles."""
-    keys = ("model", "chat", "chat_template_kwargs", "system", "prompt", "prefill", "roles")
+    """A model's prompts."""
+    keys = ("model", "chat", "chat_template_kwargs", "system", "prompt", "prefill")
     return Keys(tuple(f"{role}.{key}" for key in keys))
+
+
+def _conversed(role: str) -> Keys:
+    """A model's prompts and responses, in which it says roles."""
+    return _prompted(role) + Keys((f"{role}.roles",))
 
 
 def _on_engine(role: str) -> Keys:
@@ -56,11 +61,26 @@ _ROUND = Keys(("rollouts.prompts", "rollouts.samples"))
 
 STAGES: dict[str, Keys] = {
     "prompts": Keys(("prompts", "seed")),
+    "also": Keys(("evaluate.also", "seed")),
     "models student": Keys(("student.model", "student.revision", "student.stop", "student.roles")),
     "models teacher": Keys(("teacher.model", "teacher.revision", "teacher.stop", "teacher.roles", "reuse")),
-    "reuse": _prompted("student") + Keys(("reuse", "rollouts.max_new_tokens")),
+    "fit": _prompted("student")
+    + _prompted("teacher")
+    + Keys(
+        (
+            "reuse",
+            "evaluate.split",
+            "evaluate.kl_items",
+            "evaluate.also",
+            "rollouts.rounds",
+            "rollouts.prompts",
+            "rollouts.max_new_tokens",
+            "rollouts.top_k",
+        )
+    ),
+    "reuse": _conversed("student") + Keys(("reuse", "rollouts.max_new_tokens")),
     "rollouts": _computes("student")
-    + _prompted("student")
+    + _conversed("student")
     + _on_engine("student")
     + Keys(
         (
@@ -74,7 +94,7 @@ STAGES: dict[str, Keys] = {
         ("rollouts.batch_size",),
     ),
     "scores": _computes("teacher")
-    + _prompted("teacher")
+    + _conversed("teacher")
     + _on_engine("teacher")
     + _named("student")
     + Keys(
@@ -109,7 +129,7 @@ STAGES: dict[str, Keys] = {
     ),
     "diagnostics": Keys(("objective", "weights", "teacher.model", "student.tuned_on")),
     "evaluate": _computes("student")
-    + _prompted("student")
+    + _conversed("student")
     + _on_engine("student")
     + Keys(
         ("evaluate", "prompts.source", "rollouts.max_new_tokens", "seed"),

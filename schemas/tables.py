@@ -34,7 +34,11 @@ def _struct(**fields: pa.DataType) -> pa.DataType:
 
 PROMPTS = (
     Column("prompt_id", pa.string(), "name of the prompt, unique in the run, stable for the same source row"),
-    Column("split", pa.string(), "examples | train | dev | test; no prompt is in two splits"),
+    Column(
+        "split",
+        pa.string(),
+        "examples | train | dev | test, no prompt in two of them; in also.parquet the name of a set",
+    ),
     Column(
         "prompt", pa.string(), "the bare question, before any template; of a conversation the last user message's text"
     ),

@@ -3,14 +3,23 @@
 from dataclasses import replace
 from typing import Annotated, Literal
 
+import numpy as np
 import typer
 from tokenizers import Tokenizer
 
 from pipeline.align.roles import roles_of
 from pipeline.align.texts import Side, misspelt, read_otherwise
-from pipeline.align.tokens import vocabulary_table
+from pipeline.align.tokens import TokenBytes, vocabulary_table
 from pipeline.align.vocabularies import end_ids, stop_ids
-from pipeline.models import file_tokenizer, generation_config, load_tokenizer, prepare, vocabulary
+from pipeline.models import (
+    embedded,
+    file_tokenizer,
+    generation_config,
+    load_tokenizer,
+    model_config,
+    prepare,
+    vocabulary,
+)
 from pipeline.store.shards import open_shard, open_writer, write_text
 from schemas.errors import OpdError
 from stages.run import console
@@ -34,6 +43,8 @@ def main(
     stop = stop_ids(tokens, end_ids(tokenizer, generation_config(ref.path)), wanted.stop)
     roles = roles_of(tokenizer.backend_tokenizer, ref.source, wanted.roles)
     tokens = replace(tokens, roles=roles.single)
+    said = [spelled[0] for spelled in roles.spellings.values()]
+    check_embedding(role, tokens, np.concatenate([stop, *said]), embedded(model_config(ref.path)))
     identity = {"tokenizer": ref.tokenizer, "stop": list(wanted.stop), "roles": roles.identity}
     with open_writer(run.vocabulary(role), "vocabulary", identity, {}) as writer:
         writer.write(vocabulary_table(tokens, stop))
@@ -42,6 +53,21 @@ def main(
     console.say(
         f"{role}: {ref.source}, {int(tokens.has_bytes.sum()):,} tokens with bytes, {len(stop)} that stop, in {ref.path}"
     )
+
+
+def check_embedding(role: str, tokens: TokenBytes, said: np.ndarray, rows: int | None) -> None:
+    """Raise OpdError when text is read as ids that the model has no embedding of, or such an id is among those `said`: that
+    end a response or spell a role.
+
+    Other special tokens may lie past it, such as a placeholder of images, which no text is read as; `stages.fit` looks at
+    prompts.
+    """
+    last = max(np.flatnonzero(tokens.has_bytes).max(initial=-1), said.max())
+    if rows is not None and last >= rows:
+        raise OpdError(
+            f"{role}.model: the tokenizer of {tokens.name!r} has ids up to {last}, but the model's embedding has {rows} rows; "
+            "resize it (`resize_token_embeddings`), or take the tokenizer that belongs to the model"
+        )
 
 
 def check_tokenizer(role: str, side: Side, of_file: Tokenizer | None) -> None:

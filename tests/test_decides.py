@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 Reads = dict[str, set[str]]
 
 OTHERWISE_READ = {
+    "fit": {"reuse", "evaluate.kl_items"},
     "models teacher": {"reuse"},
     "reuse": {"reuse"},
     "rollouts": {
@@ -88,7 +89,7 @@ def first_run(folder: Path) -> dict[str, Any]:
         "weights": {"scheme": "iw_opd"},
         "coverage": {"min_compared": 0, "min_one_to_one": 0, "min_shared_mass": 0},
         "train": {"batch_size": 4, "warmup_steps": 1},
-        "evaluate": {"kl_items": 2},
+        "evaluate": {"kl_items": 2, "samples": 8, "also": {"more": {"source": "rows.jsonl", "count": 3}}},
     }
     whole_run.stages_of(written(config))
     return config
@@ -265,6 +266,29 @@ def test_a_run_samples_each_round_to_its_horizon_and_evaluates_to_the_longest(re
     assert units["s_len"].sum() == rollouts["response_ids"].list.len().sum()
     stopped = (rollouts["finish_reason"] == "stop").sum()
     assert (units["kind"] == "stop").sum() == stopped < len(rollouts)
+
+
+def test_a_run_tells_of_every_held_out_set_before_and_after(read: Reads) -> None:
+    """Eight responses to each prompt, the same streams at both checkpoints; the report and the summary have a line a set."""
+    before, after = (pl.read_parquet(f"runs/a/eval-{checkpoint}/answers.parquet") for checkpoint in (0, 2))
+    for answers in (before, after):
+        assert answers["set"].to_list() == ["test"] * 32 + ["more"] * 24
+        assert answers["sample"].to_list() == list(range(8)) * 7
+        assert answers.group_by("prompt_id").agg(pl.col("response").n_unique())["response"].min() > 1
+    held_out = pl.read_parquet("runs/a/also.parquet")
+    assert held_out["split"].to_list() == ["more"] * 3 and held_out["prompt"].n_unique() == 3
+    assert before["prompt"].unique().sort().equals(after["prompt"].unique().sort())
+    # Hardly trained, the checkpoint mostly says from the same uniforms what the student said.
+    assert (before["response"] == after["response"]).mean() > 0.5
+    summary = json.loads(Path("runs/a/summary.json").read_text())
+    for figures in (summary["after"], summary["after"]["also"]["more"]):
+        assert list(figures["pass_at_k"]) == ["1", "2", "4", "8"]
+        assert figures["pass_at_k"]["1"]["share"] == pytest.approx(figures["accuracy"])
+        assert figures["accuracy_95"][0] <= figures["accuracy"] <= figures["accuracy_95"][1]
+    assert summary["fixed"] is None and set(summary["gain"]) == {"test", "more"}
+    page = Path("runs/a/report.html").read_text()
+    for label in ("held-out accuracy (4 items of test, avg@8)", "pass@8 of test", "(3 items of more, avg@8)"):
+        assert label in page
 
 
 def test_rules_ask_for_what_a_phase_has(read: Reads) -> None:

@@ -114,8 +114,8 @@ def planned(plan: str) -> dict[str, int]:
 def test_the_jobs_of_a_run(tmp_path: Path) -> None:
     """One round, before and after: planned in a moment, without a model."""
     per_phase = dict.fromkeys(("rollouts", "scores", "units", "weights", "diagnostics"), 3)
-    once = dict.fromkeys(("all", "prompts", "coverage", "train", "report"), 1)
-    assert planned(Run(tmp_path).snakemake("-n")) == {**per_phase, **once, "models": 2, "evaluate": 2, "total": 24}
+    once = dict.fromkeys(("all", "prompts", "fit", "coverage", "train", "report"), 1)
+    assert planned(Run(tmp_path).snakemake("-n")) == {**per_phase, **once, "models": 2, "evaluate": 2, "total": 25}
 
 
 @pytest.mark.slow

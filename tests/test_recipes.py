@@ -1017,7 +1017,7 @@ MINIMAL: dict[str, Any] = {"prompts": {"source": "p.jsonl"}, "student": {"model"
         ({"recipe": "sampled", "ratio_clip": [1.5, 2]}, "`objective.ratio_clip.0`: input should be less than or equal"),
         ({"recipe": "sampled", "ratio_clip": [0.2]}, "`objective.ratio_clip.1` is missing"),
         ({"recipe": "sampled", "trust_region": 0}, "`objective.trust_region`: input should be greater than 0"),
-        ({"tau": 0}, "`objective.tau`: input should be greater than 0"),
+        ({"tau": 0}, "`objective.tau`: input should be greater than or equal to 0.01"),
         (
             {"recipe": "jsd", "clip": 5.0},
             "unknown key `objective.clip`; known keys here, with `recipe: jsd`: recipe, select, select_share, tail",

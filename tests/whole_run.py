@@ -3,7 +3,21 @@
 from pathlib import Path
 
 from schemas.config import load_config
-from stages import coverage, diagnostics, evaluate, models, policy, prompts, rollouts, scores, train, units, weights
+from stages import (
+    also,
+    coverage,
+    diagnostics,
+    evaluate,
+    fit,
+    models,
+    policy,
+    prompts,
+    rollouts,
+    scores,
+    train,
+    units,
+    weights,
+)
 from stages.report import page as report
 from stages.run.run import Phase, run_of
 
@@ -12,8 +26,11 @@ def stages_of(where: Path) -> None:
     """Run them all, in order, in the working directory."""
     run = run_of(load_config(where))
     prompts.main(where)
+    if run.config.evaluate.also:
+        also.main(where)
     for role in ("student", "teacher"):
         models.main(role, where)
+    fit.main(where)
     tables(run.phase("eval-0"), where)
     evaluate.main(0, where, None)
     for number in run.rounds:

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from pipeline.align.segments import told
 from pipeline.infer.sample import Response
-from pipeline.prepared import PreparedModel, PromptTable
+from pipeline.prepared import PreparedModel, PromptRows, PromptTable
 from schemas.config import Config
 from schemas.errors import OpdError
 from schemas.tables import arrow_schema
@@ -27,12 +27,17 @@ class Wanted:
     sample: int
 
 
+def prompts_of_round(config: Config, prompts: PromptTable, number: int) -> PromptRows:
+    """The prompts of a round; rounds walk through `train`, starting over at its end."""
+    train, count = prompts.split("train"), config.rollouts.prompts
+    return train[(number * count + np.arange(count)) % len(train)]
+
+
 def responses_of_round(config: Config, prompts: PromptTable, number: int, part: slice = slice(None)) -> list[Wanted]:
-    """The responses of a round, or some of them; rounds walk through `train`, starting over at its end."""
-    train = prompts.split("train")
-    first, samples = number * config.rollouts.prompts, config.rollouts.samples
+    """The responses of a round, or some of them."""
+    samples = config.rollouts.samples
     every = range(config.rollouts.prompts * samples)[part]
-    rows = train[(first + np.array(every, np.int64) // samples) % len(train)]
+    rows = prompts_of_round(config, prompts, number)[np.array(every, np.int64) // samples]
     return [_wanted("r", number, row, n % samples) for n, row in zip(every, rows, strict=True)]
 
 

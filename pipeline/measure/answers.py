@@ -20,14 +20,14 @@ def extract(response: str, how: Literal["last_number", "whole"]) -> str:
     return found[-1] if found else ""
 
 
-def wilson(right: int, total: int, z: float = 1.959963984540054) -> tuple[float, float]:
+def wilson(right: float, total: float, z: float = 1.959963984540054) -> tuple[float, float]:
     """95 % Wilson score interval of a share (Wilson 1927)."""
     if total == 0:
         return 0.0, 1.0
     p, zz = right / total, z * z
     middle = (p + zz / (2 * total)) / (1 + zz / total)
     half = z * ((p * (1 - p) + zz / (4 * total)) / total) ** 0.5 / (1 + zz / total)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half))  # p is in it, whatever the rounding
 
 
 def bootstrap_ratio(sums: np.ndarray, counts: np.ndarray, seed: int, draws: int = 2000) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from pipeline import own_code
 from pipeline.measure.answers import extract
 from pipeline.prompts import variables
 from pipeline.sources import kind_of
-from schemas.config import Evaluate
+from schemas.config import Judged
 from schemas.config.options import OWN_CODE
 from schemas.errors import OpdError
 
@@ -17,7 +17,7 @@ Scorer = Callable[[str, Mapping[str, Any]], tuple[str, bool | None]]
 """Of a response and its `prompts` row: the answer that it gives, and whether that is right; None: it can't be told."""
 
 
-def scorer(config: Evaluate, source: str) -> Scorer:
+def scorer(config: Judged, source: str) -> Scorer:
     """The scorer that `evaluate.scorer` names, for prompts of `prompts.source`.
 
     Raises OpdError when it is a function of one's own that isn't there (`own_code.load`).
@@ -25,14 +25,14 @@ def scorer(config: Evaluate, source: str) -> Scorer:
     return (own if OWN_CODE.fullmatch(config.scorer) else SCORERS[config.scorer])(config, source)
 
 
-def identity(config: Evaluate) -> dict[str, str]:
+def identity(config: Judged) -> dict[str, str]:
     """What decides which responses are right: the scorer's name, what it reads, and the digest of one's own code."""
     if OWN_CODE.fullmatch(config.scorer):
         return {"scorer": config.scorer, "scorer_code": own_code.source_digest(config.scorer)}
     return {"scorer": config.scorer, "extract": config.extract}
 
 
-def by_source(config: Evaluate, source: str) -> Scorer:
+def by_source(config: Judged, source: str) -> Scorer:
     """The source's own judgement of the extracted answer (`sources.Source.verify`); `equality` where it has none."""
     verify = kind_of(source).verify
     if verify is None:
@@ -40,12 +40,12 @@ def by_source(config: Evaluate, source: str) -> Scorer:
     return _of_answers(config, lambda answer, row: verify(source, answer, row))
 
 
-def equality(config: Evaluate, source: str) -> Scorer:
+def equality(config: Judged, source: str) -> Scorer:
     """Whether the extracted answer is what is extracted from the reference."""
     return _of_answers(config, lambda answer, row: answer == extract(row["answer"], config.extract))
 
 
-def _of_answers(config: Evaluate, is_right: Callable[[str, Mapping[str, Any]], bool]) -> Scorer:
+def _of_answers(config: Judged, is_right: Callable[[str, Mapping[str, Any]], bool]) -> Scorer:
     """Judges extracted answers: none is wrong, and without a reference nothing can be told."""
 
     def score(response: str, row: Mapping[str, Any]) -> tuple[str, bool | None]:
@@ -55,7 +55,7 @@ def _of_answers(config: Evaluate, is_right: Callable[[str, Mapping[str, Any]], b
     return score
 
 
-def own(config: Evaluate, source: str) -> Scorer:
+def own(config: Judged, source: str) -> Scorer:
     """A function of (response, reference answer or None, what templates know of the prompt), which gives True, False or None.
 
     The answer shown is the response without outer space.
@@ -74,7 +74,7 @@ def own(config: Evaluate, source: str) -> Scorer:
     return score
 
 
-SCORERS: dict[str, Callable[[Evaluate, str], Scorer]] = {
+SCORERS: dict[str, Callable[[Judged, str], Scorer]] = {
     "source": by_source,
     "equality": equality,
 }

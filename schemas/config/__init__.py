@@ -1,10 +1,10 @@
 """The run's configuration by section: every key, its type, default and meaning."""
 
-from schemas.config.evaluate import Evaluate
+from schemas.config.evaluate import Evaluate, HeldOut, Judged
 from schemas.config.load import load_config, parse_config
 from schemas.config.model import VLLM_OPTIONS, Model
 from schemas.config.objective import Candidates, Hybrid, Objective, Own, RatioClipped, Recipe, SampledPath, Strict1to1
-from schemas.config.prompts import Prompts, Splits
+from schemas.config.prompts import Prompts, PromptSource, Splits
 from schemas.config.rollouts import Rollouts
 from schemas.config.root import Config, consistency, overridden
 from schemas.config.scores import Audit, Coverage, Scores
@@ -21,11 +21,14 @@ __all__ = [
     "Coverage",
     "Evaluate",
     "Gate",
+    "HeldOut",
     "Hybrid",
+    "Judged",
     "Lora",
     "Model",
     "Objective",
     "Own",
+    "PromptSource",
     "Prompts",
     "RatioClipped",
     "Recipe",

@@ -15,11 +15,11 @@ from schemas.config.section import Section, variants
 Direction = Literal["reverse", "forward", "jsd", "entropy_gated"]
 Tail = Literal["renormalise", "bucket"]
 UnitScore = Literal["mean", "sum", "mean_logit"]
-Tau = Annotated[float, Field(gt=0, description="temperature of both sides of a renormalised divergence")]
+Tau = Annotated[float, Field(ge=0.01, le=100, description="temperature of both sides of a renormalised divergence")]
 Beta = Annotated[
     float,
     Field(
-        gt=0,
+        ge=1e-6,
         lt=1,
         description="`direction: jsd` and `recipe: jsd`: the teacher's share of the mixture; small: nearly forward KL",
     ),

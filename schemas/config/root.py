@@ -13,7 +13,7 @@ from schemas.config.presets import with_presets
 from schemas.config.prompts import Prompts
 from schemas.config.rollouts import Rollouts
 from schemas.config.scores import Audit, Coverage, Scores
-from schemas.config.section import Section
+from schemas.config.section import Section, Text
 from schemas.config.train import Train
 from schemas.config.weights import Weights
 
@@ -21,19 +21,21 @@ from schemas.config.weights import Weights
 class Config(Section):
     """The whole file."""
 
-    run: str = Field("default", pattern=r"^[\w.-]+$", description="name of the run; results are under runs/<run>")
+    run: str = Field(
+        "default", pattern=r"^[\w.-]*\w[\w.-]*$", description="name of the run; results are under runs/<run>"
+    )
     seed: int = Field(1, ge=0, description="seed of prompts, sampling and order")
-    cache: str = Field(
+    cache: Text = Field(
         "~/.cache/offline-opd",
         description="prepared models and teacher scores, shared by runs; the variable OPD_CACHE overrides it",
     )
-    reuse: tuple[str, ...] = Field(
+    reuse: tuple[Text, ...] = Field(
         (),
         description="folders of runs whose rollouts and teacher scores this run's first rounds take over, whatever the "
         "student that sampled them; rounds beyond theirs are sampled and scored. Sections that are not named come from the "
         "first one's config",
     )
-    cache_remote: str | None = Field(
+    cache_remote: Text | None = Field(
         None,
         description="an fsspec location (s3://..., gs://..., a shared folder) to find scores in and to copy new ones to",
     )
@@ -71,6 +73,15 @@ class Config(Section):
             raise ValueError(
                 f"`evaluate.kl_items: {self.evaluate.kl_items}` is more than `{split}` holds, which is {self.held_out}; lower "
                 "it, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_round_has_no_prompt_twice(self) -> "Config":
+        if not self.reuse and self.rollouts.prompts > self.prompts.splits.train:
+            raise ValueError(
+                f"`rollouts.prompts: {self.rollouts.prompts}` is more than `prompts.splits.train` holds, which is "
+                f"{self.prompts.splits.train}; lower it, or raise that (several responses to a prompt are `rollouts.samples`)"
             )
         return self
 

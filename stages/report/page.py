@@ -12,6 +12,7 @@ import polars as pl
 from rich.table import Table
 
 from pipeline.align.units import KINDS
+from pipeline.measure.accuracy import gain
 from pipeline.store.shards import write_text
 from schemas.config import consistency
 from schemas.errors import OpdError
@@ -22,14 +23,15 @@ from stages.run.results import read_diagnostics, timings
 from stages.run.run import Run, config_text, open_run
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
+NOT_MEASURED = "not measured"
 
 
 def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
     """Write report.html and summary.json from what the run left."""
     run = open_run(config_file, "report")
     config = run.config
-    summary = summarise(run)
-    before, after = (pl.read_parquet(run.phase(f"eval-{c}").folder / "answers.parquet") for c in run.checkpoints)
+    answers = read_answers(run)
+    summary = summarise(run, *answers)
     rounds = [read_diagnostics(phase) for number in run.rounds for phase in run.trained_on(number)]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"percent": checklist.percent, "number": checklist.number}
@@ -37,7 +39,8 @@ def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
         config=config,
         config_text=config_text(config),
         summary=summary,
-        examples=examples(before, after),
+        examples=examples(*answers, config.evaluate.split),
+        sets=sets(summary),
         charts=charts(run, summary),
         warning=consistency(config),
         rounds=rounds,
@@ -48,35 +51,83 @@ def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
     console.say(f"report: {run.root / 'report.html'}")
 
 
-def summarise(run: Run) -> dict[str, Any]:
-    """The run's figures: results of each evaluated checkpoint, diagnostics of each phase, seconds of each job."""
+def read_answers(run: Run) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The answers before and after."""
+    before, after = (pl.read_parquet(run.phase(f"eval-{c}").folder / "answers.parquet") for c in run.checkpoints)
+    return before, after
+
+
+def summarise(run: Run, before: pl.DataFrame, after: pl.DataFrame) -> dict[str, Any]:
+    """The run's figures: results of each evaluated checkpoint, diagnostics of each phase, seconds of each job.
+
+    Args:
+        before, after: as `read_answers` gives them.
+    """
     results = [json.loads((run.phase(f"eval-{c}").folder / "result.json").read_text()) for c in run.checkpoints]
-    judged = bool(results[0]["judged"])
     phases = [read_diagnostics(phase) for phase in run.phases]
-    both = pl.concat(
-        [pl.read_parquet(run.phase(f"eval-{r['checkpoint']}").folder / "answers.parquet") for r in results],
-        how="vertical",
-    )
-    before, after = both.head(results[0]["items"]), both.tail(results[1]["items"])
+    split = results[0]["split"]
+    of_set = {name: (before.filter(set=name), after.filter(set=name)) for name in (split, *results[0]["also"])}
+    pairs = of_set[split][0].join(of_set[split][1], on=["prompt_id", "sample"], suffix="_after")
+    greedy = results[0]["samples"] == 1 and bool(results[0]["judged"])
     return {
         "run": run.config.run,
         "before": results[0],
         "after": results[1],
-        "fixed": int((~before["right"] & after["right"]).sum()) if judged else None,
-        "broken": int((before["right"] & ~after["right"]).sum()) if judged else None,
+        "fixed": int((~pairs["right"] & pairs["right_after"]).sum()) if greedy else None,
+        "broken": int((pairs["right"] & ~pairs["right_after"]).sum()) if greedy else None,
+        "gain": {name: gain(first, last, run.config.seed) for name, (first, last) in of_set.items()},
         "reverse_kl_ratio": results[1]["reverse_kl"] / results[0]["reverse_kl"] if results[0]["reverse_kl"] else None,
         "phases": [phase.model_dump(mode="json") for phase in phases],
         "teacher_tokens": dict(sum((Counter(phase.teacher.tokens) for phase in phases), Counter())),
         # Files that a longer run left behind don't count.
-        "seconds": timings(run, "prompts", "models-", *(f"{phase.phase}-" for phase in phases)),
+        "seconds": timings(run, "prompts", "also", "models-", "fit", *(f"{phase.phase}-" for phase in phases)),
         "checkpoint": str(run.checkpoint(run.rounds[-1])),
         "report": str(run.root / "report.html"),
     }
 
 
-def examples(before: pl.DataFrame, after: pl.DataFrame, count: int = 8) -> list[dict[str, Any]]:
-    """The first held-out prompts with the answers before and after, as rows for the page."""
-    joined = before.join(after, on="prompt_id", suffix="_after", maintain_order="left").head(count)
+def sets(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of accuracy for people, a held-out set after the other, the run's own first: its label, before, after, gain."""
+    before, after = summary["before"], summary["after"]
+    samples = before["samples"]
+    how = f"avg@{samples}" if samples > 1 else "greedy"
+    found = []
+    for name in (before["split"], *before["also"]):
+        of = [result["also"].get(name, result) for result in (before, after)]
+        row = {"label": f"held-out accuracy ({of[0]['judged']} items of {name}, {how})"}
+        found.append(row | {"before": shown(of[0]), "after": shown(of[1]), "gain": changed(summary["gain"][name])})
+        for k in list(of[0]["pass_at_k"] or {})[1:]:  # pass@1 is avg@n
+            passed = [one["pass_at_k"][k] if one["pass_at_k"] else None for one in of]
+            cells = [spread(one["share"], one["share_95"]) if one else NOT_MEASURED for one in passed]
+            found.append({"label": f"pass@{k} of {name}", "before": cells[0], "after": cells[1], "gain": ""})
+    return found
+
+
+def shown(figures: dict[str, Any]) -> str:
+    """Accuracy and its interval."""
+    return NOT_MEASURED if figures["accuracy"] is None else spread(figures["accuracy"], figures["accuracy_95"])
+
+
+def spread(share: float, interval: tuple[float, float]) -> str:
+    """A share and its interval."""
+    return f"{100 * share:.1f} % ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
+
+
+def changed(found: dict[str, Any] | None) -> str:
+    """What `accuracy.gain` found, in points."""
+    if found is None:
+        return ""
+    low, high = found["accuracy_95"]
+    return f"{100 * found['accuracy']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}), p {found['p']:.2g}"
+
+
+def examples(before: pl.DataFrame, after: pl.DataFrame, split: str, count: int = 8) -> list[dict[str, Any]]:
+    """The first held-out prompts with an answer each before and after, as rows for the page."""
+    joined = (
+        before.join(after, on=["prompt_id", "sample"], suffix="_after", maintain_order="left")
+        .filter(set=split, sample=0)
+        .head(count)
+    )
     return joined.to_dicts()
 
 
@@ -222,23 +273,18 @@ def print_summary(run: Run) -> None:
     except FileNotFoundError as error:
         raise OpdError(f"{run.root}: no summary.json yet; run the report stage") from error
     table = Table(title=f"{summary['run']}: before and after", title_justify="left")
-    for heading in ("", "before", "after"):
+    for heading in ("", "before", "after", "change, points"):
         table.add_column(heading, justify="left" if not heading else "right")
     before, after = summary["before"], summary["after"]
 
-    def percent(result: dict[str, Any]) -> str:
-        if result["accuracy"] is None:
-            return "not measured"
-        low, high = result["accuracy_95"]
-        return f"{100 * result['accuracy']:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
-
     def nats(result: dict[str, Any]) -> str:
         if result["reverse_kl"] is None:
-            return "not measured"
+            return NOT_MEASURED
         low, high = result["reverse_kl_95"]
         return f"{result['reverse_kl']:.3f} ({low:.3f} to {high:.3f})"
 
-    table.add_row(f"held-out accuracy, {before['judged']} items", percent(before), percent(after))
+    for row in sets(summary):
+        table.add_row(*row.values())
     table.add_row("on-policy reverse KL, nats per token", nats(before), nats(after))
     table.add_row("answers that stop", f"{100 * before['stopped']:.0f} %", f"{100 * after['stopped']:.0f} %")
     console.console.print(table)

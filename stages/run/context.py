@@ -23,6 +23,11 @@ def open_prompts(run: Run) -> PromptTable:
     return PromptTable(open_shard(run.prompts, "prompts"))
 
 
+def open_also(run: Run) -> PromptTable:
+    """The prompts of `evaluate.also`, verified; splits have the sets' names."""
+    return PromptTable(open_shard(run.also, "prompts"))
+
+
 def read_ref(path: Path, stage: str, weights: bool = True) -> ModelRef:
     """A model's reference, with `weights` to a folder that is there. Raises OpdError naming the stage that writes it."""
     try:

@@ -78,6 +78,16 @@ class Run:
         """The prompts' shard."""
         return self.root / "prompts.parquet"
 
+    @property
+    def also(self) -> Path:
+        """The prompts of `evaluate.also`, likewise; there is none without such sets."""
+        return self.root / "also.parquet"
+
+    @property
+    def fit(self) -> Path:
+        """What was found when prompts and responses were fitted into both models."""
+        return self.root / "fit.json"
+
     def model_file(self, role: str) -> Path:
         """A prepared model's reference: role is `student` or `teacher`."""
         return self.root / "models" / f"{role}.json"

@@ -13,7 +13,9 @@ from typer.core import TyperCommand, TyperGroup
 
 STAGES = (
     "prompts",
+    "also",
     "models",
+    "fit",
     "reuse",
     "rollouts",
     "scores",

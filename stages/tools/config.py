@@ -1,15 +1,22 @@
 """Config: every key with its default and meaning, or whether a file is valid."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_origin
 
 import typer
 
 from pipeline import own_code
+from pipeline.models import model_config
+from pipeline.prompts import collect, collect_also
 from schemas.config import Config, Section, load_config, overridden, section, variants
 from schemas.config.objective import RECIPES
 from stages.run import console
+from stages.run.limits import check_limits
 from stages.run.workflow import own_code_in
+
+ROLES: tuple[Literal["student", "teacher"], ...] = ("student", "teacher")
+SMALL = 64 << 20
+"""Bytes of a file that a check reads through."""
 
 
 def main(
@@ -18,6 +25,7 @@ def main(
     """List every config key with its default and meaning (Markdown), or check a file."""
     if check:
         config = load_config(check)
+        check_at_hand(config)
         for reference in own_code_in(config.model_dump(mode="json")):
             own_code.source_digest(reference)
         console.say(f"{check}: valid")
@@ -25,6 +33,26 @@ def main(
             console.say(f"{check}: {otherwise}")
         return
     console.out.print(config_markdown(), markup=False, soft_wrap=True)
+
+
+def check_at_hand(config: Config) -> None:
+    """What can be told at once: of files with prompts, whether they hold enough, of local models what they can't do.
+
+    Raises OpdError as the stages would.
+    """
+    if is_small_file(config.prompts.source):
+        collect(config.prompts, config.seed)
+    collect_also({name: one for name, one in config.evaluate.also.items() if is_small_file(one.source)}, config.seed)
+    for role in ROLES:
+        folder = Path(getattr(config, role).model).expanduser()
+        if folder.is_dir():
+            check_limits(config, role, model_config(folder))
+
+
+def is_small_file(source: str) -> bool:
+    """Whether a source of prompts is a file that is read in a moment."""
+    path = Path(source).expanduser()
+    return path.is_file() and path.stat().st_size < SMALL
 
 
 def config_markdown() -> str:
@@ -40,7 +68,8 @@ def config_markdown() -> str:
                 meaning = (field.description or "").replace("|", "\\|")
                 lines.append(f"| `{prefix}{name}` | {default} | {meaning} |")
             if below:
-                walk(below, f"{prefix}{name}.")
+                by_name = "<name>." if get_origin(field.annotation) is dict else ""
+                walk(below, f"{prefix}{name}.{by_name}")
             lines.extend(_of_variants(variants(field.annotation), field.default, f"{prefix}{name}."))
 
     walk(Config, "")
