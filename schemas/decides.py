@@ -54,7 +54,7 @@ def _named(role: str) -> Keys:
 _ROUND = Keys(("rollouts.prompts", "rollouts.samples"))
 
 STAGES: dict[str, Keys] = {
-    "prompts": Keys(("prompts", "seed")),
+    "prompts": Keys(("prompts", "seed"), ("evaluate",)),
     "models student": Keys(("student.model", "student.revision", "student.stop")),
     "models teacher": Keys(("teacher.model", "teacher.revision", "teacher.stop", "reuse")),
     "reuse": _prompted("student") + Keys(("reuse", "rollouts.max_new_tokens")),

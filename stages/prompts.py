@@ -1,6 +1,7 @@
-"""Prompts: read the source, split it, write prompts.parquet."""
+"""Prompts: read the source, split it, see that the scorer can read the references, write prompts.parquet."""
 
 from pipeline import sources
+from pipeline.measure.scorers import references_problem
 from pipeline.prompts import collect
 from pipeline.store.shards import open_writer
 from stages.run import console
@@ -13,6 +14,9 @@ def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
     run = open_run(config_file, "prompts")
     config = run.settings
     table = collect(config.prompts, config.seed)
+    held_out = [row for row in table.to_pylist() if row["split"] == config.evaluate.split]
+    if problem := references_problem(config.evaluate, config.prompts.source, held_out):
+        console.warn(f"prompts: {problem}")
     identity = run.decided | sources.identity(config.prompts.source)
     with open_writer(run.prompts, "prompts", identity, {}) as writer:
         writer.write(table)

@@ -24,7 +24,8 @@ def row(answer: str | None, **fields: Any) -> dict[str, Any]:
         ("it is 42.", " 42\n", "last_number", "42", True),
         ("it is 42.", "43", "last_number", "42", False),
         ("so 1,234", "= 1234", "last_number", "1234", True),
-        ("none", "none", "last_number", "", False),
+        ("none", "none", "last_number", "", None),
+        ("none", "7", "last_number", "", False),
         ("it is 42.", None, "last_number", "42", None),
         ("", None, "last_number", "", None),
         (" a word\n", "a word", "whole", "a word", True),
@@ -73,10 +74,13 @@ def test_one_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"scorer": "magic"}, "takes source, equality, or module:function of your own"),
+        (
+            {"scorer": "magic"},
+            "takes source, equality, exact, regex, choice, math, reasoning-gym, code, or module:function of",
+        ),
         (
             {"scorer": "a:b", "extract": "whole"},
-            "`extract: whole` means nothing to `scorer: a:b`; it is of scorer: source, eq",
+            "`extract: whole` means nothing to `scorer: a:b`; it is of scorer: source, equality, r",
         ),
     ],
 )

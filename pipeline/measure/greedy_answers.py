@@ -36,8 +36,7 @@ def greedy_answers(
     seeds = [0] * len(rows)  # no draw
     responses = sampler.sample(prompts, seeds, config.rollouts.longest, temperature=0, advance=advance)
     texts = [response_text(student, response) for response in responses]
-    score = scorer(config.evaluate, config.prompts.source)
-    scored = [score(text, row) for text, row in zip(texts, rows, strict=True)]
+    scored = scorer(config.evaluate, config.prompts.source).all(texts, rows)
     return pl.DataFrame(
         {
             "prompt_id": [row["prompt_id"] for row in rows],

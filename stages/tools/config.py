@@ -9,6 +9,7 @@ from pipeline import own_code
 from schemas.config import Config, Section, load_config, overridden, section, variants
 from schemas.config.objective import RECIPES
 from stages.run import console
+from stages.run.run import run_of
 from stages.run.workflow import own_code_in
 
 
@@ -20,11 +21,24 @@ def main(
         config = load_config(check)
         for reference in own_code_in(config.model_dump(mode="json")):
             own_code.source_digest(reference)
+        if problem := _of_references(config):
+            console.warn(f"{check}: {problem}")
         console.say(f"{check}: valid")
         for otherwise in overridden(config):
             console.say(f"{check}: {otherwise}")
         return
     console.out.print(config_markdown(), markup=False, soft_wrap=True)
+
+
+def _of_references(config: Config) -> str | None:
+    """What the scorer can't read of the held-out prompts of a run that is there already; raises where that is all of them."""
+    run = run_of(config)
+    if not run.prompts.exists():
+        return None
+    from pipeline.measure.scorers import references_problem  # noqa: PLC0415 - it takes a second
+    from stages.run.context import open_prompts  # noqa: PLC0415
+
+    return references_problem(config.evaluate, config.prompts.source, open_prompts(run).split(config.evaluate.split))
 
 
 def config_markdown() -> str:
