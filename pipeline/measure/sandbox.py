@@ -93,7 +93,7 @@ class Walls:
             *(found, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try", *user),
             *("--die-with-parent", "--new-session", "--hostname", "sandbox", "--cap-drop", "ALL"),
             *(part for capability in kept for part in ("--cap-add", f"CAP_{capability}")),
-            *(*shown, "--dev-bind", "/dev/null", "/dev/null"),
+            *(*shown, "--perms", "755", "--dir", "/dev", "--dev-bind", "/dev/null", "/dev/null"),
             *("--perms", "1777", "--size", str(SCRATCH_MB << 20), "--tmpfs", "/tmp", "--chdir", "/tmp"),  # noqa: S108
             *("--remount-ro", "/", "--", *python),
         ]

@@ -424,6 +424,8 @@ def _where(text: str, error: BaseException) -> str:
 
 
 def _module(name: str) -> types.ModuleType:
+    """An empty module for a program, which finds what Python's own start would have given it."""
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)
     sys.argv = ["response.py"]
     sys.modules[name] = types.ModuleType(name)
     return sys.modules[name]
