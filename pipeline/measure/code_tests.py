@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pipeline.measure.sandbox import Confined, Limits
-from schemas.errors import one_line
+from schemas.errors import excerpt
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,7 @@ class Asserts:
             return Verdict(False, ended.why or "the tests gave no verdict")
         if verdict.get("gone"):
             return Verdict(False, gone.why or "it ended before the tests did")
-        return Verdict(
-            not verdict["why"], one_line(ValueError(verdict["why"] or f"passed {verdict['passed']} asserts"))
-        )
+        return Verdict(not verdict["why"], excerpt(verdict["why"] or f"passed {verdict['passed']} asserts"))
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ class Cases:
             if ended.why:
                 return Verdict(False, f"case {number}: {ended.why}")
             if _lines(ended.output) != _lines(expected):
-                printed, wanted = (one_line(ValueError(text or "nothing"), 60) for text in (ended.output, expected))
+                printed, wanted = (excerpt(text, 60) for text in (ended.output, expected))
                 return Verdict(False, f"case {number}: printed {printed!r}, expected {wanted!r}")
         return Verdict(True, f"passed {len(self.cases)} cases")
 

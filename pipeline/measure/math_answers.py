@@ -12,7 +12,7 @@ from schemas.errors import OpdError
 SECONDS = 5
 MARKED = re.compile(r"(?<!\\)\$[^$]+(?<!\\)\$|\\boxed|\\\(|\\\[")
 """What says by itself where the mathematics in a text is."""
-TEXT = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mbox|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+")
+TEXT = re.compile(r"\\(?:begin|end|text|mathrm|mathbf|textbf|mbox|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+")
 WORD = re.compile(r"[^\W\d_]{2,}")
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Literal
 
-from schemas.errors import OpdError, one_line
+from schemas.errors import OpdError, excerpt
 
 INSIDE = Path(__file__).with_name("sandboxed.py")
 LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache")
@@ -252,7 +252,7 @@ def _told(status: int, errors: str) -> str:
     if number in [known.value for known in signal.Signals]:
         name = signal.Signals(number).name
         return f"ended by {name}" + (" (processor time)" if name == "SIGXCPU" else "")
-    return one_line(ValueError(last), 200) if last else f"exited with status {status}"
+    return excerpt(last, 200) if last else f"exited with status {status}"
 
 
 def _memory(content: bytes = b"") -> int:

@@ -23,7 +23,7 @@ from pipeline.sources import gym_metadata, gym_verifies, kind_of
 from schemas.config import Evaluate
 from schemas.config.evaluate import SCORERS as OPTIONS
 from schemas.config.options import OWN_CODE
-from schemas.errors import OpdError, one_line
+from schemas.errors import OpdError, excerpt
 
 Row = Mapping[str, Any]
 Scored = tuple[str, bool | None]
@@ -108,7 +108,7 @@ def references_problem(config: Evaluate, source: str, rows: Sequence[Row]) -> st
     unread = [row for row in given if by.read(row) is None]
     if not unread:
         return None
-    example = f"{unread[0]['prompt_id']}: {one_line(ValueError(unread[0]['answer'] or 'nothing'), 80)!r}"
+    example = f"{unread[0]['prompt_id']}: {excerpt(unread[0]['answer'], 80) or 'nothing'!r}"
     told = f"`evaluate.scorer: {config.scorer}` reads {by.takes}, but can read"
     if len(unread) == len(given):
         raise OpdError(
