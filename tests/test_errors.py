@@ -135,18 +135,18 @@ def test_references_that_the_scorer_cannot_read(place: Workplace) -> None:
     place.config(**GOOD)
     told = "`evaluate.scorer: source` reads numbers (`math` reads fractions and other expressions, `exact` and `choice` words)"
     refused = place.refuses("prompts")
-    assert f"{told}, but can read none of the 2 references of split test, such as p001: 'a tall man'" in refused
+    assert f"{told}, and so none of the 2 references of split test, such as p001: 'a tall man'" in refused
     assert not (place.folder / "runs").exists()
     place.config(**{**GOOD, "evaluate": {"kl_items": 2, "scorer": "exact"}})
     assert place.stage("prompts") == 0 and "warning" not in place.output.readouterr().err
     place.config(**GOOD)  # another scorer: the prompts are there already
-    with pytest.raises(OpdError, match=r"can read none of the 2 references"):
+    with pytest.raises(OpdError, match=r"so none of the 2 references"):
         config_keys(Path("config.yaml"))
     place.prompts([{"prompt": f"Say {i}.", "answer": str(i) if i % 2 else "none"} for i in range(5)])
     place.config(**{**GOOD, "prompts": {**GOOD["prompts"], "splits": {"examples": 0, "train": 1, "dev": 0, "test": 4}}})
     assert place.stage("prompts") == 0
     said = place.output.readouterr().err
-    assert "warning" in said and "of 4 references of split test, which are not measured: p00" in said
+    assert "warning" in said and "of 4 references of split test: not measured, as p00" in said
     place.prompts([{"prompt": f"Say {i}."} for i in range(5)])
     place.config(**{**GOOD, "prompts": {**GOOD["prompts"], "answer_field": None}})
     assert place.stage("prompts") == 0 and "warning" not in place.output.readouterr().err

@@ -173,10 +173,7 @@ def test_references_that_cannot_be_read_are_told_and_not_measured(
     rows = [row(reference), row(good, **fields), row(None)]
     problem = references_problem(config, "rows.jsonl", rows)
     assert problem and f"`evaluate.scorer: {config.scorer}` {message}" in problem
-    assert (
-        f"not 1 of 2 references of split test, which are not measured: p7: {reference.strip() or 'nothing'!r}"
-        in problem
-    )
+    assert f"so not 1 of 2 references of split test: not measured, as p7: {reference.strip() or 'nothing'!r}" in problem
     assert scorer(config, "rows.jsonl")("7", rows[0])[1] is None
     assert references_problem(config, "rows.jsonl", rows[1:]) is None
     with pytest.raises(OpdError, match=r"none of the 1 references of split test, such as p7: .*answer_field: null"):
@@ -189,7 +186,7 @@ def test_a_verifier_that_refuses_its_own_reference_measures_nothing() -> None:
     words = Prompts(source="reasoning-gym:letter_jumble", splits=Splits(examples=0, train=1, test=4))
     rows = collect(words, seed=1).to_pylist()
     with pytest.raises(
-        OpdError, match=r"that their verifier takes through `evaluate\.extract: last_number`, but can read none"
+        OpdError, match=r"that their verifier takes through `evaluate\.extract: last_number`, and so none of"
     ):
         references_problem(Evaluate(), words.source, rows)
     assert references_problem(Evaluate(extract="whole"), words.source, rows) is None

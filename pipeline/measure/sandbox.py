@@ -215,6 +215,7 @@ class Confined:
                 pass_fds=(job, *(channel or ())),
                 env={},
                 cwd="/",
+                start_new_session=True,  # no signal of our terminal, and no way to it
             )
         except BaseException:
             self._close()

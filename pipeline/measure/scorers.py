@@ -109,13 +109,13 @@ def references_problem(config: Evaluate, source: str, rows: Sequence[Row]) -> st
     if not unread:
         return None
     example = f"{unread[0]['prompt_id']}: {excerpt(unread[0]['answer'], 80) or 'nothing'!r}"
-    told = f"`evaluate.scorer: {config.scorer}` reads {by.takes}, but can read"
+    takes = f"`evaluate.scorer: {config.scorer}` reads {by.takes}"
     if len(unread) == len(given):
         raise OpdError(
-            f"{told} none of the {len(given)} references of split {config.split}, such as {example}; use another scorer "
-            "(`opd config` lists them), or `prompts.answer_field: null` to measure no accuracy"
+            f"{takes}, and so none of the {len(given)} references of split {config.split}, such as {example}; use another "
+            "scorer (`opd config` lists them), or `prompts.answer_field: null` to measure no accuracy"
         )
-    return f"{told} not {len(unread)} of {len(given)} references of split {config.split}, which are not measured: {example}"
+    return f"{takes}, and so not {len(unread)} of {len(given)} references of split {config.split}: not measured, as {example}"
 
 
 def identity(config: Evaluate) -> dict[str, Any]:
