@@ -14,8 +14,9 @@ def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
     run = open_run(config_file, "prompts")
     config = run.settings
     table = collect(config.prompts, config.seed)
-    held_out = [row for row in table.to_pylist() if row["split"] == config.evaluate.split]
-    if problem := references_problem(config.evaluate, config.prompts.source, held_out):
+    split = config.evaluate.split
+    held_out = [row for row in table.to_pylist() if row["split"] == split]
+    if problem := references_problem(config.evaluate, config.prompts.source, held_out, f"split {split}"):
         console.warn(f"prompts: {problem}")
     identity = run.decided | sources.identity(config.prompts.source)
     with open_writer(run.prompts, "prompts", identity, {}) as writer:

@@ -171,14 +171,14 @@ def test_references_that_cannot_be_read_are_told_and_not_measured(
     good = {"choice": "B", "code": "assert f(1)", "reasoning-gym": "8"}.get(config.scorer, "7")
     fields = {"source_dataset": "chain_sum"} if config.scorer == "reasoning-gym" else {}
     rows = [row(reference), row(good, **fields), row(None)]
-    problem = references_problem(config, "rows.jsonl", rows)
+    problem = references_problem(config, "rows.jsonl", rows, "split test")
     assert problem and f"`evaluate.scorer: {config.scorer}` {message}" in problem
     assert f"so not 1 of 2 references of split test: not measured, as p7: {reference.strip() or 'nothing'!r}" in problem
     assert scorer(config, "rows.jsonl")("7", rows[0])[1] is None
-    assert references_problem(config, "rows.jsonl", rows[1:]) is None
+    assert references_problem(config, "rows.jsonl", rows[1:], "split test") is None
     with pytest.raises(OpdError, match=r"none of the 1 references of split test, such as p7: .*answer_field: null"):
-        references_problem(config, "rows.jsonl", [rows[0], rows[2]])
-    assert references_problem(config, "rows.jsonl", []) is None
+        references_problem(config, "rows.jsonl", [rows[0], rows[2]], "split test")
+    assert references_problem(config, "rows.jsonl", [], "split test") is None
 
 
 def test_a_verifier_that_refuses_its_own_reference_measures_nothing() -> None:
@@ -188,8 +188,8 @@ def test_a_verifier_that_refuses_its_own_reference_measures_nothing() -> None:
     with pytest.raises(
         OpdError, match=r"that their verifier takes through `evaluate\.extract: last_number`, and so none of"
     ):
-        references_problem(Evaluate(), words.source, rows)
-    assert references_problem(Evaluate(extract="whole"), words.source, rows) is None
+        references_problem(Evaluate(), words.source, rows, "split test")
+    assert references_problem(Evaluate(extract="whole"), words.source, rows, "split test") is None
     assert scorer(Evaluate(extract="whole"), words.source)(rows[0]["answer"], rows[0])[1] is True
 
 

@@ -93,11 +93,13 @@ def scorer(config: Evaluate, source: str) -> Scorer:
     return Scorer(score, by.processes)
 
 
-def references_problem(config: Evaluate, source: str, rows: Sequence[Row]) -> str | None:
+def references_problem(config: Evaluate, source: str, rows: Sequence[Row], of: str) -> str | None:
     """How many references of `prompts` rows the scorer can't read, with an example; None where it can read all that there are.
 
     Rows without a reference don't count, and a scorer of one's own reads as it likes.
 
+    Args:
+        of: what the rows are, for the message.
     Raises:
         OpdError: there are references, and it can read none of them; or as `scorer` does.
     """
@@ -112,10 +114,10 @@ def references_problem(config: Evaluate, source: str, rows: Sequence[Row]) -> st
     takes = f"`evaluate.scorer: {config.scorer}` reads {by.takes}"
     if len(unread) == len(given):
         raise OpdError(
-            f"{takes}, and so none of the {len(given)} references of split {config.split}, such as {example}; use another "
+            f"{takes}, and so none of the {len(given)} references of {of}, such as {example}; use another "
             "scorer (`opd config` lists them), or `prompts.answer_field: null` to measure no accuracy"
         )
-    return f"{takes}, and so not {len(unread)} of {len(given)} references of split {config.split}: not measured, as {example}"
+    return f"{takes}, and so not {len(unread)} of {len(given)} references of {of}: not measured, as {example}"
 
 
 def identity(config: Evaluate) -> dict[str, Any]:

@@ -38,7 +38,8 @@ def _of_references(config: Config) -> str | None:
     from pipeline.measure.scorers import references_problem  # noqa: PLC0415 - it takes a second
     from stages.run.context import open_prompts  # noqa: PLC0415
 
-    return references_problem(config.evaluate, config.prompts.source, open_prompts(run).split(config.evaluate.split))
+    split = config.evaluate.split
+    return references_problem(config.evaluate, config.prompts.source, open_prompts(run).split(split), f"split {split}")
 
 
 def config_markdown() -> str:
