@@ -60,7 +60,7 @@ def _named(role: str) -> Keys:
 _ROUND = Keys(("rollouts.prompts", "rollouts.samples"))
 
 STAGES: dict[str, Keys] = {
-    "prompts": Keys(("prompts", "seed")),
+    "prompts": Keys(("prompts", "seed"), ("evaluate",)),
     "also": Keys(("evaluate.also", "seed")),
     "models student": Keys(("student.model", "student.revision", "student.stop", "student.roles")),
     "models teacher": Keys(("teacher.model", "teacher.revision", "teacher.stop", "teacher.roles", "reuse")),

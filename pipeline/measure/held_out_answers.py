@@ -51,7 +51,7 @@ def held_out_answers(
         advance=advance,
     )
     texts = [said["response"] for said in texts_of(student, responses)]
-    judged = [judge(text, row) for text, (row, _, _) in zip(texts, wanted, strict=True)]
+    judged = judge.all(texts, [row for row, _, _ in wanted])
     return pl.DataFrame(
         {
             "prompt_id": [row["prompt_id"] for row, _, _ in wanted],

@@ -131,7 +131,7 @@ def _read(part: Part, options: Weights, check: bool = False) -> _Read:
     compute with them."""
     of_units, of_rollouts = columns_read(options)
     check = check or not set(CANDIDATE_COLUMNS).isdisjoint(of_units)
-    kept = [*UNIT_COLUMNS, *of_units]
+    kept = list(dict.fromkeys([*UNIT_COLUMNS, *of_units]))
     read = [*kept, *(name for name in CANDIDATE_COLUMNS if check and name not in kept)]
     rollouts = open_shard(part.rollouts, "rollouts")
     made_from = {"rollouts": rollouts.manifest.sha256}

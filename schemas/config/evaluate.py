@@ -7,13 +7,36 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from schemas.config.options import Option, describe, one_of, refuse_unread
 from schemas.config.prompts import PromptSource, Splits
-from schemas.config.section import Section
+from schemas.config.section import Section, Text
 
 SCORERS = {
     "source": Option(
         "the source's own verifier (reasoning-gym's, full marks only), equality where it has none", ("extract",)
     ),
     "equality": Option("the answer is the one that the same extraction finds in the reference", ("extract",)),
+    "exact": Option("all of the answer is the reference, but for space", ("ignore_case",)),
+    "regex": Option(
+        "what `pattern` finds last is what it finds last in the reference, or all of the reference where it finds nothing "
+        "there",
+        ("pattern",),
+    ),
+    "choice": Option(
+        "the letter chosen (boxed, `the answer is (B)`, the last that stands alone) is the reference's, which is a letter, an "
+        "option's text, or its index; options are the row's `choices` or `options`, or lines `B) ...` of the prompt"
+    ),
+    "math": Option(
+        "the same value, by math-verify (`pip install 'offline-opd[math]'`): fractions, sets, intervals, LaTeX"
+    ),
+    "reasoning-gym": Option(
+        "full marks of the reasoning-gym task that the row names (`source_dataset`, also in its `metadata`)",
+        ("extract",),
+    ),
+    "code": Option(
+        "the last fenced block passes the reference's tests in a sandbox: Python with assert statements, a list of such, or "
+        "JSON of what to print for which input, `[{input: ..., output: ...}]`, `{inputs: [...], outputs: [...]}` or "
+        "`{input: output}`",
+        ("code_seconds", "code_memory_mb"),
+    ),
 }
 """What `evaluate.scorer` takes beside functions of one's own; `pipeline.measure.scorers.SCORERS` makes them."""
 
@@ -23,18 +46,43 @@ class Judged(Section):
 
     scorer: Annotated[str, AfterValidator(one_of(SCORERS, own_code=True))] = Field(
         "source",
-        description="what says whether a response is right. "
+        description="what says whether a response is right, judged by what follows its thinking. "
         + describe(SCORERS)
         + " | `module:function` of your own, called with (response, reference answer or None, what templates know of the "
-        "prompt), which gives True, False or, where it can't tell, None",
+        "prompt), which gives True, False or, where it can't tell, None. Without a reference, or one that can't be read, a "
+        "response is not measured",
     )
     extract: Literal["last_number", "whole"] = Field(
-        "last_number", description="what of the response is the answer; a scorer of your own reads all of it"
+        "last_number",
+        description="what of the response is the answer: `last_number` is for references that are whole or decimal numbers "
+        "(for others use `math`); a scorer of your own reads all of it",
+    )
+    ignore_case: bool = Field(False, description="of scorer exact: capitals and small letters are the same")
+    pattern: Text | None = Field(
+        None,
+        description="of scorer regex: a regular expression (Python's); the answer is its first group, else all of it",
+    )
+    code_seconds: float = Field(
+        10, gt=0, description="of scorer code: seconds for all asserts of a response, or for each input"
+    )
+    code_memory_mb: int = Field(
+        512, ge=64, description="of scorer code: memory that each of its processes may have, in MB"
     )
 
     @model_validator(mode="after")
     def _keys_mean_something(self) -> Self:
         refuse_unread(self, "scorer", SCORERS)
+        return self
+
+    @model_validator(mode="after")
+    def _there_is_a_pattern(self) -> Self:
+        if self.scorer == "regex":
+            if self.pattern is None:
+                raise ValueError("`scorer: regex` needs `pattern`, the expression that finds the answer")
+            try:
+                re.compile(self.pattern)
+            except re.error as error:
+                raise ValueError(f"`pattern: {self.pattern}` is no regular expression: {error}") from error
         return self
 
 

@@ -12,6 +12,7 @@ from schemas.config import Config, Section, load_config, overridden, section, va
 from schemas.config.objective import RECIPES
 from stages.run import console
 from stages.run.limits import check_limits
+from stages.run.run import run_of
 from stages.run.workflow import own_code_in
 
 ROLES: tuple[Literal["student", "teacher"], ...] = ("student", "teacher")
@@ -28,6 +29,8 @@ def main(
         check_at_hand(config)
         for reference in own_code_in(config.model_dump(mode="json")):
             own_code.source_digest(reference)
+        if problem := _of_references(config):
+            console.warn(f"{check}: {problem}")
         console.say(f"{check}: valid")
         for otherwise in overridden(config):
             console.say(f"{check}: {otherwise}")
@@ -53,6 +56,18 @@ def is_small_file(source: str) -> bool:
     """Whether a source of prompts is a file that is read in a moment."""
     path = Path(source).expanduser()
     return path.is_file() and path.stat().st_size < SMALL
+
+
+def _of_references(config: Config) -> str | None:
+    """What the scorer can't read of the held-out prompts of a run that is there already; raises where that is all of them."""
+    run = run_of(config)
+    if not run.prompts.exists():
+        return None
+    from pipeline.measure.scorers import references_problem  # noqa: PLC0415 - it takes a second
+    from stages.run.context import open_prompts  # noqa: PLC0415
+
+    split = config.evaluate.split
+    return references_problem(config.evaluate, config.prompts.source, open_prompts(run).split(split), f"split {split}")
 
 
 def config_markdown() -> str:
