@@ -15,7 +15,7 @@ from pipeline.store.shards import publish, write_text
 from stages.run import console
 from stages.run.context import DEFAULT_CONFIG, ConfigOption, ThreadsOption, open_prompts, policy
 from stages.run.rounds import open_shards
-from stages.run.run import Phase, open_run
+from stages.run.run import BASE, Phase, open_run
 from train.on_policy_kl import FIGURES, on_policy_kl
 
 NO_REFERENCE = "accuracy not measured (no reference answers)"
@@ -24,7 +24,12 @@ NO_KL: dict[str, Any] = {**dict.fromkeys(FIGURES), "kl_responses": 0, "kl_tokens
 
 
 def main(
-    checkpoint: Annotated[int, typer.Option(min=0, help="0 is the student as given, n what n rounds made of it")],
+    checkpoint: Annotated[
+        str,
+        typer.Option(
+            help="0 is what the rounds start from, n what n rounds made of it; base: the student before `sft`"
+        ),
+    ],
     config_file: ConfigOption = DEFAULT_CONFIG,
     threads: ThreadsOption = None,
 ) -> None:
@@ -32,7 +37,7 @@ def main(
     run = open_run(config_file, "evaluate", f"eval-{checkpoint}")
     console.threads(threads)
     config, phase = run.settings, run.phase(f"eval-{checkpoint}")
-    student = policy(run, checkpoint)
+    student = policy(run, phase.number)
     answers = answered(student, phase)
     with publish(phase.folder / "answers.parquet") as temporary:
         answers.write_parquet(temporary)
@@ -41,7 +46,7 @@ def main(
         # Candidates and units are the trainer's, so it is its own forward pass, whatever the engine.
         kl = on_policy_kl(read_model(student), student.stop, open_shards(phase), config)
     result: dict[str, Any] = {
-        "checkpoint": checkpoint,
+        "checkpoint": "base" if phase.number == BASE else phase.number,
         "split": config.evaluate.split,
         **identity(config.evaluate),
         "items": len(answers),

@@ -33,7 +33,8 @@ def main(
     if part.kind == "round":
         every = responses_of_round(run.settings, prompts, number)
     else:
-        every = responses_of_evaluation(run.settings, prompts, number, run.kl_items)
+        checkpoint = phase.removeprefix("eval-")
+        every = responses_of_evaluation(run.settings, prompts, checkpoint, run.kl_items)
     wanted = every[shard * options.shard_size : (shard + 1) * options.shard_size]
     renderer = student.renderer(prompts)
     ids = renderer.ids([one.prompt for one in wanted], student.context - options.longest)

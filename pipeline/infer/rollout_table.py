@@ -32,10 +32,16 @@ def responses_of_round(config: Config, prompts: PromptTable, number: int) -> lis
     train = prompts.split("train")
     first = number * config.rollouts.prompts
     chosen = [train[(first + i) % len(train)] for i in range(config.rollouts.prompts)]
-    return [_wanted("r", number, row, n) for row in chosen for n in range(config.rollouts.samples)]
+    return [_wanted(f"r{number}", row, n) for row in chosen for n in range(config.rollouts.samples)]
 
 
-def responses_of_evaluation(config: Config, prompts: PromptTable, number: int, items: int) -> list[Wanted]:
+def answers_of_teacher(config: Config, prompts: PromptTable) -> list[Wanted]:
+    """Every answer that the teacher gives for `sft`, to the first prompts of `train`."""
+    chosen = prompts.split("train")[: config.sft.prompts]
+    return [_wanted("t", row, n) for row in chosen for n in range(config.sft.samples)]
+
+
+def responses_of_evaluation(config: Config, prompts: PromptTable, checkpoint: str, items: int) -> list[Wanted]:
     """One response to each of the first `items` held-out prompts. Raises OpdError when there are fewer."""
     held_out = prompts.split(config.evaluate.split)
     if len(held_out) < items:
@@ -43,11 +49,11 @@ def responses_of_evaluation(config: Config, prompts: PromptTable, number: int, i
             f"{prompts.shard.path}: holds {len(held_out)} prompts of split {config.evaluate.split}, but the config's "
             f"evaluation takes {items}; run `python -m stages.prompts` again"
         )
-    return [_wanted("e", number, row, 0) for row in held_out[:items]]
+    return [_wanted(f"e{checkpoint}", row, 0) for row in held_out[:items]]
 
 
-def _wanted(kind: str, number: int, row: dict[str, Any], sample: int) -> Wanted:
-    return Wanted(f"{kind}{number}-{row['prompt_id']}-{sample}", row, sample)
+def _wanted(of: str, row: dict[str, Any], sample: int) -> Wanted:
+    return Wanted(f"{of}-{row['prompt_id']}-{sample}", row, sample)
 
 
 def rollout_table(
@@ -55,15 +61,15 @@ def rollout_table(
     number: int,
     prompts: Sequence[np.ndarray],
     responses: Sequence[Response],
-    student: PreparedModel,
+    policy: PreparedModel,
     warped: bool,
 ) -> pa.Table:
     """Rows of schema `rollouts`.
 
     Args:
-        number: of the checkpoint that was sampled.
+        number: of the checkpoint that was sampled; -1 of the teacher, and of the student as given where `sft` is before 0.
         prompts: token ids of the rendered prompts.
-        student: what sampled.
+        policy: what sampled.
         warped: whether temperature or top_p made the sampler's distribution another one than the model's.
     """
     rows = [
@@ -74,7 +80,7 @@ def rollout_table(
             "round": number,
             "prompt_ids": prompt,
             "response_ids": response.ids,
-            "response": response_text(student, response),
+            "response": response_text(policy, response),
             "behavior_logp": response.behavior_logp,
             "sampler_logp": response.sampler_logp if warped else None,
             "top_id": list(response.top_id) if response.top_id.size else None,
@@ -86,9 +92,9 @@ def rollout_table(
     return pa.Table.from_pylist(rows, schema=arrow_schema("rollouts"))
 
 
-def response_text(student: PreparedModel, response: Response) -> str:
+def response_text(policy: PreparedModel, response: Response) -> str:
     """The longest valid UTF-8 prefix of the response's bytes, up to the first special token."""
     ids = response.ids[: len(response.ids) - response.stopped]
-    without_bytes = ~student.vocabulary.has_bytes[ids]
+    without_bytes = ~policy.vocabulary.has_bytes[ids]
     text_ids = ids[: int(without_bytes.argmax())] if without_bytes.any() else ids
-    return valid_prefix(student.vocabulary.concatenate(text_ids)[0].tobytes())
+    return valid_prefix(policy.vocabulary.concatenate(text_ids)[0].tobytes())

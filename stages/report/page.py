@@ -17,7 +17,8 @@ from schemas.config import consistency
 from schemas.errors import OpdError
 from stages.report import checklist
 from stages.run import console
-from stages.run.context import DEFAULT_CONFIG, ConfigOption
+from stages.run.card import counts
+from stages.run.context import DEFAULT_CONFIG, ConfigOption, tuning
 from stages.run.results import read_diagnostics, timings
 from stages.run.run import Run, config_text, open_run
 
@@ -29,7 +30,7 @@ def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
     run = open_run(config_file, "report")
     config = run.config
     summary = summarise(run)
-    before, after = (pl.read_parquet(run.phase(f"eval-{c}").folder / "answers.parquet") for c in run.checkpoints)
+    before, *_, after = (pl.read_parquet(run.phase(f"eval-{c}").folder / "answers.parquet") for c in run.checkpoints)
     rounds = [read_diagnostics(phase) for number in run.rounds for phase in run.trained_on(number)]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"percent": checklist.percent, "number": checklist.number}
@@ -37,9 +38,10 @@ def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
         config=config,
         config_text=config_text(config),
         summary=summary,
+        ends=evaluations(summary),
         examples=examples(before, after),
         charts=charts(run, summary),
-        warning=consistency(config),
+        warning=consistency(config, tuning(run)),
         rounds=rounds,
         checklist=checklist.rows(rounds),
     )
@@ -53,24 +55,43 @@ def summarise(run: Run) -> dict[str, Any]:
     results = [json.loads((run.phase(f"eval-{c}").folder / "result.json").read_text()) for c in run.checkpoints]
     judged = bool(results[0]["judged"])
     phases = [read_diagnostics(phase) for phase in run.phases]
+    sft_jobs = ["sft-"] if run.config.sft.prompts else []
     both = pl.concat(
         [pl.read_parquet(run.phase(f"eval-{r['checkpoint']}").folder / "answers.parquet") for r in results],
         how="vertical",
     )
-    before, after = both.head(results[0]["items"]), both.tail(results[1]["items"])
+    before, after = both.head(results[0]["items"]), both.tail(results[-1]["items"])
     return {
         "run": run.config.run,
         "before": results[0],
-        "after": results[1],
+        "after": results[-1],
+        "sft": sft(run, results[1]) if run.config.sft.prompts else None,
         "fixed": int((~before["right"] & after["right"]).sum()) if judged else None,
         "broken": int((before["right"] & ~after["right"]).sum()) if judged else None,
-        "reverse_kl_ratio": results[1]["reverse_kl"] / results[0]["reverse_kl"] if results[0]["reverse_kl"] else None,
+        "reverse_kl_ratio": results[-1]["reverse_kl"] / results[0]["reverse_kl"] if results[0]["reverse_kl"] else None,
         "phases": [phase.model_dump(mode="json") for phase in phases],
         "teacher_tokens": dict(sum((Counter(phase.teacher.tokens) for phase in phases), Counter())),
         # Files that a longer run left behind don't count.
-        "seconds": timings(run, "prompts", "models-", *(f"{phase.phase}-" for phase in phases)),
+        "seconds": timings(run, "prompts", "models-", *sft_jobs, *(f"{phase.phase}-" for phase in phases)),
         "checkpoint": str(run.checkpoint(run.rounds[-1])),
         "report": str(run.root / "report.html"),
+    }
+
+
+def sft(run: Run, result: dict[str, Any]) -> dict[str, Any]:
+    """What the fine-tuning left: counts of the answers, cross-entropy by epoch, and the evaluation after it."""
+    phase = run.phase("sft")
+    steps = pl.read_ndjson(phase.states / "metrics.jsonl", infer_schema_length=None)
+    per_epoch = len(steps) // run.config.sft.epochs
+    epochs = steps.group_by(epoch=pl.col("step") // per_epoch).agg(
+        (pl.col("loss") * pl.col("units")).sum() / pl.col("units").sum()
+    )
+    return {
+        "after": result,
+        **counts([place.rollouts for place in phase]),
+        "steps": len(steps),
+        "cross_entropy": epochs.sort("epoch")["loss"].to_list(),
+        "checkpoint": str(phase.checkpoint),
     }
 
 
@@ -122,10 +143,10 @@ def charts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
                     strict=True,
                 )
             )
-            for when, r in (("before", summary["before"]), ("after", summary["after"]))
+            for when, r in evaluations(summary).items()
         ]
     )
-    order = alt.X("when:N", sort=["before", "after"], title=None, axis=alt.Axis(labelAngle=0))
+    order = alt.X("when:N", sort=list(evaluations(summary)), title=None, axis=alt.Axis(labelAngle=0))
     accuracy = alt.Chart(ends).mark_bar(size=40).encode(
         x=order, y=alt.Y("accuracy:Q", title="held-out accuracy", axis=alt.Axis(format="%"))
     ) + alt.Chart(ends).mark_rule().encode(x=order, y="low:Q", y2="high:Q")
@@ -181,6 +202,13 @@ def charts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
         "coverage": covered.properties(width=330),
         "credit": by_tenth.properties(width=330, height=180),
     }
+    if summary["sft"]:
+        losses = pl.read_ndjson(run.phase("sft").states / "metrics.jsonl", infer_schema_length=None)
+        per_epoch = summary["sft"]["steps"] // config.sft.epochs
+        by_epoch = losses.select(at=pl.col("step"), round=pl.col("step") // per_epoch, loss="loss")
+        drawn["sft"] = _lines(by_epoch, {"answers": "loss"}, "cross-entropy, nats per token", of="epoch").properties(
+            width=330, height=160
+        )
     if summary["seconds"]:
         cost = pl.DataFrame({"job": list(summary["seconds"]), "seconds": list(summary["seconds"].values())})
         drawn["cost"] = (
@@ -196,16 +224,17 @@ STEP = alt.X("at:Q", title="optimiser step", axis=alt.Axis(tickMinStep=1, format
 ROUND = alt.Color("round:N", title="round")
 
 
-def _lines(steps: pl.DataFrame, told: dict[str, str], title: str, **options: Any) -> alt.LayerChart:
-    """Figures of every step, one line each; `told` names their columns for people."""
+def _lines(steps: pl.DataFrame, told: dict[str, str], title: str, of: str = "round", **options: Any) -> alt.LayerChart:
+    """Figures of every step, one line each; `told` names their columns for people, `of` what the column `round` counts."""
     table = steps.select("at", "round", **told).unpivot(index=["at", "round"], variable_name="of")
-    of = alt.Chart(table.drop_nulls()).encode(x=STEP, y=alt.Y("value:Q", title=title, **options), color=ROUND)
-    lines = of.mark_line()
+    colour = alt.Color("round:N", title=of)
+    chart = alt.Chart(table.drop_nulls()).encode(x=STEP, y=alt.Y("value:Q", title=title, **options), color=colour)
+    lines = chart.mark_line()
     if len(told) > 1:
         legend = alt.Legend(symbolType="stroke", symbolStrokeColor="#444", symbolSize=300)
         lines = lines.encode(strokeDash=alt.StrokeDash("of:N", title=None, sort=list(told), legend=legend))
     # A line's own points would fill the legend's strokes, which have nothing to fill.
-    return lines + of.mark_circle(opacity=1)
+    return lines + chart.mark_circle(opacity=1)
 
 
 def svg(chart: alt.TopLevelMixin) -> str:
@@ -215,6 +244,12 @@ def svg(chart: alt.TopLevelMixin) -> str:
     return out.getvalue()
 
 
+def evaluations(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The evaluations by what they came before or after, in order."""
+    tuned = {"after sft": summary["sft"]["after"]} if summary["sft"] else {}
+    return {"before": summary["before"], **tuned, "after": summary["after"]}
+
+
 def print_summary(run: Run) -> None:
     """Before and after, and where the results are, on the terminal."""
     try:
@@ -222,9 +257,9 @@ def print_summary(run: Run) -> None:
     except FileNotFoundError as error:
         raise OpdError(f"{run.root}: no summary.json yet; run the report stage") from error
     table = Table(title=f"{summary['run']}: before and after", title_justify="left")
-    for heading in ("", "before", "after"):
+    ends = evaluations(summary)
+    for heading in ("", *ends):
         table.add_column(heading, justify="left" if not heading else "right")
-    before, after = summary["before"], summary["after"]
 
     def percent(result: dict[str, Any]) -> str:
         if result["accuracy"] is None:
@@ -238,9 +273,9 @@ def print_summary(run: Run) -> None:
         low, high = result["reverse_kl_95"]
         return f"{result['reverse_kl']:.3f} ({low:.3f} to {high:.3f})"
 
-    table.add_row(f"held-out accuracy, {before['judged']} items", percent(before), percent(after))
-    table.add_row("on-policy reverse KL, nats per token", nats(before), nats(after))
-    table.add_row("answers that stop", f"{100 * before['stopped']:.0f} %", f"{100 * after['stopped']:.0f} %")
+    table.add_row(f"held-out accuracy, {summary['before']['judged']} items", *map(percent, ends.values()))
+    table.add_row("on-policy reverse KL, nats per token", *map(nats, ends.values()))
+    table.add_row("answers that stop", *(f"{100 * result['stopped']:.0f} %" for result in ends.values()))
     console.console.print(table)
     if summary["fixed"] is not None:
         console.say(f"{summary['fixed']} answers fixed, {summary['broken']} broken")

@@ -14,6 +14,9 @@ from typer.core import TyperCommand, TyperGroup
 STAGES = (
     "prompts",
     "models",
+    "answers",
+    "retokenise",
+    "sft",
     "reuse",
     "rollouts",
     "scores",
