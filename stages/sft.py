@@ -38,7 +38,7 @@ def main(
     settings = run.settings
     optimiser = settings.sft.optimiser(settings.train)
     config = settings.model_copy(update={"train": optimiser, "objective": CrossEntropy()})
-    torch.manual_seed(config.seed)
+    torch.manual_seed(settings.seed)
     with only_trainer(part, threads):
         shards: list[Tables] = [(place.rollouts,) for place in part]
         budget = count_steps(shards, optimiser.batch_size) * optimiser.epochs

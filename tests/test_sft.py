@@ -22,7 +22,7 @@ from pipeline.align.tokens import from_table
 from pipeline.infer.sample import Response
 from pipeline.prepared import PreparedModel
 from pipeline.store.cache import relink
-from pipeline.store.shards import open_shard, read_manifest
+from pipeline.store.shards import open_shard, open_writer, read_manifest
 from schemas.config import Config, CrossEntropy, Train, load_config, parse_config
 from schemas.errors import OpdError, Stopped
 from stages import answers, models, prompts, retokenise, rollouts, sft
@@ -101,6 +101,19 @@ def test_the_loss_is_the_mean_over_tokens_and_padding_changes_nothing(tokens: in
         torch.testing.assert_close(kept.found[name], gradient, rtol=1e-4, atol=1e-6)
     teacher = np.concatenate([row["behavior_logp"] for row in rows]).mean()
     assert found["sampled_kl"] == pytest.approx(-expected - teacher, rel=1e-4)
+
+
+def test_row_groups_of_which_nothing_was_kept_are_passed_over(tmp_path: Path) -> None:
+    (full,), _ = alone(tmp_path / "data")
+    path = tmp_path / "kept.parquet"
+    with open_writer(path, "rollouts", {}, {}) as writer:
+        for group in full.row_groups():
+            writer.write(group.slice(0, 0))
+            writer.write(group)
+            writer.write(group.slice(0, 0))
+    kept = open_shard(path, "rollouts")
+    taken = [name for step in batches([(kept,)], 6, 40, 0, range(4)) for part in step.parts for name in part.responses]
+    assert sorted(taken) == sorted(full.read()["rollout_id"].to_pylist()) and kept.manifest.row_groups == 9
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
