@@ -34,7 +34,7 @@ OTHERWISE_READ = {
         "evaluate.kl_items",
     },  # of a phase without a shard, and of the other kind of phase
     "weights": {"objective.recipe", "weights.alpha", "weights.prefix_share", "weights.discount", "weights.gae_lambda"},
-    "diagnostics": {"teacher.model"},
+    "diagnostics": {"teacher.model", "student.tuned_on"},
     "train": {"train.ema", "train.lora", "rollouts.prompts", "rollouts.samples", "rollouts.rounds", "rollouts.replay"},
 }
 """Keys that only other settings of the same stage read, or that are read where the run is laid out."""
