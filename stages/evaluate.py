@@ -17,7 +17,7 @@ from schemas.config import Judged
 from stages.run import console
 from stages.run.context import DEFAULT_CONFIG, ConfigOption, ThreadsOption, open_also, open_prompts, policy
 from stages.run.rounds import open_shards
-from stages.run.run import Phase, open_run
+from stages.run.run import BASE, Phase, open_run
 from train.on_policy_kl import FIGURES, on_policy_kl
 
 NO_REFERENCE = "accuracy not measured (no reference answers)"
@@ -26,7 +26,12 @@ NO_KL: dict[str, Any] = {**dict.fromkeys(FIGURES), "kl_responses": 0, "kl_tokens
 
 
 def main(
-    checkpoint: Annotated[int, typer.Option(min=0, help="0 is the student as given, n what n rounds made of it")],
+    checkpoint: Annotated[
+        str,
+        typer.Option(
+            help="0 is what the rounds start from, n what n rounds made of it; base: the student before `sft`"
+        ),
+    ],
     config_file: ConfigOption = DEFAULT_CONFIG,
     threads: ThreadsOption = None,
 ) -> None:
@@ -35,7 +40,7 @@ def main(
     console.threads(threads)
     config, phase = run.settings, run.phase(f"eval-{checkpoint}")
     options = config.evaluate
-    student = policy(run, checkpoint)
+    student = policy(run, phase.number)
     answers = answered(student, phase)
     with publish(phase.folder / "answers.parquet") as temporary:
         answers.write_parquet(temporary)
@@ -45,7 +50,7 @@ def main(
         kl = on_policy_kl(read_model(student), student.stop, open_shards(phase), config)
     figures = {name: accuracy(answers.filter(set=name)) for name in (options.split, *options.also)}
     result: dict[str, Any] = {
-        "checkpoint": checkpoint,
+        "checkpoint": "base" if phase.number == BASE else phase.number,
         "split": options.split,
         "samples": options.samples,
         "temperature": options.temperature if options.samples > 1 else 0.0,

@@ -15,7 +15,7 @@ from schemas.errors import OpdError
 from stages.run import console
 from stages.run.context import DEFAULT_CONFIG, ConfigOption, open_also, open_prompts, policy, teacher
 from stages.run.limits import check_limits
-from stages.run.run import Run, open_run
+from stages.run.run import BASE, Run, open_run
 
 Role = Literal["student", "teacher"]
 
@@ -23,7 +23,7 @@ Role = Literal["student", "teacher"]
 def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
     """Render every prompt for each model that will read it, and refuse one that leaves too little room; writes fit.json."""
     run = open_run(config_file, "fit")
-    models: dict[Role, PreparedModel] = {"student": policy(run, 0)}
+    models: dict[Role, PreparedModel] = {"student": policy(run, BASE)}
     if run.needs_teacher:
         models["teacher"] = teacher(run)
     found = {role: fitted(run, role, model) for role, model in models.items()}
@@ -68,8 +68,13 @@ def parts(run: Run, role: Role) -> Iterator[tuple[PromptRows, int]]:
 
 
 def wanted(run: Run, role: Role) -> Iterator[tuple[PromptRows, int]]:
-    """The prompts that a model is to read, with the tokens that follow them at most: of each round, and of evaluation."""
+    """The prompts that a model is to read, with the tokens that follow them at most: of `sft`, each round, and evaluation.
+
+    Of the teacher's answers those that are too long for the student are left out, so only their prompts must fit.
+    """
     config, prompts = run.settings, open_prompts(run)
+    asked = prompts.split("train")[: config.sft.prompts]
+    yield asked, config.sft.horizon(config.rollouts) if role == "teacher" else 0
     for number in range(len(run.reused), config.rollouts.rounds):
         yield prompts_of_round(config, prompts, number), config.rollouts.horizon(number)
     held_out, new = prompts.split(config.evaluate.split), config.rollouts.longest

@@ -21,9 +21,10 @@ from pipeline.models import (
     vocabulary,
 )
 from pipeline.store.shards import open_shard, open_writer, write_text
+from schemas.config import consistency, declared
 from schemas.errors import OpdError
 from stages.run import console
-from stages.run.context import DEFAULT_CONFIG, ConfigOption, read_ref
+from stages.run.context import DEFAULT_CONFIG, ConfigOption, read_ref, tuning
 from stages.run.run import Run, open_run
 
 
@@ -50,9 +51,20 @@ def main(
         writer.write(vocabulary_table(tokens, stop))
     known = ref.model_copy(update={"tokenizer_class": type(tokenizer).__name__})
     write_text(run.model_file(role), known.model_dump_json(indent=1) + "\n")
+    if all(
+        run.model_file(other).exists() for other in ("student", "teacher")
+    ):  # of two jobs at once the later one sees both
+        warn_of_another_teacher(run)
     console.say(
         f"{role}: {ref.source}, {int(tokens.has_bytes.sum()):,} tokens with bytes, {len(stop)} that stop, in {ref.path}"
     )
+
+
+def warn_of_another_teacher(run: Run) -> None:
+    """Where the student is a checkpoint that learned from another teacher; the Snakefile warns of what is declared."""
+    found = tuning(run)
+    if found != declared(run.config) and (warning := consistency(run.config, found)):
+        console.warn(warning)
 
 
 def check_embedding(role: str, tokens: TokenBytes, said: np.ndarray, rows: int | None) -> None:
@@ -108,6 +120,8 @@ def take_over(run: Run) -> None:
     with open_writer(path, "vocabulary", about.identity, about.inputs, about.origin) as writer:
         writer.write(given.read())
     write_text(run.model_file("teacher"), ref.model_dump_json(indent=1) + "\n")
+    if run.model_file("student").exists():
+        warn_of_another_teacher(run)
     console.say(f"teacher: {ref.source}, whose scores are reused; its weights are not needed")
 
 

@@ -18,7 +18,7 @@ from stages.run.context import (
     teacher,
 )
 from stages.run.provenance import write_provenance
-from stages.run.run import open_run
+from stages.run.run import BASE, open_run
 
 
 def main(
@@ -31,7 +31,7 @@ def main(
     run = open_run(config_file, "scores", phase)
     console.threads(threads)
     place = run.phase(phase)[shard]
-    wanted = ShardScores(run.settings, place.rollouts, open_prompts(run), teacher(run), policy(run, 0))
+    wanted = ShardScores(run.settings, place.rollouts, open_prompts(run), teacher(run), policy(run, BASE))
     link = place.path("scores")
 
     def make(path: Path) -> None:

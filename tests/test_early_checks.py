@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -14,7 +15,7 @@ from pipeline.align.tokens import TokenBytes, token_bytes
 from pipeline.models import load_tokenizer
 from schemas.config import Config, Section, parse_config, section, variants
 from schemas.errors import OpdError
-from stages import fit, models, prompts
+from stages import also, fit, models, prompts
 from stages.models import check_embedding
 from stages.tools.config import main as config_keys
 
@@ -226,6 +227,25 @@ def test_prompts_are_fitted_into_both_models_before_anything_is_sampled(place: P
         fit.main(written(rollouts={"max_new_tokens": [8, 39]}))
     with pytest.raises(OpdError, match=r"`rollouts.top_k: 258`"):
         fit.main(written(rollouts={"top_k": 258}))
+
+
+def test_the_teachers_answers_have_a_length_of_their_own(place: Path) -> None:
+    """The student as given stands for what `sft` makes of it; only its prompt must fit before the teacher's answer."""
+    prepared(written())
+    fit.main(written(sft={"prompts": 2, "max_new_tokens": 34}))
+    fit.main(written(sft={"prompts": 0, "max_new_tokens": 36}))
+    with pytest.raises(OpdError, match=r"for .*teacher, but its context leaves room for 4;"):
+        fit.main(written(sft={"prompts": 2, "max_new_tokens": 36}))
+
+
+def test_references_of_other_sets_are_read_too(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": f"{i}?", "answer": "a word" if i % 2 else str(i)} for i in range(6)]
+    Path("words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    also.main(written(evaluate={"also": {"w": {"source": "words.jsonl", "count": 6}}}))
+    told = r"`evaluate\.also\.w\.scorer: source` reads numbers .*and so not 3 of 6 references of w: not measured"
+    assert re.search(told, " ".join(capsys.readouterr().err.split()))
+    also.main(written(evaluate={"also": {"w": {"source": "words.jsonl", "count": 6, "scorer": "exact"}}}))
+    assert "not measured" not in capsys.readouterr().err
 
 
 def tokens_of(folder: Path) -> TokenBytes:

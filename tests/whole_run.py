@@ -5,6 +5,7 @@ from pathlib import Path
 from schemas.config import load_config
 from stages import (
     also,
+    answers,
     coverage,
     diagnostics,
     evaluate,
@@ -12,14 +13,16 @@ from stages import (
     models,
     policy,
     prompts,
+    retokenise,
     rollouts,
     scores,
+    sft,
     train,
     units,
     weights,
 )
 from stages.report import page as report
-from stages.run.run import Phase, run_of
+from stages.run.run import Phase, Run, run_of
 
 
 def stages_of(where: Path) -> None:
@@ -31,8 +34,14 @@ def stages_of(where: Path) -> None:
     for role in ("student", "teacher"):
         models.main(role, where)
     fit.main(where)
-    tables(run.phase("eval-0"), where)
-    evaluate.main(0, where, None)
+    *before, after = run.checkpoints
+    if run.config.sft.prompts:
+        for place in run.phase("sft"):
+            answers.main(place.number, where, None)
+            retokenise.main(place.number, where)
+        sft.main(where, None)
+    for checkpoint in before:
+        measured(run, checkpoint, where)
     for number in run.rounds:
         for phase in run.trained_on(number):
             if phase.is_foreign:
@@ -43,12 +52,16 @@ def stages_of(where: Path) -> None:
                 tables(phase, where)
         coverage.main(f"round-{number}", where)
         train.main(number, where, None)
-    last = run.checkpoints[-1]
-    tables(run.phase(f"eval-{last}"), where)
-    evaluate.main(last, where, None)
+    measured(run, after, where)
     for phase in run.phases:
         diagnostics.main(phase.name, where)
     report.main(where)
+
+
+def measured(run: Run, checkpoint: int | str, where: Path) -> None:
+    """A checkpoint's evaluation."""
+    tables(run.phase(f"eval-{checkpoint}"), where)
+    evaluate.main(str(checkpoint), where, None)
 
 
 def tables(phase: Phase, where: Path) -> None:

@@ -84,8 +84,8 @@ class Model(Section):
     )
     tuned_on: Text | None = Field(
         None,
-        description="student only: `model` of the teacher whose samples it was fine-tuned on; the run warns where "
-        "`teacher.model` is another one. null: not declared",
+        description="student only: `model` of the teacher whose samples it was fine-tuned on, where `sft` does not do that and "
+        "no checkpoint has it on record; the run warns where `teacher.model` is another one. null: not declared",
     )
 
     @model_validator(mode="after")

@@ -101,7 +101,7 @@ def reused_phases(run: Run) -> str:
 
 def fresh_phases(run: Run) -> str:
     """Pattern of the phases that are sampled and scored."""
-    return rf"(?!({reused_phases(run)})\b)(round|eval)-\d+"
+    return rf"(?!({reused_phases(run)})\b)(round-\d+|eval-(base|\d+))"
 
 
 def hold(run: Run) -> FileLock:
