@@ -1,8 +1,9 @@
 """Offline on-policy distillation, top to bottom:
 
-prompts, models -> (rollouts -> scores -> units -> weights, coverage -> train) per round -> evaluate before and after -> report
+prompts, models -> (answers -> retokenise -> sft) -> (rollouts -> scores -> units -> weights, coverage -> train) per round -> evaluate before and after -> report
 
-A phase is `round-<r>`, trained on, or `eval-<c>`, held-out rollouts of checkpoint c. Each rule calls one stage; what a
+A phase is `round-<r>`, trained on, `eval-<c>`, held-out rollouts of checkpoint c, or, with `sft.prompts`, `sft`, the teacher's
+answers that the student is fine-tuned on first. Each rule calls one stage; what a
 rule depends on beside its files is the digest of the config sections it reads (`params: reads`), so a changed learning
 rate retrains but samples and scores nothing anew.
 """
@@ -13,7 +14,7 @@ from snakemake.exceptions import WorkflowError
 from snakemake.utils import min_version
 
 from pipeline.store.cache import relink
-from schemas.config import consistency, overridden, parse_config
+from schemas.config import consistency, declared, overridden, parse_config
 from schemas.errors import OpdError
 from stages.run import console
 from stages.run.run import run_of, write_config
@@ -56,7 +57,8 @@ except WorkflowError:  # a cluster run without --cores: its profile sets the thr
 
 
 wildcard_constraints:
-    phase=r"(round|eval)-\d+(@\d+)?",
+    phase=r"sft|round-\d+(@\d+)?|eval-(base|\d+)",
+    checkpoint=r"base|\d+",
     shard=r"\d\d\d+",
     role="student|teacher",
 
@@ -85,6 +87,25 @@ rule prompts:
         "python -m stages.prompts --config {params.config} 2>&1 | tee {log}"
 
 
+rule also:
+    input:
+        [path for held_out in CONFIG.evaluate.also.values() for path in local_files(held_out.source)],
+    output:
+        FOLDER / "also.parquet",
+        FOLDER / "also.json",
+    log:
+        FOLDER / "logs/also.log",
+    benchmark:
+        FOLDER / "timings/also.tsv"
+    conda:
+        "config/environment.yaml"
+    params:
+        config=SETTINGS,
+        reads=reads(RUN, "also"),
+    shell:
+        "python -m stages.also --config {params.config} 2>&1 | tee {log}"
+
+
 rule models:
     input:
         lambda wildcards: local_files(getattr(CONFIG, wildcards.role).model),
@@ -104,6 +125,107 @@ rule models:
         prepared=lambda wildcards: wildcards.role == "student" or RUN.needs_teacher,
     shell:
         "python -m stages.models --config {params.config} --role {wildcards.role} 2>&1 | tee {log}"
+
+
+# A gate before anything is sampled.
+rule fit:
+    input:
+        FOLDER / "prompts.parquet",
+        [FOLDER / "also.parquet"] if CONFIG.evaluate.also else [],
+        [FOLDER / f"models/{role}.json" for role in ("student", "teacher")],
+        [FOLDER / f"models/{role}-vocabulary.parquet" for role in ("student", "teacher")],
+    output:
+        FOLDER / "fit.json",
+    log:
+        FOLDER / "logs/fit.log",
+    benchmark:
+        FOLDER / "timings/fit.tsv"
+    conda:
+        "config/environment.yaml"
+    params:
+        config=SETTINGS,
+        reads=reads(RUN, "fit"),
+    shell:
+        "python -m stages.fit --config {params.config} 2>&1 | tee {log}"
+
+
+# The teacher's answers, told in the student's tokens, and the student that they make: with `sft.prompts`, before round 0.
+rule answers:
+    input:
+        FOLDER / "prompts.parquet",
+        FOLDER / "models/teacher.json",
+        FOLDER / "models/teacher-vocabulary.parquet",
+        ancient(FOLDER / "fit.json"),  # a gate: that it was passed matters, not when
+    output:
+        shard_of(RUN, "answers"),
+    log:
+        FOLDER / "logs/{phase}-answers-{shard}.log",
+    benchmark:
+        FOLDER / "timings/{phase}-answers-{shard}.tsv"
+    wildcard_constraints:
+        phase="sft",
+    conda:
+        "config/environment.yaml"
+    threads: CORES
+    resources:
+        model=1,
+    params:
+        config=SETTINGS,
+        reads=reads(RUN, "answers"),
+    shell:
+        "python -m stages.answers --config {params.config} --shard {wildcards.shard} --threads {threads} 2>&1 | tee {log}"
+
+
+rule retokenise:
+    input:
+        shard_of(RUN, "answers"),
+        FOLDER / "prompts.parquet",
+        FOLDER / "models/student.json",
+        FOLDER / "models/student-vocabulary.parquet",
+        FOLDER / "models/teacher-vocabulary.parquet",
+    output:
+        shard_of(RUN, "rollouts"),
+    log:
+        FOLDER / "logs/{phase}-retokenise-{shard}.log",
+    benchmark:
+        FOLDER / "timings/{phase}-retokenise-{shard}.tsv"
+    wildcard_constraints:
+        phase="sft",
+    conda:
+        "config/environment.yaml"
+    params:
+        config=SETTINGS,
+        reads=reads(RUN, "retokenise"),
+    shell:
+        "python -m stages.retokenise --config {params.config} --shard {wildcards.shard} 2>&1 | tee {log}"
+
+
+rule sft:
+    input:
+        lambda wildcards: shards(RUN, "sft", "rollouts"),
+        FOLDER / "models/student.json",
+        FOLDER / "models/student-vocabulary.parquet",
+    output:
+        FOLDER / "sft/checkpoint.json",
+        FOLDER / "sft/train/result.json",
+        FOLDER / "sft/checkpoint/config.json",
+    log:
+        FOLDER / "logs/sft-train.log",
+    benchmark:
+        FOLDER / "timings/sft-train.tsv"
+    conda:
+        "config/environment.yaml"
+    threads: CORES
+    resources:
+        model=1,
+        torchrun="",  # as of `train`
+        parallel="ddp",
+    params:
+        config=SETTINGS,
+        reads=reads(RUN, "sft"),
+    shell:
+        "launcher='{resources.torchrun}'; python -m ${{launcher:+torch.distributed.run $launcher -m}} stages.sft"
+        " --config {params.config} --threads {threads} --parallel {resources.parallel} 2>&1 | tee {log}"
 
 
 rule reuse:
@@ -159,6 +281,7 @@ rule rollouts:
         FOLDER / "prompts.parquet",
         FOLDER / "models/student-vocabulary.parquet",
         policy(RUN),
+        ancient(FOLDER / "fit.json"),  # a gate: that it was passed matters, not when
     output:
         shard_of(RUN, "rollouts"),
     log:
@@ -356,8 +479,10 @@ rule diagnostics:
 rule evaluate:
     input:
         lambda wildcards: shards(RUN, f"eval-{wildcards.checkpoint}", "rollouts", "units", "weights"),
-        lambda wildcards: RUN.policy_file(int(wildcards.checkpoint)),
+        lambda wildcards: RUN.policy_file(RUN.phase(f"eval-{wildcards.checkpoint}").number),
         FOLDER / "prompts.parquet",
+        [FOLDER / "also.parquet"] if CONFIG.evaluate.also else [],
+        ancient(FOLDER / "fit.json"),
     output:
         FOLDER / "eval-{checkpoint}/result.json",
         FOLDER / "eval-{checkpoint}/answers.parquet",
@@ -404,7 +529,7 @@ onstart:
         write_config(RUN)
     except OpdError as error:
         sys.exit(f"error: {error}")
-    if warning := consistency(CONFIG):
+    if warning := consistency(CONFIG, declared(CONFIG)):
         console.warn(warning)
     for otherwise in overridden(CONFIG):
         console.say(f"{RUN.config.run}: {otherwise}")

@@ -162,7 +162,7 @@ def taken(run: Run, number: int) -> dict[str, int]:
 def answered(run: Run, checkpoint: int, where: Path) -> tuple[float, float]:
     """Share of right answers, and the mean share of the reference's numbers before the first wrong one."""
     folder = run.phase(f"eval-{checkpoint}").folder
-    once(folder / "result.json", evaluate.main, checkpoint, where, None)
+    once(folder / "result.json", evaluate.main, str(checkpoint), where, None)
     answers = pl.read_parquet(folder / "answers.parquet")
     leading = []
     for response, reference in answers.select("response", "reference").iter_rows():

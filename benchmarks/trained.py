@@ -30,7 +30,8 @@ from corpus import markdown
 
 from pipeline.infer import score
 from pipeline.infer.engines import open_sampler
-from pipeline.measure.greedy_answers import greedy_answers
+from pipeline.measure.held_out_answers import held_out_answers
+from pipeline.measure.scorers import scorer
 from schemas.config import Config, parse_config
 from stages import evaluate, models, prompts, rollouts, scores, units, weights
 from stages.run import console
@@ -158,7 +159,8 @@ class Worker:
             ids = self.student.renderer(table).ids(rows, self.student.context - run.config.rollouts.longest)
             longest = max(map(len, ids)) + run.config.rollouts.longest
             with open_sampler(self.student, longest, run.config.rollouts.batch_size) as sampler:
-                right = greedy_answers(sampler, self.student, rows, ids, run.config)["right"]
+                judge = scorer(run.config.evaluate, run.config.prompts.source)
+                right = held_out_answers(sampler, self.student, rows, ids, judge, run.config)["right"]
             found[split] = [bool(one) for one in right]
         phase = f"eval-{run.config.rollouts.rounds}"
         tables(run, where, phase)

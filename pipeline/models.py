@@ -39,6 +39,18 @@ FORMS = ("tokenizer.json", "tokenizer.model")
 """What a tokenizer that we read is made from."""
 
 
+ORIGIN = "teacher.json"
+"""In the folder of a checkpoint that a run of ours made: the teacher that it learned from."""
+
+
+class Origin(BaseModel):
+    """A teacher that a student learned from, as its run had it prepared."""
+
+    source: str
+    weights: str
+    tokenizer: str
+
+
 class ModelRef(BaseModel):
     """A model that lies in a local folder and what identifies it."""
 
@@ -50,10 +62,17 @@ class ModelRef(BaseModel):
     """sha256 over all that `transformers` loads it from, the chat template included."""
     tokenizer_class: str = ""
     """Name of its `transformers` class; found anew when empty."""
+    tuned_on: Origin | None = None
+    """The teacher that its folder's ORIGIN names; None: it has no such file."""
 
     def identity(self) -> dict[str, str]:
         """What enters manifests: where it lies does not matter."""
         return {"weights": self.weights, "tokenizer": self.tokenizer}
+
+    @property
+    def origin(self) -> Origin:
+        """It as the teacher of another model."""
+        return Origin(source=self.source, **self.identity())
 
 
 def prepare(
@@ -108,7 +127,18 @@ def reference(source: str, folder: Path) -> ModelRef:
         path=str(folder),
         weights=digest(_file_digests(folder, IDENTITY_FILES)),
         tokenizer=_tokenizer_digest(folder),
+        tuned_on=_origin(source, folder / ORIGIN),
     )
+
+
+def _origin(source: str, path: Path) -> Origin | None:
+    try:
+        return Origin.model_validate_json(path.read_text()) if path.is_file() else None
+    except ValueError as error:
+        raise OpdError(
+            f"model {source!r}: {path} doesn't say which teacher it learned from: {one_line(error)}; delete it, and declare "
+            "that teacher as `student.tuned_on`"
+        ) from error
 
 
 def load_tokenizer(source: str, folder: str | Path, kind: str = "") -> Any:
@@ -189,11 +219,23 @@ def model_config(folder: str | Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+def context(config: dict[str, Any]) -> int | None:
+    """Positions that a model with this config.json has, tokens; None where it doesn't say."""
+    return _of_text(config, "max_position_embeddings")
+
+
+def embedded(config: dict[str, Any]) -> int | None:
+    """Ids that it has an embedding of, padding included; None where it doesn't say."""
+    return _of_text(config, "vocab_size")
+
+
+def _of_text(config: dict[str, Any], key: str) -> int | None:
+    return config.get(key) or config.get("text_config", {}).get(key)
+
+
 def vocabulary(source: str, folder: str | Path, tokenizer: Any) -> TokenBytes:
     """Bytes of every id the model can emit, the padding of its embedding included."""
-    config = model_config(folder)
-    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size", 0)
-    return token_bytes(tokenizer, source, size)
+    return token_bytes(tokenizer, source, embedded(model_config(folder)) or 0)
 
 
 def generation_config(folder: str | Path) -> Any:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from pipeline.align.roles import Roles, roles_of
 from pipeline.align.tokens import TokenBytes, from_table, text_tokenizer
-from pipeline.models import ModelRef, load_model, load_tokenizer, model_config, native_dtype, reference
+from pipeline.models import ModelRef, context, load_model, load_tokenizer, model_config, native_dtype, reference
 from pipeline.rendering import Renderer
 from pipeline.store.shards import Shard
 from schemas.config import Model
@@ -126,10 +126,7 @@ class PreparedModel:
     @property
     def context(self) -> int:
         """Positions the model has, tokens; unlimited when its config doesn't say."""
-        values = model_config(self.ref.path)
-        return values.get("max_position_embeddings") or values.get("text_config", {}).get(
-            "max_position_embeddings", sys.maxsize
-        )
+        return context(model_config(self.ref.path)) or sys.maxsize
 
     def check(self) -> None:
         """Raise OpdError when the model's files are no longer those that were prepared."""

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from pipeline.conversations import Asked, asked, reference
 from pipeline.sources import is_shuffled, kind_of
-from schemas.config import Prompts
+from schemas.config import HeldOut, Prompts, PromptSource, Splits
 from schemas.errors import OpdError
 from schemas.tables import arrow_schema
 
@@ -70,6 +70,27 @@ def collect(config: Prompts, seed: int) -> pa.Table:
         **dict(zip(table.column_names, table.take(order).columns, strict=True)),
     }
     return pa.table(columns).select(arrow_schema("prompts").names).cast(arrow_schema("prompts"))
+
+
+def collect_also(sets: Mapping[str, HeldOut], seed: int) -> pa.Table:
+    """Draw the prompts of `evaluate.also`, each set as `collect` draws a `train` split.
+
+    Returns:
+        A table of schema `prompts`, with the sets' names as splits.
+    Raises:
+        OpdError: as `collect` does, naming the set.
+    """
+    tables = [arrow_schema("prompts").empty_table()]
+    for name, wanted in sets.items():
+        source = {key: getattr(wanted, key) for key in PromptSource.model_fields}
+        splits = Splits(examples=0, train=wanted.count, dev=0, test=0)
+        try:
+            table = collect(Prompts(**source, splits=splits), seed)
+        except OpdError as error:
+            raise OpdError(f"evaluate.also.{name}, with its count of {wanted.count} as `train`: {error}") from error
+        ids, of = [f"{name}-{i:03}" for i in range(len(table))], [name] * len(table)
+        tables.append(table.set_column(0, "prompt_id", pa.array(ids)).set_column(1, "split", pa.array(of)))
+    return pa.concat_tables(table.cast(arrow_schema("prompts")) for table in tables)
 
 
 def _distinct(rows: Iterable[tuple[int, Row]], config: Prompts) -> Iterator[tuple[int, Row]]:

@@ -113,11 +113,30 @@ def _gym(source: str, options: dict[str, Any], seed: int, need: int) -> Iterator
         yield {"prompt": item["question"], "answer": item["answer"], **nested, "metadata": nested}
 
 
-def _gym_verifies(source: str, answer: str, row: Row) -> bool:
-    """Full marks of the task's own scorer."""
-    scorer = importlib.import_module("reasoning_gym").get_score_answer_fn(source.removeprefix(GYM))
-    entry = {"question": row["prompt"], "answer": row["answer"], "metadata": json.loads(row["fields"])["metadata"]}
+def gym_verifies(dataset: str, answer: str, row: Row) -> bool:
+    """Full marks of a reasoning-gym task's own scorer, for an answer to a `prompts` row.
+
+    Raises OpdError when reasoning-gym isn't installed or has no such task.
+    """
+    try:
+        scorer = importlib.import_module("reasoning_gym").get_score_answer_fn(dataset)
+    except ImportError as error:
+        raise OpdError(f"reasoning-gym's {dataset} needs a package: pip install 'offline-opd[demo]'") from error
+    except ValueError as error:
+        raise OpdError(f"reasoning-gym has no task {dataset!r}: {error}") from error
+    entry = {"question": row["prompt"], "answer": row["answer"], "metadata": gym_metadata(row)}
     return float(scorer(answer, entry)) == 1.0
+
+
+def gym_metadata(row: Row) -> dict[str, Any]:
+    """What reasoning-gym knows of its item: the row's field `metadata`, as an object or as JSON; without one all its fields."""
+    fields = json.loads(row["fields"])
+    nested = fields.get("metadata", fields)
+    try:
+        found = json.loads(nested) if isinstance(nested, str) else nested
+    except json.JSONDecodeError:
+        found = None
+    return found if isinstance(found, dict) else fields
 
 
 def _file(source: str, options: dict[str, Any]) -> Path:
@@ -297,7 +316,12 @@ _CSV = re.compile(r".*\.csv(\.gz|\.zst)?")
 ENDINGS = (".jsonl", ".json", ".csv", "each .gz or .zst too", ".parquet")
 
 SOURCES: dict[str, Source] = {
-    "reasoning-gym": Source(re.compile(rf"{GYM}.*"), _gym, shuffled=True, verify=_gym_verifies),
+    "reasoning-gym": Source(
+        re.compile(rf"{GYM}.*"),
+        _gym,
+        shuffled=True,
+        verify=lambda source, *given: gym_verifies(source.removeprefix(GYM), *given),
+    ),
     "jsonl": Source(re.compile(r".*\.jsonl(\.gz|\.zst)?"), _jsonl, again=True),
     "json": Source(re.compile(r".*\.json(\.gz|\.zst)?"), _json, again=True),
     "csv": Source(_CSV, _csv, again=True),

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
-from schemas.config import TRAIN_OPERATION, Config, Section
+from schemas.config import SFT_OPTIMISER, TRAIN_OPERATION, Config, Judged, Section
 from schemas.config.section import variants
 
 Part = TypeVar("Part", bound=Section)
@@ -37,9 +37,14 @@ def _computes(role: str) -> Keys:
 
 
 def _prompted(role: str) -> Keys:
-    """A model's prompts, and how it says roles."""
-    keys = ("model", "chat", "chat_template_kwargs", "system", "prompt", "prefill", "roles")
+    """A model's prompts."""
+    keys = ("model", "chat", "chat_template_kwargs", "system", "prompt", "prefill")
     return Keys(tuple(f"{role}.{key}" for key in keys))
+
+
+def _conversed(role: str) -> Keys:
+    """A model's prompts and responses, in which it says roles."""
+    return _prompted(role) + Keys((f"{role}.roles",))
 
 
 def _on_engine(role: str) -> Keys:
@@ -55,12 +60,57 @@ def _named(role: str) -> Keys:
 _ROUND = Keys(("rollouts.prompts", "rollouts.samples"))
 
 STAGES: dict[str, Keys] = {
-    "prompts": Keys(("prompts", "seed")),
+    "prompts": Keys(("prompts", "seed"), ("evaluate",)),
+    "also": Keys(("evaluate.also", "seed")),
     "models student": Keys(("student.model", "student.revision", "student.stop", "student.roles")),
     "models teacher": Keys(("teacher.model", "teacher.revision", "teacher.stop", "teacher.roles", "reuse")),
-    "reuse": _prompted("student") + Keys(("reuse", "rollouts.max_new_tokens")),
+    "fit": _prompted("student")
+    + _prompted("teacher")
+    + Keys(
+        (
+            "reuse",
+            "evaluate.split",
+            "evaluate.kl_items",
+            "evaluate.also",
+            "rollouts.rounds",
+            "rollouts.prompts",
+            "rollouts.max_new_tokens",
+            "rollouts.top_k",
+            "sft.prompts",
+            "sft.max_new_tokens",
+        )
+    ),
+    "reuse": _conversed("student") + Keys(("reuse", "rollouts.max_new_tokens")),
+    "answers": _computes("teacher")
+    + _conversed("teacher")
+    + _on_engine("teacher")
+    + Keys(
+        (
+            "seed",
+            *(f"sft.{key}" for key in ("prompts", "samples", "temperature", "top_p")),
+            "rollouts.max_new_tokens",
+            "rollouts.shard_size",
+        ),
+        ("teacher.revision", "rollouts.batch_size", "cache_remote"),
+    ),
+    "retokenise": _conversed("student")
+    + _named("teacher")
+    + Keys(("sft.right_only", *(f"evaluate.{key}" for key in Judged.model_fields), "prompts.source")),
+    "sft": _computes("student")
+    + Keys(
+        (
+            *(f"sft.{key}" for key in SFT_OPTIMISER),
+            *(
+                f"train.{key}"
+                for key in Config.model_fields["train"].annotation.model_fields  # type: ignore[union-attr]
+                if key not in (*TRAIN_OPERATION, *SFT_OPTIMISER, "min_ess")
+            ),
+            "seed",
+        ),
+        tuple(f"train.{key}" for key in sorted(TRAIN_OPERATION)),
+    ),
     "rollouts": _computes("student")
-    + _prompted("student")
+    + _conversed("student")
     + _on_engine("student")
     + Keys(
         (
@@ -74,7 +124,7 @@ STAGES: dict[str, Keys] = {
         ("rollouts.batch_size",),
     ),
     "scores": _computes("teacher")
-    + _prompted("teacher")
+    + _conversed("teacher")
     + _on_engine("teacher")
     + _named("student")
     + Keys(
@@ -109,7 +159,7 @@ STAGES: dict[str, Keys] = {
     ),
     "diagnostics": Keys(("objective", "weights", "teacher.model", "student.tuned_on")),
     "evaluate": _computes("student")
-    + _prompted("student")
+    + _conversed("student")
     + _on_engine("student")
     + Keys(
         ("evaluate", "prompts.source", "rollouts.max_new_tokens", "seed"),
@@ -144,13 +194,15 @@ def decided(config: Config, stage: str, phase: str = "") -> dict[str, Any]:
 
 def _of_phase(config: Config, phase: str) -> Config:
     """The config with one horizon, that of the round which the phase's rollouts are of; of evaluation the longest."""
-    numbers = re.findall(r"\d+", phase)
-    if not numbers:  # none, or what the run will refuse as the name of none
+    options, numbers = config.rollouts, re.findall(r"\d+", phase)
+    if phase.startswith("eval"):
+        horizon = options.longest
+    elif phase == "sft":
+        horizon = config.sft.horizon(options)
+    elif numbers:
+        horizon = options.horizon(int(numbers[-1]))  # round-2@1 replays round 1
+    else:  # no phase, or what the run will refuse as the name of none
         return config
-    options = config.rollouts
-    horizon = (
-        options.longest if phase.startswith("eval") else options.horizon(int(numbers[-1]))
-    )  # round-2@1 replays round 1
     return config.model_copy(update={"rollouts": options.model_copy(update={"max_new_tokens": horizon})})
 
 

@@ -61,7 +61,9 @@ class Support(Section):
 class Sampling(Section):
     """The policy that sampled the responses, and how."""
 
-    checkpoint: int | None = Field(description="its number in this run; null: another run sampled them (`reuse`)")
+    checkpoint: int | None = Field(
+        description="its number in this run, -1 before `sft`; null: another run sampled them (`reuse`)"
+    )
     source: str | None = Field(description="name of the model or checkpoint that it was loaded from")
     weights: str | None = Field(description="sha256 of its weights")
     tokenizer: str | None = Field(description="sha256 of its tokenizer's files, the chat template included")
@@ -94,7 +96,10 @@ class Teacher(Section):
     engine: str = Field(description="what computed it")
     dtype: str = Field(description="dtype of its forward pass")
     tokens: dict[str, int] = Field(description="teacher tokens by origin: scored, cache or `reused from <folder>`")
-    student_tuned_on: str | None = Field(description="`student.tuned_on`; null: not declared")
+    student_tuned_on: str | None = Field(
+        description="the teacher whose samples the student was fine-tuned on: by `sft`, by what a checkpoint has on record, "
+        "or as `student.tuned_on` declares; null: not declared"
+    )
     warning: str | None = Field(description="why and what to do where that is another model than the teacher")
 
 
@@ -209,7 +214,9 @@ class Training(Section):
 class Diagnostics(Section):
     """The whole file."""
 
-    phase: str = Field(description="round-<r>, eval-<c>, or round-<r>@<q>: round q as round r replays it")
+    phase: str = Field(
+        description="round-<r>, eval-<c> (eval-base: before `sft`), or round-<r>@<q>: round q as round r replays it"
+    )
     texts: Texts
     loss: Loss
     support: Support

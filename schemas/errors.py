@@ -18,5 +18,10 @@ class Stopped(OpdError):
 
 def one_line(error: BaseException, length: int = 300) -> str:
     """An exception in one line of bounded length, for the message of another."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    return excerpt(str(error), length) or type(error).__name__
+
+
+def excerpt(text: str, length: int = 300) -> str:
+    """A text in one line of bounded length."""
+    text = " ".join(text.split())
     return text if len(text) <= length else text[: length - 3] + "..."

@@ -34,7 +34,11 @@ def _struct(**fields: pa.DataType) -> pa.DataType:
 
 PROMPTS = (
     Column("prompt_id", pa.string(), "name of the prompt, unique in the run, stable for the same source row"),
-    Column("split", pa.string(), "examples | train | dev | test; no prompt is in two splits"),
+    Column(
+        "split",
+        pa.string(),
+        "examples | train | dev | test, no prompt in two of them; in also.parquet the name of a set",
+    ),
     Column(
         "prompt", pa.string(), "the bare question, before any template; of a conversation the last user message's text"
     ),
@@ -79,11 +83,11 @@ ROLLOUTS = (
     Column(
         "rollout_id",
         pa.string(),
-        "unique name of the response within the run: r<round> or e<checkpoint>, prompt, sample",
+        "unique name of the response within the run: r<round>, e<checkpoint> or t (the teacher's), prompt, sample",
     ),
     Column("prompt_id", pa.string(), "the prompt it answers"),
     Column("sample", pa.int32(), "0, 1, ... among the samples of one prompt"),
-    Column("round", pa.int32(), "refresh round whose policy sampled it"),
+    Column("round", pa.int32(), "refresh round whose policy sampled it; -1: the teacher, or the student before `sft`"),
     Column("prompt_ids", _list(pa.int32()), "student token ids of the rendered prompt, BOS included"),
     Column(
         "response_ids", _list(pa.int32()), "student token ids as sampled, the stop token included; never re-tokenised"

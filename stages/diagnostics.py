@@ -42,7 +42,7 @@ from schemas.diagnostics import (
 from schemas.manifest import Manifest, digest
 from schemas.outcome import Outcome
 from stages.run import console
-from stages.run.context import DEFAULT_CONFIG, ConfigOption, PhaseOption, read_ref
+from stages.run.context import DEFAULT_CONFIG, ConfigOption, PhaseOption, read_ref, tuning
 from stages.run.results import timings
 from stages.run.run import Phase, Place, open_run
 
@@ -170,6 +170,7 @@ def sampling_of(phase: Phase, rollouts: Manifest, total: Sums) -> Sampling:
 
 def teacher_of(phase: Phase, scores: Manifest) -> Teacher:
     """Who scored, from the scores themselves, and whether the student was tuned on that teacher's samples."""
+    found = tuning(phase.run)
     return Teacher(
         source=scores.origin.get("teacher"),
         weights=scores.identity["teacher"]["weights"],
@@ -179,8 +180,8 @@ def teacher_of(phase: Phase, scores: Manifest) -> Teacher:
         engine=scores.identity["engine"],
         dtype=scores.identity["dtype"],
         tokens=teacher_tokens(phase),
-        student_tuned_on=phase.run.settings.student.tuned_on,
-        warning=consistency(phase.run.config),
+        student_tuned_on=found and found.source,
+        warning=consistency(phase.run.config, found),
     )
 
 
@@ -204,7 +205,7 @@ def teacher_tokens(phase: Phase) -> dict[str, int]:
 def staleness_of(phase: Phase, sampling: Sampling, total: Sums) -> Staleness:
     """The policy that sampled against the checkpoint that the phase starts from."""
     number = phase.number
-    trained = read_ref(phase.run.policy_file(number), "train" if number else "models", weights=False)
+    trained = read_ref(phase.run.policy_file(number), phase.run.policy_stage(number), weights=False)
     return Staleness(
         rounds_behind=None if sampling.checkpoint is None else number - sampling.checkpoint,
         same_weights=sampling.weights == trained.weights,

@@ -1,21 +1,23 @@
-"""Evaluate: accuracy of a checkpoint's greedy answers on held-out prompts, and its on-policy reverse KL to the teacher."""
+"""Evaluate: accuracy of a checkpoint's answers on held-out prompts, and its on-policy reverse KL to the teacher."""
 
 import json
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import polars as pl
 import typer
 
 from pipeline.infer.engines import open_sampler, read_model
-from pipeline.measure.answers import wilson
-from pipeline.measure.greedy_answers import greedy_answers
-from pipeline.measure.scorers import identity
+from pipeline.measure.accuracy import accuracy
+from pipeline.measure.held_out_answers import held_out_answers
+from pipeline.measure.scorers import identity, scorer
 from pipeline.prepared import PreparedModel
 from pipeline.store.shards import publish, write_text
+from schemas.config import Judged
 from stages.run import console
-from stages.run.context import DEFAULT_CONFIG, ConfigOption, ThreadsOption, open_prompts, policy
+from stages.run.context import DEFAULT_CONFIG, ConfigOption, ThreadsOption, open_also, open_prompts, policy
 from stages.run.rounds import open_shards
-from stages.run.run import Phase, open_run
+from stages.run.run import BASE, Phase, open_run
 from train.on_policy_kl import FIGURES, on_policy_kl
 
 NO_REFERENCE = "accuracy not measured (no reference answers)"
@@ -24,15 +26,21 @@ NO_KL: dict[str, Any] = {**dict.fromkeys(FIGURES), "kl_responses": 0, "kl_tokens
 
 
 def main(
-    checkpoint: Annotated[int, typer.Option(min=0, help="0 is the student as given, n what n rounds made of it")],
+    checkpoint: Annotated[
+        str,
+        typer.Option(
+            help="0 is what the rounds start from, n what n rounds made of it; base: the student before `sft`"
+        ),
+    ],
     config_file: ConfigOption = DEFAULT_CONFIG,
     threads: ThreadsOption = None,
 ) -> None:
-    """Measure a checkpoint on the held-out split; writes result.json and the answers beside it."""
+    """Measure a checkpoint on the held-out prompts; writes result.json and the answers beside it."""
     run = open_run(config_file, "evaluate", f"eval-{checkpoint}")
     console.threads(threads)
     config, phase = run.settings, run.phase(f"eval-{checkpoint}")
-    student = policy(run, checkpoint)
+    options = config.evaluate
+    student = policy(run, phase.number)
     answers = answered(student, phase)
     with publish(phase.folder / "answers.parquet") as temporary:
         answers.write_parquet(temporary)
@@ -40,55 +48,69 @@ def main(
     if run.kl_items:
         # Candidates and units are the trainer's, so it is its own forward pass, whatever the engine.
         kl = on_policy_kl(read_model(student), student.stop, open_shards(phase), config)
+    figures = {name: accuracy(answers.filter(set=name)) for name in (options.split, *options.also)}
     result: dict[str, Any] = {
-        "checkpoint": checkpoint,
-        "split": config.evaluate.split,
-        **identity(config.evaluate),
-        "items": len(answers),
-        **accuracy(answers["right"]),
-        "stopped": float(answers["stopped"].mean()),  # type: ignore[arg-type]
+        "checkpoint": "base" if phase.number == BASE else phase.number,
+        "split": options.split,
+        "samples": options.samples,
+        "temperature": options.temperature if options.samples > 1 else 0.0,
+        "top_p": options.top_p if options.samples > 1 else 1.0,
+        **identity(options),
+        **figures[options.split],
         **kl,
+        "also": {name: identity(held_out) | figures[name] for name, held_out in options.also.items()},
     }
     write_text(phase.folder / "result.json", json.dumps(result, indent=1) + "\n")
-    nats, share = result["reverse_kl"], result["accuracy"]
-    right = f"{result['right']}/{result['judged']} right ({100 * share:.1f} %)" if result["judged"] else NO_REFERENCE
+    nats = result["reverse_kl"]
     measured = "not measured" if nats is None else f"{nats:.3f} nats per token"
-    console.say(f"{phase.name}: {right}, on-policy reverse KL {measured}")
+    console.say(f"{phase.name}: {in_words(result)}, on-policy reverse KL {measured}")
+    for name in options.also:
+        console.say(f"{phase.name}: {name}: {in_words(figures[name])}")
 
 
-def accuracy(right: pl.Series) -> dict[str, Any]:
-    """How many answers have a reference (`judged`), how many of these are right, their share and its interval.
-
-    Args:
-        right: bool, null where there is no reference.
-    Returns:
-        All but `judged` is None where no answer can be judged: not measured is not 0.
-    """
-    judged = right.drop_nulls()
-    if judged.is_empty():
-        return {"judged": 0, "right": None, "accuracy": None, "accuracy_95": None}
-    count = int(judged.sum())
-    return {
-        "judged": len(judged),
-        "right": count,
-        "accuracy": count / len(judged),
-        "accuracy_95": wilson(count, len(judged)),
-    }
+def in_words(figures: dict[str, Any]) -> str:
+    """Accuracy for people."""
+    if not figures["judged"]:
+        return NO_REFERENCE
+    share = f"({100 * figures['accuracy']:.1f} %)"
+    if not figures["pass_at_k"]:
+        return f"{figures['right']}/{figures['judged']} right {share}"
+    samples, best = list(figures["pass_at_k"].items())[-1]
+    return f"avg@{samples} {share[1:-1]}, pass@{samples} {100 * best['share']:.1f} % of {figures['judged']} prompts"
 
 
 def answered(student: PreparedModel, phase: Phase) -> pl.DataFrame:
-    """The student's greedy answers to every held-out prompt; its engine is closed when they are there."""
+    """The student's answers to every held-out prompt, by `set`; its engine is closed when they are there."""
     config = phase.run.settings
-    prompts = open_prompts(phase.run)
-    rows = prompts.split(config.evaluate.split)
     new = config.rollouts.longest
-    ids = student.renderer(prompts).ids(rows, student.context - new)
-    longest = max(map(len, ids), default=0) + new
+    prompts = open_prompts(phase.run)
+    renderer = student.renderer(prompts)
+    sets = [
+        (name, rows, renderer.ids(rows, student.context - new), scorer(judged, source))
+        for name, rows, judged, source in held_out(phase)
+    ]
+    longest = max((len(ids) for _, _, texts, _ in sets for ids in texts), default=0) + new
+    total = sum(len(rows) for _, rows, _, _ in sets) * config.evaluate.samples
     with (
         open_sampler(student, longest, config.rollouts.batch_size, console.say) as sampler,
-        console.progress(f"{phase.name} answers", len(rows), "responses") as advance,
+        console.progress(f"{phase.name} answers", total, "responses") as advance,
     ):
-        return greedy_answers(sampler, student, rows, ids, config, advance)
+        return pl.concat(
+            held_out_answers(sampler, student, rows, ids, judge, config, advance).select(
+                pl.lit(name).alias("set"), pl.all()
+            )
+            for name, rows, ids, judge in sets
+        )
+
+
+def held_out(phase: Phase) -> Iterator[tuple[str, Sequence[dict[str, Any]], Judged, str]]:
+    """Each held-out set: its name, its rows, what says which answers are right, and where the rows are from."""
+    config = phase.run.settings
+    options = config.evaluate
+    yield options.split, open_prompts(phase.run).split(options.split), options, config.prompts.source
+    if options.also:
+        others = open_also(phase.run)
+        yield from ((name, others.split(name), one, one.source) for name, one in options.also.items())
 
 
 if __name__ == "__main__":

@@ -3,18 +3,28 @@
 from dataclasses import replace
 from typing import Annotated, Literal
 
+import numpy as np
 import typer
 from tokenizers import Tokenizer
 
 from pipeline.align.roles import roles_of
 from pipeline.align.texts import Side, misspelt, read_otherwise
-from pipeline.align.tokens import vocabulary_table
+from pipeline.align.tokens import TokenBytes, vocabulary_table
 from pipeline.align.vocabularies import end_ids, stop_ids
-from pipeline.models import file_tokenizer, generation_config, load_tokenizer, prepare, vocabulary
+from pipeline.models import (
+    embedded,
+    file_tokenizer,
+    generation_config,
+    load_tokenizer,
+    model_config,
+    prepare,
+    vocabulary,
+)
 from pipeline.store.shards import open_shard, open_writer, write_text
+from schemas.config import consistency, declared
 from schemas.errors import OpdError
 from stages.run import console
-from stages.run.context import DEFAULT_CONFIG, ConfigOption, read_ref
+from stages.run.context import DEFAULT_CONFIG, ConfigOption, read_ref, tuning
 from stages.run.run import Run, open_run
 
 
@@ -34,14 +44,42 @@ def main(
     stop = stop_ids(tokens, end_ids(tokenizer, generation_config(ref.path)), wanted.stop)
     roles = roles_of(tokenizer.backend_tokenizer, ref.source, wanted.roles)
     tokens = replace(tokens, roles=roles.single)
+    said = [spelled[0] for spelled in roles.spellings.values()]
+    check_embedding(role, tokens, np.concatenate([stop, *said]), embedded(model_config(ref.path)))
     identity = {"tokenizer": ref.tokenizer, "stop": list(wanted.stop), "roles": roles.identity}
     with open_writer(run.vocabulary(role), "vocabulary", identity, {}) as writer:
         writer.write(vocabulary_table(tokens, stop))
     known = ref.model_copy(update={"tokenizer_class": type(tokenizer).__name__})
     write_text(run.model_file(role), known.model_dump_json(indent=1) + "\n")
+    if all(
+        run.model_file(other).exists() for other in ("student", "teacher")
+    ):  # of two jobs at once the later one sees both
+        warn_of_another_teacher(run)
     console.say(
         f"{role}: {ref.source}, {int(tokens.has_bytes.sum()):,} tokens with bytes, {len(stop)} that stop, in {ref.path}"
     )
+
+
+def warn_of_another_teacher(run: Run) -> None:
+    """Where the student is a checkpoint that learned from another teacher; the Snakefile warns of what is declared."""
+    found = tuning(run)
+    if found != declared(run.config) and (warning := consistency(run.config, found)):
+        console.warn(warning)
+
+
+def check_embedding(role: str, tokens: TokenBytes, said: np.ndarray, rows: int | None) -> None:
+    """Raise OpdError when text is read as ids that the model has no embedding of, or such an id is among those `said`: that
+    end a response or spell a role.
+
+    Other special tokens may lie past it, such as a placeholder of images, which no text is read as; `stages.fit` looks at
+    prompts.
+    """
+    last = max(np.flatnonzero(tokens.has_bytes).max(initial=-1), said.max())
+    if rows is not None and last >= rows:
+        raise OpdError(
+            f"{role}.model: the tokenizer of {tokens.name!r} has ids up to {last}, but the model's embedding has {rows} rows; "
+            "resize it (`resize_token_embeddings`), or take the tokenizer that belongs to the model"
+        )
 
 
 def check_tokenizer(role: str, side: Side, of_file: Tokenizer | None) -> None:
@@ -82,6 +120,8 @@ def take_over(run: Run) -> None:
     with open_writer(path, "vocabulary", about.identity, about.inputs, about.origin) as writer:
         writer.write(given.read())
     write_text(run.model_file("teacher"), ref.model_dump_json(indent=1) + "\n")
+    if run.model_file("student").exists():
+        warn_of_another_teacher(run)
     console.say(f"teacher: {ref.source}, whose scores are reused; its weights are not needed")
 
 

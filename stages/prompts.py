@@ -1,6 +1,9 @@
-"""Prompts: read the source, split it, write prompts.parquet."""
+"""Prompts: read the source, split it, see that the scorer can read the references, write prompts.parquet."""
+
+import pyarrow.compute as pc
 
 from pipeline import sources
+from pipeline.measure.scorers import references_problem
 from pipeline.prompts import ROW_GROUP, collect
 from pipeline.store.shards import open_writer
 from stages.run import console
@@ -13,6 +16,10 @@ def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
     run = open_run(config_file, "prompts")
     config = run.settings
     table = collect(config.prompts, config.seed)
+    split = config.evaluate.split
+    held_out = table.filter(pc.equal(table["split"], split)).to_pylist()
+    if problem := references_problem(config.evaluate, config.prompts.source, held_out, f"split {split}"):
+        console.warn(f"prompts: {problem}")
     identity = run.decided | sources.identity(config.prompts.source)
     with open_writer(run.prompts, "prompts", identity, {}) as writer:
         for start in range(0, len(table), ROW_GROUP):

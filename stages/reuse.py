@@ -17,7 +17,7 @@ from stages.run.context import (
     policy,
 )
 from stages.run.provenance import write_provenance
-from stages.run.run import Place, Run, Source, open_run
+from stages.run.run import BASE, Place, Run, Source, open_run
 
 
 def main(phase: PhaseOption, shard: ShardOption = 0, config_file: ConfigOption = DEFAULT_CONFIG) -> None:
@@ -46,7 +46,7 @@ def write_rollouts(place: Place, source: Source, given: Shard) -> None:
     behavior = from_table(
         open_shard(source.run / "models/student-vocabulary.parquet", "vocabulary").read(), str(source.run)
     )
-    student = policy(run, 0)
+    student = policy(run, BASE)
     renderer = student.renderer(prompts)
     limit = student.context - run.settings.rollouts.longest
     identity = {"student": student.ref.tokenizer, "prompt": renderer.identity, "stop_ids": student.stop.tolist()}

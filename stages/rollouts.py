@@ -34,7 +34,7 @@ def main(
     if part.kind == "round":
         wanted = responses_of_round(run.settings, prompts, number, mine)
     else:
-        wanted = responses_of_evaluation(run.settings, prompts, number, run.kl_items, mine)
+        wanted = responses_of_evaluation(run.settings, prompts, phase.removeprefix("eval-"), run.kl_items, mine)
     renderer = student.renderer(prompts)
     ids = renderer.ids([one.prompt for one in wanted], student.context - options.longest)
     decided = run.decided

@@ -19,7 +19,7 @@ from stages.run.context import (
     teacher,
 )
 from stages.run.provenance import write_provenance
-from stages.run.run import open_run
+from stages.run.run import BASE, open_run
 
 
 def main(
@@ -33,7 +33,7 @@ def main(
     console.threads(threads)
     place = run.phase(phase)[shard]
     prompts = open_prompts(run)
-    models = teacher(run), policy(run, 0)
+    models = teacher(run), policy(run, BASE)
     wanted = ShardScores(run.settings, place.rollouts, prompts, *models, prompts_of(place.phase))
     link = place.path("scores")
 

@@ -1,18 +1,10 @@
 """Train: one round on its shards, from the last checkpoint to the next."""
 
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from enum import StrEnum
 from typing import Annotated
 
 import torch
 import typer
-from filelock import FileLock
 
-from pipeline.infer.forward import check_head
-from pipeline.store.shards import write_text
 from schemas.config import Config
 from schemas.outcome import Outcome
 from stages.run import console
@@ -20,30 +12,25 @@ from stages.run.card import model_card
 from stages.run.context import DEFAULT_CONFIG, ConfigOption, ThreadsOption, policy
 from stages.run.rounds import open_shards, progress_of
 from stages.run.run import open_run
+from stages.run.training import (
+    Parallel,
+    ParallelOption,
+    Training,
+    WorkersOption,
+    only_trainer,
+    publish_checkpoint,
+    train,
+)
 from train import recipes
-from train.adapters import attach
-from train.checkpoint import export, final_state, trained
-from train.distributed import processes, rank, ranks_here, shard, wait_for_all
-from train.layers import recompute
-from train.loop import train_round
-from train.trackers import trackers
-
-
-class Parallel(StrEnum):
-    """How several processes train one model; no key of the config, for it leaves the result as it is."""
-
-    ddp = "ddp"
-    fsdp = "fsdp"
+from train.distributed import rank
 
 
 def main(
     round_index: Annotated[int, typer.Option("--round", min=0, help="number of the round")] = 0,
     config_file: ConfigOption = DEFAULT_CONFIG,
     threads: ThreadsOption = None,
-    workers: Annotated[int, typer.Option(min=0, help="threads that read ahead; they change no result")] = 1,
-    parallel: Annotated[
-        Parallel, typer.Option(help="under torchrun, each process holds the model (ddp), or a part of it (fsdp)")
-    ] = Parallel.ddp,
+    workers: WorkersOption = 1,
+    parallel: ParallelOption = Parallel.ddp,
 ) -> None:
     """Train the student for one round and export a checkpoint that `from_pretrained` loads.
 
@@ -55,14 +42,7 @@ def main(
     run = open_run(config_file, "train")
     config, part = run.settings, run.phase(f"round-{round_index}")
     torch.manual_seed(config.seed)
-    folder = run.checkpoint(round_index)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with processes(), ExitStack() as held:
-        console.threads(threads and max(1, threads // ranks_here()))
-        first = rank() == 0
-        # A killed run may have left its trainer behind.
-        held.enter_context(FileLock(folder.parent / ".train.lock") if first else console.silence())
-        wait_for_all()  # nobody reads the states before the lock is ours
+    with only_trainer(part, threads):
         shards = [triple for phase in run.trained_on(round_index) for triple in open_shards(phase)]
         student = policy(run, round_index)
         progress = progress_of(run, round_index)
@@ -74,55 +54,17 @@ def main(
             **{key: value for key, value in run.decided.items() if key != "student"},
             "objective": recipes.identity(config.objective),  # one's own by its source too
         }
-        # Adapters belong to the weights that the run began with: those of a checkpoint, where they are merged, are rounded.
+        # Adapters belong to the weights that the rounds began with: those of a checkpoint, where they are merged, are rounded.
         base = policy(run, 0) if config.train.lora else student
-        model = base.load(device="cpu" if parallel is Parallel.fsdp else None)
-        check_head(model, base.ref.source)
-        if config.train.lora:
-            attach(model, config.train.lora)
-        if config.train.gradient_checkpointing:
-            recompute(model)
-        if parallel is Parallel.fsdp:
-            shard(model)
-        about = run.config.model_dump(mode="json")
-        last: dict[str, float] = {}
-        with (
-            stop_on_sigterm() as stop_asked,
-            trackers(config.train.trackers if first else (), run.root, run.config.run, about) as track,
-            console.progress(f"round-{round_index} train", progress.budget, "steps") as advance,
-        ):
-
-            def report(figures: dict[str, float]) -> None:
-                step = int(figures["step"])
-                track({k: v for k, v in figures.items() if k not in ("step", "steps")}, progress.before + step)
-                advance(1, detail(figures), already=0 if last else step)
-                last.update(figures)
-
-            outcome = train_round(
-                model,
-                torch.from_numpy(student.stop.astype("int64")).to(model.device),
-                shards,
-                config,
-                round_index,
-                progress,
-                run.phase(f"round-{round_index - 1}").states if round_index else None,
-                part.states,
-                identity,
-                report,
-                workers,
-                stop_asked,
-                console.say,
-            )
-        if not first:
+        start_from = run.phase(f"round-{round_index - 1}").states if round_index else None
+        job = Training(part, config, student, base, shards, progress, start_from, identity)
+        outcome, last = train(job, detail, workers, parallel)
+        if rank():
             return
-        write_text(part.outcome, outcome.model_dump_json(indent=1) + "\n")
-        del model
-        model = trained(base.load(device="cpu"), final_state(part.states)[0], config.train)
         card = model_card(run, round_index, student, shards, part.states / "metrics.jsonl")
-        ref = export(model, student.tokenizer, folder, card, f"{run.config.run} round {round_index}")
-        write_text(run.policy_file(round_index + 1), ref.model_dump_json(indent=1) + "\n")
+        publish_checkpoint(job, card, f"{run.config.run} round {round_index}")
     if last:
-        console.say(f"round-{round_index} train: {nats(last)}, in {folder}")
+        console.say(f"round-{round_index} train: {nats(last)}, in {part.checkpoint}")
     if reason := ended(config, round_index, outcome):
         console.say(reason)
 
@@ -142,17 +84,6 @@ def ended(config: Config, round_index: int, outcome: Outcome) -> str | None:
             else f"round-{round_index + 1} samples afresh and has {left} steps more"
         )
     )
-
-
-@contextmanager
-def stop_on_sigterm() -> Iterator[Callable[[], bool]]:
-    """While it is open a SIGTERM, as schedulers send it before they pre-empt, only makes the yielded function say True."""
-    asked = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    try:
-        yield asked.is_set
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def nats(figures: dict[str, float]) -> str:

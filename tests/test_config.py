@@ -62,7 +62,7 @@ def test_the_shipped_config_is_valid() -> None:
 def test_the_examples_are_whole_and_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = sorted(Path("examples").glob("*.yaml"))
     listed = re.findall(r"^\* `([\w-]+\.yaml)`", Path("examples/README.md").read_text(), re.MULTILINE)
-    assert sorted(listed) == [file.name for file in files] and len(files) == 3
+    assert sorted(listed) == [file.name for file in files] and len(files) == 4
     shutil.copytree("examples", tmp_path / "examples")
     round_0 = tmp_path / "runs/default/round-0/scores"  # what one of them reuses
     round_0.mkdir(parents=True)

@@ -15,7 +15,7 @@ import whole_run
 
 from pipeline.store.shards import read_manifest
 from schemas import decides
-from schemas.config import Config, Rollouts, Section, parse_config
+from schemas.config import Config, Judged, Rollouts, Section, parse_config
 from stages import models, prompts, reuse
 from stages.run import run as runs
 from stages.run import workflow
@@ -24,15 +24,18 @@ ROOT = Path(__file__).parents[1]
 Reads = dict[str, set[str]]
 
 OTHERWISE_READ = {
+    "fit": {"reuse", "evaluate.kl_items"},
     "models teacher": {"reuse"},
     "reuse": {"reuse"},
+    "answers": {"rollouts.shard_size"},
+    "retokenise": {"prompts.source", *(f"evaluate.{key}" for key in Judged.model_fields)},  # of `sft.right_only`
     "rollouts": {
         "rollouts.shard_size",
         "evaluate.split",
         "evaluate.kl_items",
     },  # of a phase without a shard, and of the other kind of phase
     "weights": {"objective.recipe", "weights.alpha", "weights.prefix_share", "weights.discount", "weights.gae_lambda"},
-    "diagnostics": {"teacher.model"},
+    "diagnostics": {"teacher.model", "student.tuned_on"},
     "train": {"train.ema", "train.lora", "rollouts.prompts", "rollouts.samples", "rollouts.rounds", "rollouts.replay"},
 }
 """Keys that only other settings of the same stage read, or that are read where the run is laid out."""
@@ -83,12 +86,13 @@ def first_run(folder: Path) -> dict[str, Any]:
         "prompts": {"source": "rows.jsonl", "splits": {"examples": 1, "train": 16, "test": 4}},
         "student": {"model": str(folder / "student"), "dtype": "float32"},
         "teacher": {"model": str(folder / "teacher"), "dtype": "float32"},
+        "sft": {"prompts": 4, "batch_size": 2},
         "rollouts": {"rounds": 2, "prompts": 8, "max_new_tokens": [3, 6], "top_k": 4, "replay": 1},
         "scores": {"support": "union", "k_max": 8},
         "weights": {"scheme": "iw_opd"},
         "coverage": {"min_compared": 0, "min_one_to_one": 0, "min_shared_mass": 0},
         "train": {"batch_size": 4, "warmup_steps": 1},
-        "evaluate": {"kl_items": 2},
+        "evaluate": {"kl_items": 2, "samples": 8, "also": {"more": {"source": "rows.jsonl", "count": 3}}},
     }
     whole_run.stages_of(written(config))
     return config
@@ -96,7 +100,7 @@ def first_run(folder: Path) -> dict[str, Any]:
 
 def another_student(config: dict[str, Any]) -> None:
     """The stages that only a reusing run has."""
-    where = written(config | {"run": "b", "reuse": ["runs/a"], "evaluate": {"kl_items": 0}})
+    where = written(config | {"run": "b", "reuse": ["runs/a"], "evaluate": {"kl_items": 0}, "sft": {}})
     prompts.main(where)
     models.main("student", where)
     models.main("teacher", where)
@@ -116,7 +120,9 @@ def test_every_key_that_a_stage_reads_is_declared_and_every_declared_key_is_read
         sections = {key.partition(".")[0] for key in declared}
         undeclared = {key for key in keys if key not in declared | sections and key.partition(".")[0] not in declared}
         assert not undeclared, f"{stage} reads what it doesn't declare: {undeclared}"
-        dumped = {"prompts": "prompts", "train": "objective train"}.get(stage, "").split()  # whole sections
+        dumped = {"prompts": "prompts", "train": "objective train", "sft": "sft train"}.get(
+            stage, ""
+        ).split()  # whole sections
         unread = {
             key
             for key in declared - keys - OTHERWISE_READ.get(stage, set())
@@ -179,8 +185,12 @@ def test_rules_and_stages_ask_for_the_same_entries() -> None:
         ("weights", "scheme", "signed", {"weights", "diagnostics"}),
         ("train", "learning_rate", 1.0, {"train"}),
         ("train", "save_every", 3, set()),
-        ("teacher", "dtype", "bfloat16", {"scores"}),
-        ("evaluate", "extract", "whole", {"evaluate"}),
+        ("train", "weight_decay", 1.0, {"sft", "train"}),
+        ("teacher", "dtype", "bfloat16", {"answers", "scores"}),
+        ("evaluate", "extract", "whole", {"retokenise", "evaluate"}),
+        ("sft", "temperature", 0.5, {"answers"}),
+        ("sft", "right_only", True, {"retokenise"}),
+        ("sft", "learning_rate", 1.0, {"sft"}),
     ],
 )
 def test_what_a_change_makes_anew(section: str, key: str, value: Any, changed: set[str]) -> None:
@@ -215,6 +225,7 @@ def with_horizons(*horizons: int) -> Config:
 def test_a_phase_has_its_own_horizon_and_evaluation_the_longest() -> None:
     config = with_horizons(16, 64, 32)
     expected = {"round-0": 16, "round-1": 64, "round-2": 32, "round-3": 32, "round-3@1": 64, "eval-0": 64, "eval-4": 64}
+    expected |= {"eval-base": 64, "sft": 64}
     for stage in ("rollouts", "scores", "reuse", "evaluate"):
         found = {phase: decides.settings(config, stage, phase).rollouts.longest for phase in expected}
         assert found == expected, stage
@@ -243,6 +254,12 @@ def test_another_horizon_makes_only_its_own_rounds_anew() -> None:
     assert anew(before, with_horizons(16, 24, 64)) == {"rollouts round-1"}
     assert anew(before, with_horizons(16, 32, 64, 64)) == set()
     assert anew(before, with_horizons(64, 32, 16)) == {f"rollouts round-{number}" for number in (0, 2, 3)}
+    # The teacher's answers are as long as any round's, unless they have a length of their own.
+    changed = [
+        workflow.reads(runs.run_of(config), "answers")(SimpleNamespace(phase="sft"))
+        for config in (before, with_horizons(64, 32, 16))
+    ]
+    assert changed[0] == changed[1]
     longer = {"rollouts round-2", "rollouts round-3", "rollouts eval-0", "rollouts eval-4", "evaluate 0", "evaluate 4"}
     assert anew(before, with_horizons(16, 32, 128)) == longer
     report = [decides.decided(config, "report") for config in (before, with_horizons(16, 24, 64))]
@@ -265,6 +282,29 @@ def test_a_run_samples_each_round_to_its_horizon_and_evaluates_to_the_longest(re
     assert units["s_len"].sum() == rollouts["response_ids"].list.len().sum()
     stopped = (rollouts["finish_reason"] == "stop").sum()
     assert (units["kind"] == "stop").sum() == stopped < len(rollouts)
+
+
+def test_a_run_tells_of_every_held_out_set_before_and_after(read: Reads) -> None:
+    """Eight responses to each prompt, the same streams at both checkpoints; the report and the summary have a line a set."""
+    before, after = (pl.read_parquet(f"runs/a/eval-{checkpoint}/answers.parquet") for checkpoint in (0, 2))
+    for answers in (before, after):
+        assert answers["set"].to_list() == ["test"] * 32 + ["more"] * 24
+        assert answers["sample"].to_list() == list(range(8)) * 7
+        assert answers.group_by("prompt_id").agg(pl.col("response").n_unique())["response"].min() > 1
+    held_out = pl.read_parquet("runs/a/also.parquet")
+    assert held_out["split"].to_list() == ["more"] * 3 and held_out["prompt"].n_unique() == 3
+    assert before["prompt"].unique().sort().equals(after["prompt"].unique().sort())
+    # Hardly trained, the checkpoint mostly says from the same uniforms what the student said.
+    assert (before["response"] == after["response"]).mean() > 0.5
+    summary = json.loads(Path("runs/a/summary.json").read_text())
+    for figures in (summary["after"], summary["after"]["also"]["more"]):
+        assert list(figures["pass_at_k"]) == ["1", "2", "4", "8"]
+        assert figures["pass_at_k"]["1"]["share"] == pytest.approx(figures["accuracy"])
+        assert figures["accuracy_95"][0] <= figures["accuracy"] <= figures["accuracy_95"][1]
+    assert summary["fixed"] is None and set(summary["gain"]) == {"test", "more"}
+    page = Path("runs/a/report.html").read_text()
+    for label in ("held-out accuracy (4 items of test, avg@8)", "pass@8 of test", "(3 items of more, avg@8)"):
+        assert label in page
 
 
 def test_rules_ask_for_what_a_phase_has(read: Reads) -> None:

@@ -19,7 +19,7 @@ from pipeline.measure import diagnostics as figures
 from pipeline.models import ModelRef
 from pipeline.store.cache import responses_digest
 from pipeline.store.shards import Shard, open_shard, open_writer
-from schemas.config import Config, consistency
+from schemas.config import Config, consistency, declared
 from schemas.diagnostics import Diagnostics, markdown
 from schemas.errors import OpdError
 from schemas.manifest import digest
@@ -268,7 +268,7 @@ def test_the_file_of_a_round(run: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert found.sampling.checkpoint == 0 and found.sampling.temperature == 1 and found.sampling.seed == 3
     assert found.sampling.sampler_logp == 0 and found.sampling.warning is None
     assert found.teacher.source == "b@main" and found.teacher.template == digest(PROMPT)
-    assert found.teacher.tokens == {"cache": 21} and found.teacher.warning == consistency(config)
+    assert found.teacher.tokens == {"cache": 21} and found.teacher.warning == consistency(config, declared(config))
     assert found.staleness.rounds_behind == 0 and found.staleness.same_weights
     assert found.training and (found.training.first.units.ess, found.training.last.units.chi2) == (1.0, 1 / 0.75 - 1)
     assert (found.training.divergence_first, found.training.divergence_last) == (0.5, None)
@@ -361,7 +361,7 @@ def test_small_numbers_do_not_look_like_nothing(value: float | None, text: str) 
 def test_consistency(tuned_on: str | None, credit: str, says: str | None) -> None:
     config = _config(student={"model": "a", "tuned_on": tuned_on})
     config = config.model_copy(update={"weights": config.weights.model_copy(update={"credit": credit})})
-    found = consistency(config)
+    found = consistency(config, declared(config))
     if says is None:
         assert found is None
     else:

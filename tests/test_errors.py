@@ -18,6 +18,7 @@ from pipeline.gguf_package import _convert
 from schemas.errors import OpdError
 from stages import prompts
 from stages.run import console
+from stages.tools.config import main as config_keys
 
 ROOT = Path(__file__).parents[1]
 GOOD: dict[str, Any] = {
@@ -126,6 +127,29 @@ def test_empty_and_missing_prompts(place: Workplace) -> None:
     assert "prompts: prompts.jsonl holds no prompts" in place.refuses("prompts")
     (place.folder / "prompts.jsonl").unlink()
     assert "prompts: prompts.jsonl: no such file" in place.refuses("prompts")
+
+
+def test_references_that_the_scorer_cannot_read(place: Workplace) -> None:
+    """Told before anything is sampled: refused where that is all of them, a warning where it is some."""
+    place.prompts([{"prompt": f"Say {i}.", "answer": "a tall man"} for i in range(5)])
+    place.config(**GOOD)
+    told = "`evaluate.scorer: source` reads numbers (`math` reads fractions and other expressions, `exact` and `choice` words)"
+    refused = place.refuses("prompts")
+    assert f"{told}, and so none of the 2 references of split test, such as p001: 'a tall man'" in refused
+    assert not (place.folder / "runs").exists()
+    place.config(**{**GOOD, "evaluate": {"kl_items": 2, "scorer": "exact"}})
+    assert place.stage("prompts") == 0 and "warning" not in place.output.readouterr().err
+    place.config(**GOOD)  # another scorer: the prompts are there already
+    with pytest.raises(OpdError, match=r"so none of the 2 references"):
+        config_keys(Path("config.yaml"))
+    place.prompts([{"prompt": f"Say {i}.", "answer": str(i) if i % 2 else "none"} for i in range(6)])
+    place.config(**{**GOOD, "prompts": {**GOOD["prompts"], "splits": {"examples": 0, "train": 2, "dev": 0, "test": 4}}})
+    assert place.stage("prompts") == 0
+    said = place.output.readouterr().err
+    assert "warning" in said and "of 4 references of split test: not measured, as p00" in said
+    place.prompts([{"prompt": f"Say {i}."} for i in range(5)])
+    place.config(**{**GOOD, "prompts": {**GOOD["prompts"], "answer_field": None}})
+    assert place.stage("prompts") == 0 and "warning" not in place.output.readouterr().err
 
 
 def test_a_prompt_longer_than_the_context(place: Workplace, smollm2: Any) -> None:

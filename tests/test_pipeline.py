@@ -39,7 +39,7 @@ class Run:
     def __init__(self, folder: Path, models: Path | None = None, **changes: Any) -> None:
         self.folder = folder
         self.cache = folder / "cache"
-        self.cache.mkdir()
+        self.cache.mkdir(parents=True)
         if models:
             (self.cache / "models").symlink_to(models)
         config: dict[str, Any] = yaml.safe_load((ROOT / "config/config.yaml").read_text())
@@ -114,8 +114,13 @@ def planned(plan: str) -> dict[str, int]:
 def test_the_jobs_of_a_run(tmp_path: Path) -> None:
     """One round, before and after: planned in a moment, without a model."""
     per_phase = dict.fromkeys(("rollouts", "scores", "units", "weights", "diagnostics"), 3)
-    once = dict.fromkeys(("all", "prompts", "coverage", "train", "report"), 1)
-    assert planned(Run(tmp_path).snakemake("-n")) == {**per_phase, **once, "models": 2, "evaluate": 2, "total": 24}
+    once = dict.fromkeys(("all", "prompts", "fit", "coverage", "train", "report"), 1)
+    assert planned(Run(tmp_path).snakemake("-n")) == {**per_phase, **once, "models": 2, "evaluate": 2, "total": 25}
+    # Fine-tuning on the teacher's answers, and one more evaluation.
+    tuned = Run(tmp_path / "tuned", sft={"prompts": 8}).snakemake("-n")
+    per_phase = dict.fromkeys(per_phase, 4)
+    once |= dict.fromkeys(("answers", "retokenise", "sft"), 1)
+    assert planned(tuned) == {**per_phase, **once, "models": 2, "evaluate": 3, "total": 34}
 
 
 @pytest.mark.slow

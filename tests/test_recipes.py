@@ -676,7 +676,7 @@ def test_sampling_away_from_temperature_one_keeps_the_gradient_of_reverse_kl(top
         inside[order[np.cumsum(q[order]) - q[order] < top_p]] = True
         q = np.where(inside, q, 0) / q[inside].sum()
         names = [f"{y:03}" for y in range(vocab)]
-        units = pl.DataFrame({"rollout_id": names, "unit": 0, "kind": "1:1", "s_start": 0, "s_len": 1})
+        units = pl.DataFrame({"rollout_id": names, "unit": 0, "kind": "1:1", "s_start": 0, "s_len": 1, "t_len": 1})
         logps = {"behavior_logp": logp, "sampler_logp": np.log(np.where(inside, q, 1.0))}
         rollouts = pl.DataFrame({"rollout_id": names, **{name: values[:, None] for name, values in logps.items()}})
         rollouts = rollouts.with_columns(pl.col(name).arr.to_list() for name in logps)
@@ -1017,7 +1017,7 @@ MINIMAL: dict[str, Any] = {"prompts": {"source": "p.jsonl"}, "student": {"model"
         ({"recipe": "sampled", "ratio_clip": [1.5, 2]}, "`objective.ratio_clip.0`: input should be less than or equal"),
         ({"recipe": "sampled", "ratio_clip": [0.2]}, "`objective.ratio_clip.1` is missing"),
         ({"recipe": "sampled", "trust_region": 0}, "`objective.trust_region`: input should be greater than 0"),
-        ({"tau": 0}, "`objective.tau`: input should be greater than 0"),
+        ({"tau": 0}, "`objective.tau`: input should be greater than or equal to 0.01"),
         (
             {"recipe": "jsd", "clip": 5.0},
             "unknown key `objective.clip`; known keys here, with `recipe: jsd`: recipe, select, select_share, tail",

@@ -293,7 +293,7 @@ def test_sigkill_and_sigterm_at_random_steps_leave_the_same_run(tmp_path: Path) 
     """20 SIGKILLs and 5 SIGTERMs of real processes, then one to the end: weights to the bit, and the same metrics."""
     # Processes forked from one that has imported everything and computed nothing: imports would take most of the time.
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["transformers.models.llama.modeling_llama", "train.loop", "stages.train"])
+    processes.set_forkserver_preload(["transformers.models.llama.modeling_llama", "train.loop", "stages.run.training"])
     straight, folder = tmp_path / "straight", tmp_path / "killed"
     shards = tmp_path / "data"
     tiny.shards(shards)
@@ -350,7 +350,7 @@ def _step(receiver: Any) -> int | None:
 def _train_slowly(data: Path, folder: Path, sender: Any) -> None:
     """A training process with the stage's own way to leave."""
     from stages.run.console import errors_for_people
-    from stages.train import stop_on_sigterm
+    from stages.run.training import stop_on_sigterm
 
     def report(figures: dict[str, float]) -> None:
         sender.send(figures["step"])

@@ -3,19 +3,45 @@
 from pathlib import Path
 
 from schemas.config import load_config
-from stages import coverage, diagnostics, evaluate, models, policy, prompts, rollouts, scores, train, units, weights
+from stages import (
+    also,
+    answers,
+    coverage,
+    diagnostics,
+    evaluate,
+    fit,
+    models,
+    policy,
+    prompts,
+    retokenise,
+    rollouts,
+    scores,
+    sft,
+    train,
+    units,
+    weights,
+)
 from stages.report import page as report
-from stages.run.run import Phase, run_of
+from stages.run.run import Phase, Run, run_of
 
 
 def stages_of(where: Path) -> None:
     """Run them all, in order, in the working directory."""
     run = run_of(load_config(where))
     prompts.main(where)
+    if run.config.evaluate.also:
+        also.main(where)
     for role in ("student", "teacher"):
         models.main(role, where)
-    tables(run.phase("eval-0"), where)
-    evaluate.main(0, where, None)
+    fit.main(where)
+    *before, after = run.checkpoints
+    if run.config.sft.prompts:
+        for place in run.phase("sft"):
+            answers.main(place.number, where, None)
+            retokenise.main(place.number, where)
+        sft.main(where, None)
+    for checkpoint in before:
+        measured(run, checkpoint, where)
     for number in run.rounds:
         for phase in run.trained_on(number):
             if phase.is_foreign:
@@ -26,12 +52,16 @@ def stages_of(where: Path) -> None:
                 tables(phase, where)
         coverage.main(f"round-{number}", where)
         train.main(number, where, None)
-    last = run.checkpoints[-1]
-    tables(run.phase(f"eval-{last}"), where)
-    evaluate.main(last, where, None)
+    measured(run, after, where)
     for phase in run.phases:
         diagnostics.main(phase.name, where)
     report.main(where)
+
+
+def measured(run: Run, checkpoint: int | str, where: Path) -> None:
+    """A checkpoint's evaluation."""
+    tables(run.phase(f"eval-{checkpoint}"), where)
+    evaluate.main(str(checkpoint), where, None)
 
 
 def tables(phase: Phase, where: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from pipeline.models import ModelRef, reference
+from pipeline.models import ORIGIN, ModelRef, Origin, reference
 from pipeline.store.shards import publish, sync_folder
 from schemas.config import Train
 from schemas.errors import OpdError
@@ -139,8 +139,8 @@ def trained(model: Any, tensors: dict[str, torch.Tensor], settings: Train) -> An
     return adapters.merge_and_unload() if adapters else model
 
 
-def export(model: Any, tokenizer: Any, folder: Path, card: str, source: str) -> ModelRef:
-    """Publish a folder that `from_pretrained` loads: weights, tokenizer, generation config and a model card."""
+def export(model: Any, tokenizer: Any, folder: Path, card: str, source: str, teacher: Origin | None = None) -> ModelRef:
+    """Publish a folder that `from_pretrained` loads: weights, tokenizer, generation config, a model card and its teacher."""
     work = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(work, ignore_errors=True)
     try:
@@ -148,6 +148,8 @@ def export(model: Any, tokenizer: Any, folder: Path, card: str, source: str) -> 
         model.save_pretrained(work)
         tokenizer.save_pretrained(work)
         (work / "README.md").write_text(card)
+        if teacher:
+            (work / ORIGIN).write_text(teacher.model_dump_json(indent=1) + "\n")
         sync_folder(work)
         shutil.rmtree(folder, ignore_errors=True)
         work.rename(folder)

@@ -21,7 +21,7 @@ from train.distributed import gather, idle_pass, is_sharded, rank, ranks, studen
 from train.optimiser import MasterAdamW, learning_rate
 from train.recipes import losses
 from train.staleness import RATIO_SUMS, WINDOW, is_stale, ratio_figures, ratio_sums
-from train.stream import Step, Triple, batches
+from train.stream import Step, Tables, batches
 
 KINDS = ("divergence", "surrogate")
 """What the loss is made of, as `train.recipes` marks its parts."""
@@ -42,7 +42,7 @@ class Progress:
 def train_round(
     model: Any,
     stop: torch.Tensor,
-    shards: Sequence[Triple],
+    shards: Sequence[Tables],
     config: Config,
     round_index: int,
     progress: Progress,
@@ -119,7 +119,8 @@ def train_round(
             waited = time.perf_counter() - began
             rate = learning_rate(config.train, progress.before + step, progress.total)
             figures = train_step(model, stop, batch, optimiser, rate, config)
-            recent = [*recent, figures["drift_ess"]][-WINDOW:]
+            if config.objective.on_policy:
+                recent = [*recent, figures["drift_ess"]][-WINDOW:]
             if is_stale(recent, config.train.min_ess):
                 steps = step + 1
             seconds = time.perf_counter() - began
@@ -177,7 +178,8 @@ def train_step(
     step, so that a recipe that uses fewer units does not take larger steps on them. Its two kinds of part mean different
     things (`train.recipes`), so each is told alone, as an unweighted mean over the units that it is used on, if there are
     any: `divergence`, nats, and `surrogate`. `sampled_kl` is the mean of log p_S - log p_T over all comparable units, nats.
-    Figures are of all ranks. Raises OpdError when training diverges.
+    Ratios (`train.staleness`) are told of an on-policy objective. Figures are of all ranks. Raises OpdError when training
+    diverges.
     """
     units = step.units
     parts = [part for part in step.parts if len(part.unit_row)]
@@ -200,8 +202,9 @@ def train_step(
         for kind, of_kind in zip(KINDS, (scored.diverges, ~scored.diverges), strict=True):
             used = scored.used & of_kind
             of_part |= {kind: float(scored.loss.detach()[used].sum()), f"{kind}_units": float(used.sum())}
-        ratios = ratio_sums(student.unit, part.behavior_logp, part.policy_logp, part.response_of_unit)
-        for name, value in (of_part | ratios).items():
+        if config.objective.on_policy:
+            of_part |= ratio_sums(student.unit, part.behavior_logp, part.policy_logp, part.response_of_unit)
+        for name, value in of_part.items():
             sums[name] += value
     if is_sharded(model):
         for _ in range(passes - len(parts)):
@@ -220,6 +223,6 @@ def train_step(
         "grad_norm": norm,
         "units": units,
         "used_share": sum(sums[f"{kind}_units"] for kind in KINDS) / max(1, units),
-        **ratio_figures(sums),
+        **(ratio_figures(sums) if config.objective.on_policy else {}),
         "tokens": sums["tokens"],
     }

@@ -79,7 +79,7 @@ class Divergence(Protocol):
     def mask_first(self) -> bool: ...
 
 
-def losses(student: UnitLogps, batch: Batch, objective: config.Objective) -> Scored:
+def losses(student: UnitLogps, batch: Batch, objective: config.Recipe) -> Scored:
     """The unweighted loss of every unit under the configured recipe. Raises OpdError when one's own makes no such losses."""
     parts, one = parts_of(objective), one_to_one(batch)
     every = torch.ones_like(one)
@@ -114,11 +114,13 @@ def _selected(student: UnitLogps, batch: Batch, objective: config.Recipe, among:
     return torch.zeros_like(among).index_put((used,), objectives.top_share(score, response, objective.select_share))
 
 
-def parts_of(objective: config.Objective) -> Parts:
+def parts_of(objective: config.Recipe) -> Parts:
     """Of a recipe by its section. Raises OpdError when one's own can't be loaded."""
     if isinstance(objective, config.Own):
         part = _own(objective.recipe)
         return Parts(part, part)
+    if isinstance(objective, config.CrossEntropy):
+        return Parts(_cross_entropy, _cross_entropy)
     return RECIPES[type(objective)]
 
 
@@ -247,6 +249,12 @@ def _cr_opd(student: UnitLogps, batch: Batch, objective: config.CrOpd, _: torch.
         objective.cr_alpha,
         objective.cr_eps,
     )
+
+
+@divergence
+def _cross_entropy(student: UnitLogps, _: Batch, __: config.CrossEntropy, ___: torch.Tensor) -> torch.Tensor:
+    # KL from all mass on what was written.
+    return -student.unit
 
 
 def _dpca(credit: Callable[..., torch.Tensor]) -> Part:

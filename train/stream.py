@@ -1,4 +1,6 @@
-"""Streams rollouts, units and weights in step, a few row groups at a time, as batches of tensors. Constant memory.
+"""Streams rollouts, units and weights in step, or rollouts alone, a few row groups at a time, as batches of tensors.
+
+Memory is constant.
 
 Any step can be had without those before it: its responses follow from seed and number (`order`), and only the row groups of
 its windows are read. So the number of steps done is all that a resumed run needs to know.
@@ -40,15 +42,17 @@ class Step:
 
 Triple = tuple[Shard, Shard, Shard]
 """Rollouts, units and weights of the same responses in the same row groups."""
+Tables = Triple | tuple[Shard]
+"""These, or rollouts alone, for a loss that asks no teacher: then each response token is a unit of weight 1."""
 
 
-def count_steps(shards: Sequence[Triple], size: int) -> int:
+def count_steps(shards: Sequence[Tables], size: int) -> int:
     """How many steps of `size` responses one epoch has; the last one may be smaller."""
-    return -(-sum(rollouts.rows for rollouts, _, _ in shards) // size)
+    return -(-sum(rollouts.rows for rollouts, *_ in shards) // size)
 
 
 def batches(
-    shards: Sequence[Triple],
+    shards: Sequence[Tables],
     size: int,
     tokens: int,
     seed: int,
@@ -80,8 +84,8 @@ def batches(
     3 [('r',)] tensor([ 1,  2, -1])
     3 [('r',)] tensor([ 1,  2, -1])
     """
-    places = [(triple, group) for triple in shards for group in range(triple[0].manifest.row_groups)]
-    sizes = np.array([n for rollouts, _, _ in shards for n in rollouts.row_group_sizes()], np.int64)
+    places = [(tables, group) for tables in shards for group in range(tables[0].manifest.row_groups)]
+    sizes = np.array([n for rollouts, *_ in shards for n in rollouts.row_group_sizes()], np.int64)
     responses, per_epoch = int(sizes.sum()), count_steps(shards, size)
     order_of = lru_cache(2)(partial(epoch_order, sizes, seed))
     # Places count on from epoch to epoch, so that reading ahead needn't stop at the end of one.
@@ -102,8 +106,8 @@ def batches(
                 a, b = order.bounds[windows.stop - 1 : windows.stop + 1]
                 last = min(last + int(WINDOW * (stop - a) / (b - a)), (1 + steps[-1] // per_epoch) * len(places))
             for place in range(max(read, first), last):
-                triple, group = places[order_of(place // len(places)).groups[place % len(places)]]
-                loaded[place] = pool.submit(_decode, triple, group)
+                tables, group = places[order_of(place // len(places)).groups[place % len(places)]]
+                loaded[place] = pool.submit(_decode, tables, group)
             read = max(read, last)
             picked, rows = order.pick(start, stop)
             groups = [loaded[before + int(place)] for place in picked]
@@ -179,8 +183,10 @@ def _between(ragged: tuple[np.ndarray, np.ndarray], a: int, b: int) -> np.ndarra
     return values[at[a] : at[b]]
 
 
-def _decode(shards: Triple, group: int) -> _Group:
-    """Read a row group of the three tables. Raises OpdError when they are not in step."""
+def _decode(shards: Tables, group: int) -> _Group:
+    """Read a row group of the tables. Raises OpdError when they are not in step."""
+    if len(shards) == 1:
+        return _of_tokens(shards[0].row_group(group, [*_READ[0], "finish_reason"]))
     rollouts, units, weights = (shard.row_group(group, columns) for shard, columns in zip(shards, _READ, strict=True))
     number = _array(units, "unit")
     unit_at = np.append(np.flatnonzero(number.to_numpy() == 0), len(number))
@@ -202,11 +208,42 @@ def _decode(shards: Triple, group: int) -> _Group:
     kind = _array(units, "kind").cast(pa.string())
     columns["comparable"] = pc.invert(pc.is_in(kind, pa.array(UNCOMPARED))).to_numpy(zero_copy_only=False)
     columns["stops"] = pc.equal(kind, KINDS[STOP]).to_numpy(zero_copy_only=False)
+    return _group(rollouts, unit_at, columns, _ragged(units, "cand_id"), _ragged(units, "cand_logp"))
+
+
+def _of_tokens(rollouts: pa.Table) -> _Group:
+    """A row group of rollouts alone. Each token is a unit, of whose log-prob nobody but the sampling model itself tells."""
+    response, logp = _ragged(rollouts, "response_ids"), _ragged(rollouts, "behavior_logp")[0]
+    at = response[1].astype(np.int64)
+    count = len(logp)
+    ones, zeros, unknown = np.ones(count, np.int32), np.zeros(count, np.float32), np.full(count, np.nan, np.float32)
+    columns = {
+        "comparable": np.ones(count, bool),
+        "stops": np.zeros(count, bool),
+        "s_start": np.arange(count) - np.repeat(at[:-1], np.diff(at)),
+        **{"s_len": ones, "t_len": ones, "teacher_logp": logp, "student_logp": logp},
+        **dict.fromkeys(("teacher_entropy", "t_log_z", "tail_logp", "dropped_logp"), unknown),
+        **{"advantage": zeros, "credit": zeros, "weight": zeros + 1, "is_ratio": zeros + 1},
+    }
+    columns["stops"][at[1:][pc.equal(rollouts["finish_reason"], "stop").to_numpy()] - 1] = True
+    none = np.zeros(count + 1, np.int32)
+    cand_id, cand_logp = (np.zeros(0, np.int32), none), (np.zeros(0, np.float32), none)
+    return _group(rollouts, at, columns, cand_id, cand_logp)
+
+
+def _group(
+    rollouts: pa.Table,
+    unit_at: np.ndarray,
+    columns: dict[str, np.ndarray],
+    cand_id: tuple[np.ndarray, np.ndarray],
+    cand_logp: tuple[np.ndarray, np.ndarray],
+) -> _Group:
+    """Rollouts with their units, which are decoded; see `_Group`."""
     compared = np.append(0, np.cumsum(columns["comparable"]))
     prompt, response = _ragged(rollouts, "prompt_ids"), _ragged(rollouts, "response_ids")
     sampled = pa.table({"logp": pc.coalesce(rollouts["sampler_logp"], rollouts["behavior_logp"])})
     return _Group(
-        names=names,
+        names=rollouts["rollout_id"].to_pylist(),
         lengths=np.diff(prompt[1]) + np.maximum(np.diff(response[1]) - 1, 0),
         compared=np.diff(compared[unit_at]),
         prompt=prompt,
@@ -214,8 +251,8 @@ def _decode(shards: Triple, group: int) -> _Group:
         behavior_logp=_ragged(sampled, "logp"),
         unit_at=unit_at,
         units=columns,
-        cand_id=_ragged(units, "cand_id"),
-        cand_logp=_ragged(units, "cand_logp"),
+        cand_id=cand_id,
+        cand_logp=cand_logp,
     )
 
 

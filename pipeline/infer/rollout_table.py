@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from pipeline.align.segments import told
 from pipeline.infer.sample import Response
-from pipeline.prepared import PreparedModel, PromptTable
+from pipeline.prepared import PreparedModel, PromptRows, PromptTable
 from schemas.config import Config
 from schemas.errors import OpdError
 from schemas.tables import arrow_schema
@@ -27,17 +27,30 @@ class Wanted:
     sample: int
 
 
+def prompts_of_round(config: Config, prompts: PromptTable, number: int) -> PromptRows:
+    """The prompts of a round; rounds walk through `train`, starting over at its end."""
+    train, count = prompts.split("train"), config.rollouts.prompts
+    return train[(number * count + np.arange(count)) % len(train)]
+
+
 def responses_of_round(config: Config, prompts: PromptTable, number: int, part: slice = slice(None)) -> list[Wanted]:
-    """The responses of a round, or some of them; rounds walk through `train`, starting over at its end."""
-    train = prompts.split("train")
-    first, samples = number * config.rollouts.prompts, config.rollouts.samples
+    """The responses of a round, or some of them."""
+    samples = config.rollouts.samples
     every = range(config.rollouts.prompts * samples)[part]
-    rows = train[(first + np.array(every, np.int64) // samples) % len(train)]
-    return [_wanted("r", number, row, n % samples) for n, row in zip(every, rows, strict=True)]
+    rows = prompts_of_round(config, prompts, number)[np.array(every, np.int64) // samples]
+    return [_wanted(f"r{number}", row, n % samples) for n, row in zip(every, rows, strict=True)]
+
+
+def answers_of_teacher(config: Config, prompts: PromptTable, part: slice = slice(None)) -> list[Wanted]:
+    """The answers that the teacher gives for `sft`, or some of them, to the first prompts of `train`."""
+    samples = config.sft.samples
+    every = range(config.sft.prompts * samples)[part]
+    rows = prompts.split("train")[np.array(every, np.int64) // samples]
+    return [_wanted("t", row, n % samples) for n, row in zip(every, rows, strict=True)]
 
 
 def responses_of_evaluation(
-    config: Config, prompts: PromptTable, number: int, items: int, part: slice = slice(None)
+    config: Config, prompts: PromptTable, checkpoint: str, items: int, part: slice = slice(None)
 ) -> list[Wanted]:
     """One response to each of the first `items` held-out prompts, or some. Raises OpdError when there are fewer."""
     held_out = prompts.split(config.evaluate.split)
@@ -46,11 +59,11 @@ def responses_of_evaluation(
             f"{prompts.shard.path}: holds {len(held_out)} prompts of split {config.evaluate.split}, but the config's "
             f"evaluation takes {items}; run `python -m stages.prompts` again"
         )
-    return [_wanted("e", number, row, 0) for row in held_out[:items][part]]
+    return [_wanted(f"e{checkpoint}", row, 0) for row in held_out[:items][part]]
 
 
-def _wanted(kind: str, number: int, row: dict[str, Any], sample: int) -> Wanted:
-    return Wanted(f"{kind}{number}-{row['prompt_id']}-{sample}", row, sample)
+def _wanted(of: str, row: dict[str, Any], sample: int) -> Wanted:
+    return Wanted(f"{of}-{row['prompt_id']}-{sample}", row, sample)
 
 
 def rollout_table(
@@ -58,15 +71,15 @@ def rollout_table(
     number: int,
     prompts: Sequence[np.ndarray],
     responses: Sequence[Response],
-    student: PreparedModel,
+    policy: PreparedModel,
     warped: bool,
 ) -> pa.Table:
     """Rows of schema `rollouts`.
 
     Args:
-        number: of the checkpoint that was sampled.
+        number: of the checkpoint that was sampled; -1 of the teacher, and of the student as given where `sft` is before 0.
         prompts: token ids of the rendered prompts.
-        student: what sampled.
+        policy: what sampled.
         warped: whether temperature or top_p made the sampler's distribution another one than the model's.
     """
     rows = [
@@ -84,13 +97,13 @@ def rollout_table(
             "finish_reason": "stop" if response.stopped else "length",
             "answer": one.prompt["answer"],
         }
-        for one, prompt, response, say in zip(wanted, prompts, responses, texts(student, responses), strict=True)
+        for one, prompt, response, say in zip(wanted, prompts, responses, texts(policy, responses), strict=True)
     ]
     return pa.Table.from_pylist(rows, schema=arrow_schema("rollouts"))
 
 
-def texts(student: PreparedModel, responses: Sequence[Response]) -> list[dict[str, Any]]:
+def texts(policy: PreparedModel, responses: Sequence[Response]) -> list[dict[str, Any]]:
     """What each response says, the final stop left out: columns `response`, `segments` and `broken` of schema `rollouts`."""
     ids = [response.ids[: len(response.ids) - response.stopped] for response in responses]
     offsets = np.cumsum([0, *map(len, ids)])
-    return list(told(np.concatenate([np.zeros(0, np.int32), *ids]), offsets, student.vocabulary, student.roles))
+    return list(told(np.concatenate([np.zeros(0, np.int32), *ids]), offsets, policy.vocabulary, policy.roles))

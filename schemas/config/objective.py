@@ -15,11 +15,11 @@ from schemas.config.section import Section, variants
 Direction = Literal["reverse", "forward", "jsd", "entropy_gated"]
 Tail = Literal["renormalise", "bucket"]
 UnitScore = Literal["mean", "sum", "mean_logit"]
-Tau = Annotated[float, Field(gt=0, description="temperature of both sides of a renormalised divergence")]
+Tau = Annotated[float, Field(ge=0.01, le=100, description="temperature of both sides of a renormalised divergence")]
 Beta = Annotated[
     float,
     Field(
-        gt=0,
+        ge=1e-6,
         lt=1,
         description="`direction: jsd` and `recipe: jsd`: the teacher's share of the mixture; small: nearly forward KL",
     ),
@@ -89,6 +89,8 @@ class Recipe(Section):
     """Kinds of unit whose loss is an estimate from what was sampled there, so that how it was sampled matters."""
     reads_candidates: ClassVar[bool] = False
     """Whether the teacher's candidates, which `scores` keeps, change the loss."""
+    on_policy: ClassVar[bool] = True
+    """Whether a policy of the student's sampled what it is trained on, so that ratios to that one say something."""
 
     @model_validator(mode="after")
     def _share_is_of_select(self) -> Self:
@@ -304,8 +306,8 @@ class Lightning(SampledPath):
         "rollouts.samples": 1,
     }
     departs: ClassVar[tuple[str, ...]] = (
-        "the student was fine-tuned on the teacher's samples; here it is taken as it is, and `student.tuned_on` says what it "
-        "was tuned on",
+        "the student is fine-tuned on the teacher's samples first; here `sft.prompts` has that done, and without it the "
+        "student is taken as it is, and `student.tuned_on` says what it was tuned on",
     )
     clip: Clip = 10.0
 
@@ -424,6 +426,14 @@ class Own(Limited):
         if not OWN_CODE.fullmatch(value):
             raise ValueError("takes the name of a recipe or module:function of your own, such as my_recipes:loss")
         return value
+
+
+class CrossEntropy(Recipe):
+    """-log p of each token that the teacher wrote: what `sft` minimises, and no recipe that one may name."""
+
+    recipe: Literal["cross_entropy"] = "cross_entropy"
+    estimator: ClassVar[str] = "the teacher's samples"
+    on_policy: ClassVar[bool] = False
 
 
 def recipe_of(values: Any) -> str:

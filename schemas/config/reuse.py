@@ -60,9 +60,12 @@ def inherit(values: Mapping[str, Any], where: str) -> dict[str, Any]:
             taken["rollouts"]["max_new_tokens"] = horizons[:rounds]
     if "evaluate" in taken:
         taken["evaluate"].pop("kl_items", None)
-    for section, key in (("prompts", "source"), ("teacher", "model")):
-        if section in taken and isinstance(taken[section].get(key), str):
-            taken[section][key] = _from_here(taken[section][key], path.parent)
+    also = taken.get("evaluate", {}).get("also", {})
+    places = [(taken.get("prompts", {}), "source"), (taken.get("teacher", {}), "model")]
+    places += [(held_out, "source") for held_out in also.values()] if isinstance(also, dict) else []
+    for section, key in places:
+        if isinstance(section, dict) and isinstance(section.get(key), str):
+            section[key] = _from_here(section[key], path.parent)
     return {**values, **taken}
 
 

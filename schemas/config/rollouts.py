@@ -27,7 +27,8 @@ class Rollouts(Section):
     )
     temperature: float = Field(
         1.0,
-        gt=0,
+        ge=0.01,
+        le=100,
         description="sampling temperature; where it or `top_p` isn't 1, every importance ratio is to what was sampled from, "
         "and the sampled path is corrected by it (`weights.truncate`)",
     )

@@ -1,6 +1,7 @@
 """The whole file: its sections, and what must fit between them."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -13,7 +14,8 @@ from schemas.config.presets import with_presets
 from schemas.config.prompts import Prompts
 from schemas.config.rollouts import Rollouts
 from schemas.config.scores import Audit, Coverage, Scores
-from schemas.config.section import Section
+from schemas.config.section import Section, Text
+from schemas.config.sft import Sft
 from schemas.config.train import Train
 from schemas.config.weights import Weights
 
@@ -21,25 +23,28 @@ from schemas.config.weights import Weights
 class Config(Section):
     """The whole file."""
 
-    run: str = Field("default", pattern=r"^[\w.-]+$", description="name of the run; results are under runs/<run>")
+    run: str = Field(
+        "default", pattern=r"^[\w.-]*\w[\w.-]*$", description="name of the run; results are under runs/<run>"
+    )
     seed: int = Field(1, ge=0, description="seed of prompts, sampling and order")
-    cache: str = Field(
+    cache: Text = Field(
         "~/.cache/offline-opd",
         description="prepared models and teacher scores, shared by runs; the variable OPD_CACHE overrides it",
     )
-    reuse: tuple[str, ...] = Field(
+    reuse: tuple[Text, ...] = Field(
         (),
         description="folders of runs whose rollouts and teacher scores this run's first rounds take over, whatever the "
         "student that sampled them; rounds beyond theirs are sampled and scored. Sections that are not named come from the "
         "first one's config",
     )
-    cache_remote: str | None = Field(
+    cache_remote: Text | None = Field(
         None,
         description="an fsspec location (s3://..., gs://..., a shared folder) to find scores in and to copy new ones to",
     )
     prompts: Prompts
     student: Model
     teacher: Model
+    sft: Sft = Sft()
     rollouts: Rollouts = Rollouts()
     scores: Scores = Scores()
     audit: Audit = Audit()
@@ -71,6 +76,24 @@ class Config(Section):
             raise ValueError(
                 f"`evaluate.kl_items: {self.evaluate.kl_items}` is more than `{split}` holds, which is {self.held_out}; lower "
                 "it, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_round_has_no_prompt_twice(self) -> "Config":
+        if not self.reuse and self.rollouts.prompts > self.prompts.splits.train:
+            raise ValueError(
+                f"`rollouts.prompts: {self.rollouts.prompts}` is more than `prompts.splits.train` holds, which is "
+                f"{self.prompts.splits.train}; lower it, or raise that (several responses to a prompt are `rollouts.samples`)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _there_are_prompts_for_the_teacher(self) -> "Config":
+        if self.sft.prompts > self.prompts.splits.train:
+            raise ValueError(
+                f"`sft.prompts: {self.sft.prompts}` is more than `prompts.splits.train` holds, which is "
+                f"{self.prompts.splits.train}; lower it, or take `sft.samples` of each"
             )
         return self
 
@@ -158,22 +181,42 @@ def overridden(config: Config) -> list[str]:
     ]
 
 
-def consistency(config: Config) -> str | None:
-    """Why the student and the teacher may not fit, and the remedy: a sentence for people; None where nothing is declared
-    against them.
+@dataclass(frozen=True)
+class Tuning:
+    """Whose samples the student was fine-tuned on, and how that is told."""
+
+    source: str
+    """Name of that teacher."""
+    same: bool
+    """Whether it is the run's own."""
+    told_by: str
+    """A key of the config, or the file of a checkpoint that says so."""
+
+
+def declared(config: Config) -> Tuning | None:
+    """What the config alone tells: by `sft` it is the run's own teacher, else what `student.tuned_on` names."""
+    tuned_on, teacher = config.student.tuned_on, config.teacher.model
+    if config.sft.prompts:
+        return Tuning(teacher, True, "sft")
+    return None if tuned_on is None else Tuning(tuned_on, tuned_on == teacher, "student.tuned_on")
+
+
+def consistency(config: Config, tuning: Tuning | None) -> str | None:
+    """Why the student and the teacher may not fit, and the remedy: a sentence for people; None where nothing tells against
+    them.
 
     Teacher consistency (Lightning OPD, arXiv 2604.13010): distilling a student from another teacher than the one it was
     fine-tuned on leaves a persistent bias. Lightning OPD 2.0 (arXiv 2607.28449) takes that off by `weights.credit: residual`.
     """
-    tuned_on, teacher = config.student.tuned_on, config.teacher.model
-    if tuned_on is None or tuned_on == teacher:
+    if tuning is None or tuning.same:
         return None
     remedy = (
         "`weights.credit: residual` (Lightning OPD 2.0, arXiv 2607.28449), which is in use here, is the remedy"
         if config.weights.credit == "residual"
-        else "the remedy is `weights.credit: residual` (Lightning OPD 2.0, arXiv 2607.28449), or that teacher"
+        else "the remedy is `weights.credit: residual` (Lightning OPD 2.0, arXiv 2607.28449), that teacher, or `sft`"
     )
     return (
-        f"the student was fine-tuned on samples of {tuned_on} (`student.tuned_on`), and the teacher is {teacher}: another one "
-        f"than in fine-tuning leaves a persistent bias (teacher consistency, Lightning OPD, arXiv 2604.13010); {remedy}"
+        f"the student was fine-tuned on samples of {tuning.source} (`{tuning.told_by}`), and the teacher is "
+        f"{config.teacher.model}: another one than in fine-tuning leaves a persistent bias (teacher consistency, Lightning "
+        f"OPD, arXiv 2604.13010); {remedy}"
     )

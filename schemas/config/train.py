@@ -1,10 +1,12 @@
 """The optimiser."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from schemas.config.section import Section
+from schemas.config.section import Section, Text
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Lora(Section):
@@ -12,7 +14,7 @@ class Lora(Section):
 
     rank: int = Field(16, ge=1, description="rank of each update")
     alpha: int = Field(32, ge=1, description="updates are scaled by alpha / rank")
-    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+    targets: Literal["all-linear"] | Annotated[tuple[Text, ...], Field(min_length=1)] = Field(
         "all-linear",
         description="names of the modules that get one, such as [q_proj, v_proj]; all-linear: every linear layer but the head",
     )
@@ -25,7 +27,7 @@ TRAIN_OPERATION = {"gradient_checkpointing", "save_every", "keep_states", "track
 class Train(Section):
     """The optimiser."""
 
-    learning_rate: float = Field(4e-5, gt=0, description="peak learning rate of AdamW")
+    learning_rate: float = Field(4e-5, gt=0, le=1, description="peak learning rate of AdamW")
     warmup_steps: int = Field(4, ge=0, description="linear warm-up, in steps of the whole run")
     schedule: Literal["linear", "cosine", "constant"] = Field(
         "linear", description="of the learning rate after the warm-up, over the whole run; constant: the peak"
@@ -47,8 +49,8 @@ class Train(Section):
         "and may spend what was left. null: never",
     )
     grad_clip: float = Field(1.0, gt=0, description="gradient norm at most")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's moments")
+    weight_decay: float = Field(0.0, ge=0, le=10, description="AdamW's decoupled weight decay")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW's moments")
     ema: float | None = Field(
         None,
         gt=0,

@@ -3,6 +3,7 @@
 import io
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +13,27 @@ import polars as pl
 from rich.table import Table
 
 from pipeline.align.units import KINDS
+from pipeline.measure.accuracy import gain
 from pipeline.store.shards import write_text
 from schemas.config import consistency
 from schemas.errors import OpdError
 from stages.report import checklist
 from stages.run import console
-from stages.run.context import DEFAULT_CONFIG, ConfigOption
+from stages.run.card import counts
+from stages.run.context import DEFAULT_CONFIG, ConfigOption, tuning
 from stages.run.results import read_diagnostics, timings
 from stages.run.run import Run, config_text, open_run
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
+NOT_MEASURED = "not measured"
 
 
 def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
     """Write report.html and summary.json from what the run left."""
     run = open_run(config_file, "report")
     config = run.config
-    summary = summarise(run)
-    before, after = (pl.read_parquet(run.phase(f"eval-{c}").folder / "answers.parquet") for c in run.checkpoints)
+    answers = read_answers(run)
+    summary = summarise(run, answers)
     rounds = [read_diagnostics(phase) for number in run.rounds for phase in run.trained_on(number)]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"percent": checklist.percent, "number": checklist.number}
@@ -37,9 +41,11 @@ def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
         config=config,
         config_text=config_text(config),
         summary=summary,
-        examples=examples(before, after),
+        ends=evaluations(summary),
+        examples=examples(answers[0], answers[-1], config.evaluate.split),
+        sets=sets(summary),
         charts=charts(run, summary),
-        warning=consistency(config),
+        warning=consistency(config, tuning(run)),
         rounds=rounds,
         checklist=checklist.rows(rounds),
     )
@@ -48,35 +54,104 @@ def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
     console.say(f"report: {run.root / 'report.html'}")
 
 
-def summarise(run: Run) -> dict[str, Any]:
-    """The run's figures: results of each evaluated checkpoint, diagnostics of each phase, seconds of each job."""
+def read_answers(run: Run) -> list[pl.DataFrame]:
+    """The answers of each evaluated checkpoint."""
+    return [pl.read_parquet(run.phase(f"eval-{c}").folder / "answers.parquet") for c in run.checkpoints]
+
+
+def summarise(run: Run, answers: Sequence[pl.DataFrame]) -> dict[str, Any]:
+    """The run's figures: results of each evaluated checkpoint, diagnostics of each phase, seconds of each job.
+
+    Args:
+        answers: as `read_answers` gives them.
+    """
     results = [json.loads((run.phase(f"eval-{c}").folder / "result.json").read_text()) for c in run.checkpoints]
-    judged = bool(results[0]["judged"])
     phases = [read_diagnostics(phase) for phase in run.phases]
-    both = pl.concat(
-        [pl.read_parquet(run.phase(f"eval-{r['checkpoint']}").folder / "answers.parquet") for r in results],
-        how="vertical",
-    )
-    before, after = both.head(results[0]["items"]), both.tail(results[1]["items"])
+    before, *_, after = answers
+    split = results[0]["split"]
+    sft_jobs = ["sft-"] if run.config.sft.prompts else []
+    of_set = {name: (before.filter(set=name), after.filter(set=name)) for name in (split, *results[0]["also"])}
+    pairs = of_set[split][0].join(of_set[split][1], on=["prompt_id", "sample"], suffix="_after")
+    greedy = results[0]["samples"] == 1 and bool(results[0]["judged"])
     return {
         "run": run.config.run,
         "before": results[0],
-        "after": results[1],
-        "fixed": int((~before["right"] & after["right"]).sum()) if judged else None,
-        "broken": int((before["right"] & ~after["right"]).sum()) if judged else None,
-        "reverse_kl_ratio": results[1]["reverse_kl"] / results[0]["reverse_kl"] if results[0]["reverse_kl"] else None,
+        "after": results[-1],
+        "sft": sft(run, results[1]) if run.config.sft.prompts else None,
+        "fixed": int((~pairs["right"] & pairs["right_after"]).sum()) if greedy else None,
+        "broken": int((pairs["right"] & ~pairs["right_after"]).sum()) if greedy else None,
+        "gain": {name: gain(first, last, run.config.seed) for name, (first, last) in of_set.items()},
+        "reverse_kl_ratio": results[-1]["reverse_kl"] / results[0]["reverse_kl"] if results[0]["reverse_kl"] else None,
         "phases": [phase.model_dump(mode="json") for phase in phases],
         "teacher_tokens": dict(sum((Counter(phase.teacher.tokens) for phase in phases), Counter())),
         # Files that a longer run left behind don't count.
-        "seconds": timings(run, "prompts", "models-", *(f"{phase.phase}-" for phase in phases)),
+        "seconds": timings(
+            run, "prompts", "also", "models-", "fit", *sft_jobs, *(f"{phase.phase}-" for phase in phases)
+        ),
         "checkpoint": str(run.checkpoint(run.rounds[-1])),
         "report": str(run.root / "report.html"),
     }
 
 
-def examples(before: pl.DataFrame, after: pl.DataFrame, count: int = 8) -> list[dict[str, Any]]:
-    """The first held-out prompts with the answers before and after, as rows for the page."""
-    joined = before.join(after, on="prompt_id", suffix="_after", maintain_order="left").head(count)
+def sets(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of accuracy for people, a held-out set after the other, the run's own first: its label, what each of the
+    `evaluations` found, and the gain."""
+    before, samples = summary["before"], summary["before"]["samples"]
+    how = f"avg@{samples}" if samples > 1 else "greedy"
+    found = []
+    for name in (before["split"], *before["also"]):
+        of = [result["also"].get(name, result) for result in evaluations(summary).values()]
+        label = f"held-out accuracy ({of[0]['judged']} items of {name}, {how})"
+        found.append({"label": label, "ends": list(map(shown, of)), "gain": changed(summary["gain"][name])})
+        for k in list(of[0]["pass_at_k"] or {})[1:]:  # pass@1 is avg@n
+            passed = [one["pass_at_k"][k] if one["pass_at_k"] else None for one in of]
+            cells = [spread(one["share"], one["share_95"]) if one else NOT_MEASURED for one in passed]
+            found.append({"label": f"pass@{k} of {name}", "ends": cells, "gain": ""})
+    return found
+
+
+def shown(figures: dict[str, Any]) -> str:
+    """Accuracy and its interval."""
+    return NOT_MEASURED if figures["accuracy"] is None else spread(figures["accuracy"], figures["accuracy_95"])
+
+
+def spread(share: float, interval: tuple[float, float]) -> str:
+    """A share and its interval."""
+    return f"{100 * share:.1f} % ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
+
+
+def changed(found: dict[str, Any] | None) -> str:
+    """What `accuracy.gain` found, in points."""
+    if found is None:
+        return ""
+    low, high = found["accuracy_95"]
+    return f"{100 * found['accuracy']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}), p {found['p']:.2g}"
+
+
+def sft(run: Run, result: dict[str, Any]) -> dict[str, Any]:
+    """What the fine-tuning left: counts of the answers, cross-entropy by epoch, and the evaluation after it."""
+    phase = run.phase("sft")
+    steps = pl.read_ndjson(phase.states / "metrics.jsonl", infer_schema_length=None)
+    per_epoch = len(steps) // run.config.sft.epochs
+    epochs = steps.group_by(epoch=pl.col("step") // per_epoch).agg(
+        (pl.col("loss") * pl.col("units")).sum() / pl.col("units").sum()
+    )
+    return {
+        "after": result,
+        **counts([place.rollouts for place in phase]),
+        "steps": len(steps),
+        "cross_entropy": epochs.sort("epoch")["loss"].to_list(),
+        "checkpoint": str(phase.checkpoint),
+    }
+
+
+def examples(before: pl.DataFrame, after: pl.DataFrame, split: str, count: int = 8) -> list[dict[str, Any]]:
+    """The first held-out prompts with an answer each before and after, as rows for the page."""
+    joined = (
+        before.join(after, on=["prompt_id", "sample"], suffix="_after", maintain_order="left")
+        .filter(set=split, sample=0)
+        .head(count)
+    )
     return joined.to_dicts()
 
 
@@ -122,10 +197,10 @@ def charts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
                     strict=True,
                 )
             )
-            for when, r in (("before", summary["before"]), ("after", summary["after"]))
+            for when, r in evaluations(summary).items()
         ]
     )
-    order = alt.X("when:N", sort=["before", "after"], title=None, axis=alt.Axis(labelAngle=0))
+    order = alt.X("when:N", sort=list(evaluations(summary)), title=None, axis=alt.Axis(labelAngle=0))
     accuracy = alt.Chart(ends).mark_bar(size=40).encode(
         x=order, y=alt.Y("accuracy:Q", title="held-out accuracy", axis=alt.Axis(format="%"))
     ) + alt.Chart(ends).mark_rule().encode(x=order, y="low:Q", y2="high:Q")
@@ -181,6 +256,13 @@ def charts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
         "coverage": covered.properties(width=330),
         "credit": by_tenth.properties(width=330, height=180),
     }
+    if summary["sft"]:
+        losses = pl.read_ndjson(run.phase("sft").states / "metrics.jsonl", infer_schema_length=None)
+        per_epoch = summary["sft"]["steps"] // config.sft.epochs
+        by_epoch = losses.select(at=pl.col("step"), round=pl.col("step") // per_epoch, loss="loss")
+        drawn["sft"] = _lines(by_epoch, {"answers": "loss"}, "cross-entropy, nats per token", of="epoch").properties(
+            width=330, height=160
+        )
     if summary["seconds"]:
         cost = pl.DataFrame({"job": list(summary["seconds"]), "seconds": list(summary["seconds"].values())})
         drawn["cost"] = (
@@ -196,16 +278,17 @@ STEP = alt.X("at:Q", title="optimiser step", axis=alt.Axis(tickMinStep=1, format
 ROUND = alt.Color("round:N", title="round")
 
 
-def _lines(steps: pl.DataFrame, told: dict[str, str], title: str, **options: Any) -> alt.LayerChart:
-    """Figures of every step, one line each; `told` names their columns for people."""
+def _lines(steps: pl.DataFrame, told: dict[str, str], title: str, of: str = "round", **options: Any) -> alt.LayerChart:
+    """Figures of every step, one line each; `told` names their columns for people, `of` what the column `round` counts."""
     table = steps.select("at", "round", **told).unpivot(index=["at", "round"], variable_name="of")
-    of = alt.Chart(table.drop_nulls()).encode(x=STEP, y=alt.Y("value:Q", title=title, **options), color=ROUND)
-    lines = of.mark_line()
+    colour = alt.Color("round:N", title=of)
+    chart = alt.Chart(table.drop_nulls()).encode(x=STEP, y=alt.Y("value:Q", title=title, **options), color=colour)
+    lines = chart.mark_line()
     if len(told) > 1:
         legend = alt.Legend(symbolType="stroke", symbolStrokeColor="#444", symbolSize=300)
         lines = lines.encode(strokeDash=alt.StrokeDash("of:N", title=None, sort=list(told), legend=legend))
     # A line's own points would fill the legend's strokes, which have nothing to fill.
-    return lines + of.mark_circle(opacity=1)
+    return lines + chart.mark_circle(opacity=1)
 
 
 def svg(chart: alt.TopLevelMixin) -> str:
@@ -215,6 +298,12 @@ def svg(chart: alt.TopLevelMixin) -> str:
     return out.getvalue()
 
 
+def evaluations(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The evaluations by what they came before or after, in order."""
+    tuned = {"after sft": summary["sft"]["after"]} if summary["sft"] else {}
+    return {"before": summary["before"], **tuned, "after": summary["after"]}
+
+
 def print_summary(run: Run) -> None:
     """Before and after, and where the results are, on the terminal."""
     try:
@@ -222,25 +311,20 @@ def print_summary(run: Run) -> None:
     except FileNotFoundError as error:
         raise OpdError(f"{run.root}: no summary.json yet; run the report stage") from error
     table = Table(title=f"{summary['run']}: before and after", title_justify="left")
-    for heading in ("", "before", "after"):
+    ends = evaluations(summary)
+    for heading in ("", *ends, "change, points"):
         table.add_column(heading, justify="left" if not heading else "right")
-    before, after = summary["before"], summary["after"]
-
-    def percent(result: dict[str, Any]) -> str:
-        if result["accuracy"] is None:
-            return "not measured"
-        low, high = result["accuracy_95"]
-        return f"{100 * result['accuracy']:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
     def nats(result: dict[str, Any]) -> str:
         if result["reverse_kl"] is None:
-            return "not measured"
+            return NOT_MEASURED
         low, high = result["reverse_kl_95"]
         return f"{result['reverse_kl']:.3f} ({low:.3f} to {high:.3f})"
 
-    table.add_row(f"held-out accuracy, {before['judged']} items", percent(before), percent(after))
-    table.add_row("on-policy reverse KL, nats per token", nats(before), nats(after))
-    table.add_row("answers that stop", f"{100 * before['stopped']:.0f} %", f"{100 * after['stopped']:.0f} %")
+    for row in sets(summary):
+        table.add_row(row["label"], *row["ends"], row["gain"])
+    table.add_row("on-policy reverse KL, nats per token", *map(nats, ends.values()))
+    table.add_row("answers that stop", *(f"{100 * result['stopped']:.0f} %" for result in ends.values()))
     console.console.print(table)
     if summary["fixed"] is not None:
         console.say(f"{summary['fixed']} answers fixed, {summary['broken']} broken")

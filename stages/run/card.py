@@ -3,6 +3,7 @@
 import json
 import platform
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,13 @@ import polars as pl
 
 from pipeline.models import ModelRef
 from pipeline.prepared import PreparedModel
-from pipeline.store.shards import versions
+from pipeline.store.shards import Shard, versions
 from schemas.config import Model, consistency
-from stages.run.context import read_ref
+from stages.run.context import read_ref, tuning
 from stages.run.run import Run
 from train.stream import Triple
 
-TEMPLATE = Path(__file__).with_name("card.md.jinja")
+TEMPLATES = Path(__file__).parent
 FRONT = {
     "library_name": "transformers",
     "pipeline_tag": "text-generation",
@@ -30,6 +31,11 @@ FIGURES = {
     "surrogate": "surrogate of the sampled path, per unit that has it; only its gradient means something",
 }
 """Of the trainer's, those that the card tells; a recipe may have no part of one kind."""
+SFT_FIGURES = {
+    "loss": "cross-entropy, nats per token",
+    "sampled_kl": "log p of the student less that of the teacher, likewise",
+}
+"""The same of `sft`."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -41,22 +47,20 @@ def model_card(run: Run, round_index: int, student: PreparedModel, shards: list[
         shards: what it was trained on.
         metrics: the round's metrics.jsonl.
     """
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # noqa: S701 - Markdown
     coverage = run.phase(f"round-{round_index}").coverage
     rollouts, units, _ = zip(*shards, strict=True)
     tokens = pl.scan_parquet([shard.path for shard in units]).select(pl.col("s_len", "t_len").sum()).collect()
-    config = run.config
-    source = config.student.model
-    return environment.from_string(TEMPLATE.read_text()).render(
+    config, found = run.config, tuning(run)
+    return _rendered(
+        "card.md.jinja",
         config=config,
         round=round_index + 1,
-        # The hub refuses a base model that is not one of its own.
-        front=({"base_model": source} if HUB_ID.fullmatch(source) and not Path(source).exists() else {}) | FRONT,
+        front=front(config.student.model),
         sampling=config.rollouts.model_dump(include={"temperature", "top_p", "max_new_tokens"}),
         candidates=config.scores.model_dump(exclude={"batch_tokens"}),
         teacher=described(config.teacher, read_ref(run.model_file("teacher"), "models", weights=False)),
         student=described(config.student, student.ref),
-        consistency=consistency(config) or ("consistent" if config.student.tuned_on else "not declared"),
+        consistency=consistency(config, found) or ("consistent" if found else "not declared"),
         responses=sum(shard.rows for shard in rollouts),
         units=sum(shard.rows for shard in units),
         tokens=tokens.row(0, named=True),
@@ -64,9 +68,51 @@ def model_card(run: Run, round_index: int, student: PreparedModel, shards: list[
         objective=config.objective.model_dump(mode="json"),
         coverage=json.loads(coverage.read_text()) if coverage.exists() else None,
         figures=figures(metrics),
-        versions={"python": platform.python_version(), **versions()},
-        json=json.dumps,
     )
+
+
+def sft_card(run: Run, student: PreparedModel, shards: list[Shard], metrics: Path) -> str:
+    """The same of what `sft` made.
+
+    Args:
+        student: as given.
+        shards: the teacher's answers in its tokens.
+        metrics: the metrics.jsonl of the fine-tuning.
+    """
+    config = run.config
+    return _rendered(
+        "sft-card.md.jinja",
+        config=config,
+        front=front(config.student.model),
+        teacher=described(config.teacher, read_ref(run.model_file("teacher"), "models", weights=False)),
+        student=described(config.student, student.ref),
+        counts=counts(shards),
+        sampling=shards[0].manifest.identity["sampling"],
+        digests=[shard.manifest.sha256[:16] for shard in shards],
+        train=config.sft.optimiser(config.train).model_dump(mode="json"),
+        figures=figures(metrics, SFT_FIGURES),
+    )
+
+
+def _rendered(template: str, **values: Any) -> str:
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # noqa: S701 - Markdown
+    made_with = {"python": platform.python_version(), **versions()}
+    return environment.from_string((TEMPLATES / template).read_text()).render(
+        **values, versions=made_with, json=json.dumps
+    )
+
+
+def counts(shards: Sequence[Shard]) -> dict[str, int | None]:
+    """Of the teacher's answers, summed over shards: what the `retokenise` stage counted; None where it didn't."""
+    every = [shard.manifest.figures for shard in shards]
+    return {
+        name: None if value is None else sum(figures[name] for figures in every) for name, value in every[0].items()
+    }
+
+
+def front(source: str) -> dict[str, Any]:
+    """A card's front matter. The hub refuses a base model that is not one of its own."""
+    return ({"base_model": source} if HUB_ID.fullmatch(source) and not Path(source).exists() else {}) | FRONT
 
 
 def described(model: Model, ref: ModelRef) -> dict[str, str]:
@@ -81,13 +127,14 @@ def described(model: Model, ref: ModelRef) -> dict[str, str]:
     }
 
 
-def figures(metrics: Path) -> dict[str, Any] | None:
-    """Sampled KL and the loss's parts at the first and the last step, and totals; None where no step was taken."""
+def figures(metrics: Path, labels: Mapping[str, str] = FIGURES) -> dict[str, Any] | None:
+    """Sampled KL and the loss's parts, or what else has `labels`, at the first and the last step, and totals; None where no
+    step was taken."""
     if not metrics.stat().st_size:
         return None
     steps = pl.read_ndjson(metrics, infer_schema_length=None)
     # Steps none of whose units had a part of the loss don't tell of it.
-    told = {name: steps[name].drop_nulls() for name in FIGURES if name in steps.columns}
-    ends = [{"label": FIGURES[name], "first": of[0], "last": of[-1]} for name, of in told.items() if len(of)]
+    told = {name: steps[name].drop_nulls() for name in labels if name in steps.columns}
+    ends = [{"label": labels[name], "first": of[0], "last": of[-1]} for name, of in told.items() if len(of)]
     totals = steps.select(pl.col("seconds", "tokens", "units").sum()).row(0, named=True)
     return {"ends": ends, **totals, "steps": len(steps)}

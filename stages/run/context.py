@@ -5,14 +5,15 @@ from typing import Annotated
 
 import typer
 
-from pipeline.models import ModelRef
+from pipeline.models import ORIGIN, ModelRef
 from pipeline.prepared import PreparedModel, PromptTable
 from pipeline.store.shards import open_shard
+from schemas.config import Tuning, declared
 from schemas.errors import OpdError
 from stages.run.run import Phase, Run
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="the run's YAML file", show_default=True)]
-PhaseOption = Annotated[str, typer.Option(help="round-<r> or eval-<c>")]
+PhaseOption = Annotated[str, typer.Option(help="round-<r>, eval-<c> or sft")]
 ShardOption = Annotated[int, typer.Option(min=0, help="number of the shard")]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default")]
 DEFAULT_CONFIG = Path("config/config.yaml")
@@ -28,6 +29,11 @@ def prompts_of(phase: Phase) -> PromptTable:
     if phase.source is None:
         return open_prompts(phase.run)
     return PromptTable(open_shard(phase.source.run / "prompts.parquet", "prompts"))
+
+
+def open_also(run: Run) -> PromptTable:
+    """The prompts of `evaluate.also`, verified; splits have the sets' names."""
+    return PromptTable(open_shard(run.also, "prompts"))
 
 
 def read_ref(path: Path, stage: str, weights: bool = True) -> ModelRef:
@@ -49,7 +55,19 @@ def teacher(run: Run) -> PreparedModel:
     return PreparedModel(ref, run.settings.teacher, open_shard(run.vocabulary("teacher"), "vocabulary"))
 
 
+def tuning(run: Run) -> Tuning | None:
+    """Whose samples the student was fine-tuned on: those of the run's own teacher by `sft`, of the teacher that the student's
+    folder names, where a run of ours made it, or as the config declares."""
+    if run.config.sft.prompts:
+        return declared(run.config)
+    student = read_ref(run.model_file("student"), "models", weights=False)
+    if student.tuned_on is None:
+        return declared(run.config)
+    teacher = read_ref(run.model_file("teacher"), "models", weights=False)
+    return Tuning(student.tuned_on.source, student.tuned_on.weights == teacher.weights, f"{student.path}/{ORIGIN}")
+
+
 def policy(run: Run, number: int) -> PreparedModel:
-    """Checkpoint `number` of the student."""
-    ref = read_ref(run.policy_file(number), "train" if number else "models")
+    """Checkpoint `number` of the student; BASE is the one as given."""
+    ref = read_ref(run.policy_file(number), run.policy_stage(number))
     return PreparedModel(ref, run.settings.student, open_shard(run.vocabulary("student"), "vocabulary"))

@@ -3,6 +3,8 @@
 A run has phases: `round-<r>`, whose rollouts are trained on, and `eval-<c>`, whose held-out rollouts measure
 checkpoint c. Both sample from checkpoint number <r> or <c>: 0 is the student as given, n what n rounds made of it. With
 `rollouts.replay` there is also `round-<r>@<q>`: the rollouts of round q as round r sees them, whose checkpoint weighs them.
+With `sft.prompts` there is `sft`, whose rollouts are the teacher's answers: checkpoint 0 is what they make of the student as
+given, which is `base` then and is evaluated too.
 
     run = open_run(config_file, "units", "round-0")
     shard = run.phase("round-0")[3]
@@ -22,7 +24,7 @@ import yaml
 
 from pipeline.store.cache import responses_digest
 from pipeline.store.shards import Shard, manifest_path, open_shard, read_manifest, write_text
-from schemas.config import Config, load_config
+from schemas.config import Config, Rollouts, Sft, load_config
 from schemas.config.reuse import sampled_rounds
 from schemas.decides import decided, settings
 from schemas.errors import OpdError
@@ -30,7 +32,10 @@ from schemas.errors import OpdError
 KL_ITEMS = 100
 """Prompts that the on-policy reverse KL is measured on, at most, where the config doesn't say."""
 
-PHASE = re.compile(r"eval-(?P<of_eval>\d+)|round-(?P<of_round>\d+)(@(?P<replayed>\d+))?")
+BASE = -1
+"""Number of the checkpoint before 0, the student as given, where `sft` makes 0 of it; by name it is `base`."""
+
+PHASE = re.compile(r"sft|eval-(?P<of_eval>base|\d+)|round-(?P<of_round>\d+)(@(?P<replayed>\d+))?")
 
 MADE_FROM = {"policy": ("rollouts",), "units": ("rollouts", "scores"), "weights": ("rollouts", "units")}
 """Tables whose digests a table's manifest has among its inputs. Scores name the responses instead, which other runs share."""
@@ -84,6 +89,16 @@ class Run:
         """The prompts' shard."""
         return self.root / "prompts.parquet"
 
+    @property
+    def also(self) -> Path:
+        """The prompts of `evaluate.also`, likewise; there is none without such sets."""
+        return self.root / "also.parquet"
+
+    @property
+    def fit(self) -> Path:
+        """What was found when prompts and responses were fitted into both models."""
+        return self.root / "fit.json"
+
     def model_file(self, role: str) -> Path:
         """A prepared model's reference: role is `student` or `teacher`."""
         return self.root / "models" / f"{role}.json"
@@ -94,11 +109,18 @@ class Run:
 
     def checkpoint(self, round_index: int) -> Path:
         """The folder in `save_pretrained` format that a round ends with."""
-        return self.root / f"round-{round_index}" / "checkpoint"
+        return self.phase(f"round-{round_index}").checkpoint
 
     def policy_file(self, number: int) -> Path:
         """Reference of checkpoint `number` of the student."""
-        return self.model_file("student") if number == 0 else self.checkpoint(number - 1).with_suffix(".json")
+        if number > 0:
+            return self.checkpoint(number - 1).with_suffix(".json")
+        tuned = number == 0 and self.config.sft.prompts
+        return self.phase("sft").checkpoint.with_suffix(".json") if tuned else self.model_file("student")
+
+    def policy_stage(self, number: int) -> str:
+        """The stage that writes it."""
+        return "models" if self.policy_file(number) == self.model_file("student") else "train" if number else "sft"
 
     def phase(self, name: str) -> "Phase":
         """A phase by name. Raises OpdError for what is no phase's name."""
@@ -125,16 +147,16 @@ class Run:
         return range(self.config.rollouts.rounds)
 
     @property
-    def checkpoints(self) -> tuple[int, int]:
-        """Numbers of the checkpoints that are evaluated: before and after."""
-        return 0, self.config.rollouts.rounds
+    def checkpoints(self) -> tuple[int | str, ...]:
+        """The checkpoints that are evaluated: before, with `sft` after that, and after the last round."""
+        return (*(["base"] if self.config.sft.prompts else []), 0, self.config.rollouts.rounds)
 
     @cached_property
     def phases(self) -> list["Phase"]:
         """The phases that have tables, in the order of the run."""
-        before, after = (self.phase(f"eval-{number}") for number in self.checkpoints)
+        *before, after = (self.phase(f"eval-{checkpoint}") for checkpoint in self.checkpoints)
         trained = [phase for number in self.rounds for phase in self.trained_on(number)]
-        return [phase for phase in (before, *trained, after) if len(phase)]
+        return [phase for phase in (*before, *trained, after) if len(phase)]
 
     def trained_on(self, round_index: int) -> list["Phase"]:
         """The phases that a round trains on: its own, and the rounds before it that it replays."""
@@ -157,7 +179,7 @@ class Run:
     @property
     def needs_teacher(self) -> bool:
         """Whether the teacher itself is needed; its tokens' bytes suffice when every score is reused."""
-        return self.kl_items > 0 or self._scores_rounds
+        return self.kl_items > 0 or self.config.sft.prompts > 0 or self._scores_rounds
 
 
 @dataclass(frozen=True)
@@ -170,20 +192,22 @@ class Phase:
     def __post_init__(self) -> None:
         if not PHASE.fullmatch(self.name):
             raise OpdError(
-                f"--phase {self.name!r}: expected round-<number>, eval-<number> or round-<number>@<earlier round>"
+                f"--phase {self.name!r}: expected round-<number>, eval-<number>, round-<number>@<earlier round>, or, with "
+                "`sft.prompts`, sft or eval-base"
             )
 
     @property
     def kind(self) -> str:
-        """`round` or `eval`."""
+        """`round`, `eval` or `sft`."""
         return self.name.partition("-")[0]
 
     @property
     def number(self) -> int:
-        """Of the checkpoint that a round starts from, or that is measured."""
+        """Of the checkpoint that a round or `sft` starts from, or that is measured."""
         found = PHASE.fullmatch(self.name)
         assert found
-        return int(found["of_eval"] or found["of_round"])
+        number = found["of_eval"] or found["of_round"] or "base"
+        return BASE if number == "base" else int(number)
 
     @property
     def folder(self) -> Path:
@@ -201,8 +225,9 @@ class Phase:
     def source(self) -> Source | None:
         """The other run that its rollouts and scores come from; None for a run's own."""
         sampled = self.sampled_in
-        given = self.run.reused if sampled.kind == "round" else []
-        return given[sampled.number] if sampled.number < len(given) else None
+        if sampled.kind != "round" or sampled.number >= len(self.run.reused):
+            return None
+        return self.run.reused[sampled.number]
 
     @property
     def is_foreign(self) -> bool:
@@ -217,8 +242,8 @@ class Phase:
     @property
     def planned(self) -> int:
         """Responses that the config has it sample."""
-        options = self.run.config.rollouts
-        return options.prompts * options.samples if self.sampled_in.kind == "round" else self.run.kl_items
+        options: Rollouts | Sft = self.run.config.sft if self.kind == "sft" else self.run.config.rollouts
+        return self.run.kl_items if self.kind == "eval" else options.prompts * options.samples
 
     @property
     def responses(self) -> int:
@@ -256,13 +281,18 @@ class Phase:
         return self.folder / "diagnostics.json"
 
     @property
+    def checkpoint(self) -> Path:
+        """The folder in `save_pretrained` format that it ends with, where it trains."""
+        return self.folder / "checkpoint"
+
+    @property
     def states(self) -> Path:
-        """Where a round's training states, metrics and outcome lie."""
+        """Where its training states, metrics and outcome lie."""
         return self.folder / "train"
 
     @property
     def outcome(self) -> Path:
-        """What a round of training ended with (`schemas.outcome`)."""
+        """What its training ended with (`schemas.outcome`)."""
         return self.states / "result.json"
 
 
@@ -290,8 +320,14 @@ class Place:
 
     @cached_property
     def rollouts(self) -> Shard:
-        """The responses."""
-        return open_shard(self.path("rollouts"), "rollouts")
+        """The responses; of `sft` in the student's tokens."""
+        made_from = {"answers": read_manifest(self.path("answers")).sha256} if self.phase.kind == "sft" else {}
+        return open_shard(self.path("rollouts"), "rollouts", inputs=made_from)
+
+    @cached_property
+    def answers(self) -> Shard:
+        """Of `sft`: the teacher's answers, rollouts in its own tokens."""
+        return open_shard(self.path("answers"), "rollouts")
 
     @cached_property
     def scores(self) -> Shard:

@@ -18,6 +18,9 @@ from stages.run.run import Run
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning idle threads slow contended cores twentyfold
 
+OWN_CODE_KEYS = (("prompts", "source"), ("evaluate", "scorer"), ("objective", "recipe"))
+"""Keys that take `module:function`, by section; sets of `evaluate.also` have two more."""
+
 
 def reads(run: Run, stage: str) -> Callable[[Any], str]:
     """A rule's parameter: the digest of what of the config decides the stage's result, by the rule's wildcards.
@@ -37,9 +40,10 @@ def reads(run: Run, stage: str) -> Callable[[Any], str]:
 
 def own_code_in(values: dict[str, Any]) -> list[str]:
     """The functions of the user's own, `module:function`, among the values of a config."""
-    places = (("prompts", "source"), ("evaluate", "scorer"), ("objective", "recipe"))
-    named = (values.get(section, {}).get(key, "") for section, key in places)
-    return [name for name in named if OWN_CODE.fullmatch(name)]
+    also = values.get("evaluate", {}).get("also", {}).values()
+    places = [(values.get(section, {}), key) for section, key in OWN_CODE_KEYS]
+    places += [(held_out, key) for held_out in also for key in ("source", "scorer")]
+    return list(dict.fromkeys(name for held, key in places if OWN_CODE.fullmatch(name := held.get(key, ""))))
 
 
 def shard_of(run: Run, table: str) -> list[str]:
@@ -97,12 +101,12 @@ def reused_phases(run: Run, scored: bool) -> str:
 
 def sampled_phases(run: Run) -> str:
     """Pattern of the phases that are sampled."""
-    return rf"(?!({reused_phases(run, True)}|{reused_phases(run, False)})\b)(round|eval)-\d+"
+    return rf"(?!({reused_phases(run, True)}|{reused_phases(run, False)})\b)(round-\d+|eval-(base|\d+))"
 
 
 def scored_phases(run: Run) -> str:
     """Pattern of the phases that the teacher scores."""
-    return rf"(?!({reused_phases(run, True)})\b)(round|eval)-\d+"
+    return rf"(?!({reused_phases(run, True)})\b)(round-\d+|eval-(base|\d+))"
 
 
 def hold(run: Run) -> FileLock:

@@ -20,7 +20,7 @@ from stages.run.context import (
     prompts_of,
     teacher,
 )
-from stages.run.run import open_run
+from stages.run.run import BASE, open_run
 
 
 def main(
@@ -37,7 +37,7 @@ def main(
     places = [place for phase in own for place in phase if place.path("scores").exists()]
     if not places:
         raise OpdError(f"{run.root}: no scores of this run's own to audit")
-    judge, student, prompts = teacher(run), policy(run, 0), open_prompts(run)
+    judge, student, prompts = teacher(run), policy(run, BASE), open_prompts(run)
     model = judge.take_model().to(getattr(torch, config.audit.dtype))
     table = Table(
         title=f"{config.run}: stored against recomputed log-probs ({config.audit.dtype})", title_justify="left"

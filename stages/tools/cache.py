@@ -1,4 +1,4 @@
-"""Cache: what the shared store of teacher scores holds, whether it is intact, and who still uses it."""
+"""Cache: what the shared store of teachers' scores and answers holds, whether it is intact, and who still uses it."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ MEGABYTE = 1e6
 
 def _folder(given: Path | None) -> Path:
     folder = given.expanduser().absolute() if given else cache_root(Config.model_fields["cache"].default)
-    if not (folder / "scores").is_dir():
+    if not any((folder / kind).is_dir() for kind in store.KINDS):
         raise OpdError(f"{folder}: no cache of scores here (it has no folder `scores`)")
     return folder
 
@@ -36,13 +36,13 @@ def list_entries(
         for row in rows:
             console.out.print(json.dumps(row, ensure_ascii=False), markup=False, soft_wrap=True)
         return
-    table = Table(title=f"{folder}: teacher scores", title_justify="left")
-    for heading in ("entry", "teacher", "tokens", "MB", "bytes a token", "days", "used by"):
-        table.add_column(heading, justify="left" if heading in ("entry", "teacher", "used by") else "right")
+    table = Table(title=f"{folder}: teacher scores and answers", title_justify="left")
+    for heading in ("entry", "kind", "teacher", "tokens", "MB", "bytes a token", "days", "used by"):
+        table.add_column(heading, justify="left" if heading in ("entry", "kind", "teacher", "used by") else "right")
     for row in rows:
         each = f"{row['bytes'] / row['tokens']:.0f}" if row["tokens"] else ""
         size = (f"{row['tokens']:,}", f"{row['bytes'] / MEGABYTE:.2f}", each, f"{row['days']:.1f}")
-        table.add_row(row["entry"][:12], row["teacher"], *size, ", ".join(row["runs"]) or "nobody")
+        table.add_row(row["entry"][:12], row["kind"], row["teacher"], *size, ", ".join(row["runs"]) or "nobody")
     console.out.print(table)
     total = sum(row["bytes"] for row in rows) / MEGABYTE
     console.out.print(f"{len(rows)} entries, {total:.1f} MB; {sum(not row['runs'] for row in rows)} used by nobody")
@@ -52,12 +52,13 @@ def _row(entry: store.Entry) -> dict[str, Any]:
     manifest = entry.manifest
     return {
         "entry": entry.path.stem,
+        "kind": {"rollouts": "answers"}.get(entry.path.parent.name, "scores"),
         "teacher": manifest.origin.get("teacher", "?") if manifest else "unreadable: run `opd cache verify`",
-        # A row is a teacher token; the end rows of the responses count too, they are scored like the others.
-        "tokens": manifest.rows if manifest else 0,
+        # A row of scores is a teacher token; the end rows of the responses count too, they are scored like the others.
+        "tokens": manifest.figures.get("tokens", manifest.rows) if manifest else 0,
         "bytes": entry.bytes,
         "days": round(entry.days, 2),
-        # <run>/<phase>/scores/<shard>
+        # <run>/<phase>/<table>/<shard>
         "runs": sorted({str(link.parents[2]) for link in entry.users}),
     }
 

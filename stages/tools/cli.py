@@ -13,7 +13,12 @@ from typer.core import TyperCommand, TyperGroup
 
 STAGES = (
     "prompts",
+    "also",
     "models",
+    "fit",
+    "answers",
+    "retokenise",
+    "sft",
     "reuse",
     "rollouts",
     "scores",

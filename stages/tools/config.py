@@ -1,15 +1,23 @@
 """Config: every key with its default and meaning, or whether a file is valid."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_origin
 
 import typer
 
 from pipeline import own_code
+from pipeline.models import model_config
+from pipeline.prompts import collect, collect_also
 from schemas.config import Config, Section, load_config, overridden, section, variants
 from schemas.config.objective import RECIPES
 from stages.run import console
+from stages.run.limits import check_limits
+from stages.run.run import run_of
 from stages.run.workflow import own_code_in
+
+ROLES: tuple[Literal["student", "teacher"], ...] = ("student", "teacher")
+SMALL = 64 << 20
+"""Bytes of a file that a check reads through."""
 
 
 def main(
@@ -18,13 +26,48 @@ def main(
     """List every config key with its default and meaning (Markdown), or check a file."""
     if check:
         config = load_config(check)
+        check_at_hand(config)
         for reference in own_code_in(config.model_dump(mode="json")):
             own_code.source_digest(reference)
+        if problem := _of_references(config):
+            console.warn(f"{check}: {problem}")
         console.say(f"{check}: valid")
         for otherwise in overridden(config):
             console.say(f"{check}: {otherwise}")
         return
     console.out.print(config_markdown(), markup=False, soft_wrap=True)
+
+
+def check_at_hand(config: Config) -> None:
+    """What can be told at once: of files with prompts, whether they hold enough, of local models what they can't do.
+
+    Raises OpdError as the stages would.
+    """
+    if is_small_file(config.prompts.source):
+        collect(config.prompts, config.seed)
+    collect_also({name: one for name, one in config.evaluate.also.items() if is_small_file(one.source)}, config.seed)
+    for role in ROLES:
+        folder = Path(getattr(config, role).model).expanduser()
+        if folder.is_dir():
+            check_limits(config, role, model_config(folder))
+
+
+def is_small_file(source: str) -> bool:
+    """Whether a source of prompts is a file that is read in a moment."""
+    path = Path(source).expanduser()
+    return path.is_file() and path.stat().st_size < SMALL
+
+
+def _of_references(config: Config) -> str | None:
+    """What the scorer can't read of the held-out prompts of a run that is there already; raises where that is all of them."""
+    run = run_of(config)
+    if not run.prompts.exists():
+        return None
+    from pipeline.measure.scorers import references_problem  # noqa: PLC0415 - it takes a second
+    from stages.run.context import open_prompts  # noqa: PLC0415
+
+    split = config.evaluate.split
+    return references_problem(config.evaluate, config.prompts.source, open_prompts(run).split(split), f"split {split}")
 
 
 def config_markdown() -> str:
@@ -40,7 +83,8 @@ def config_markdown() -> str:
                 meaning = (field.description or "").replace("|", "\\|")
                 lines.append(f"| `{prefix}{name}` | {default} | {meaning} |")
             if below:
-                walk(below, f"{prefix}{name}.")
+                by_name = "<name>." if get_origin(field.annotation) is dict else ""
+                walk(below, f"{prefix}{name}.{by_name}")
             lines.extend(_of_variants(variants(field.annotation), field.default, f"{prefix}{name}."))
 
     walk(Config, "")

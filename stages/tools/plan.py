@@ -118,6 +118,7 @@ def _small(config: Config, responses: int) -> Config:
     values["scores"] |= {"support": "teacher", "min_p": 0.0, "mass": 1.0, "k_max": WIDTH}
     values["audit"] |= {"responses": 0}
     values["evaluate"] |= {"kl_items": 0}
+    values["sft"]["prompts"] = 0  # of the student as given
     return Config.model_validate(values)
 
 

@@ -1,0 +1,75 @@
+"""Answers: have the teacher answer the prompts that the student is fine-tuned on, unless the cache has its answers."""
+
+import hashlib
+from pathlib import Path
+
+from pipeline.infer.engines import open_sampler
+from pipeline.infer.rollout_table import ROW_GROUP, answers_of_teacher, rollout_table
+from pipeline.infer.sample import seed_of
+from pipeline.store.cache import fetch_or_make
+from pipeline.store.shards import open_writer
+from stages.run import console
+from stages.run.context import DEFAULT_CONFIG, ConfigOption, ShardOption, ThreadsOption, open_prompts, teacher
+from stages.run.run import BASE, open_run
+
+
+def main(shard: ShardOption = 0, config_file: ConfigOption = DEFAULT_CONFIG, threads: ThreadsOption = None) -> None:
+    """Sample the teacher's answers, in its own tokens, once; the shard in the run is a link into the cache."""
+    run = open_run(config_file, "answers", "sft")
+    console.threads(threads)
+    place, options, sft = run.phase("sft")[shard], run.settings.rollouts, run.settings.sft
+    prompts, model = open_prompts(run), teacher(run)
+    mine = slice(shard * options.shard_size, (shard + 1) * options.shard_size)
+    wanted = answers_of_teacher(run.settings, prompts, mine)
+    renderer = model.renderer(prompts)
+    ids = renderer.ids([one.prompt for one in wanted], model.context - options.longest)
+    asked = hashlib.sha256()
+    for one, prompt in zip(wanted, ids, strict=True):
+        told = f"{one.rollout_id}\0{one.prompt['answer']!r}\0{len(prompt)}\0"
+        asked.update(told.encode() + prompt.tobytes())
+    identity = {
+        "policy": model.ref.identity(),
+        "engine": model.config.engine,
+        "dtype": model.dtype,
+        "prompt": renderer.identity,
+        "roles": model.roles.identity,
+        "stop_ids": model.stop.tolist(),
+        "sampling": {
+            "max_new_tokens": options.longest,
+            "temperature": sft.temperature,
+            "top_p": sft.top_p,
+        },
+        "seed": run.settings.seed,
+    }
+
+    def make(path: Path) -> None:
+        longest = max(map(len, ids)) + options.longest
+        origin = {"teacher": model.ref.source + (f"@{model.config.revision}" if model.config.revision else "")}
+        with (
+            open_sampler(model, longest, options.batch_size, console.say) as sampler,
+            console.progress("sft answers", len(wanted), "answers") as advance,
+            open_writer(path, "rollouts", identity, {"asked": asked.hexdigest()}, origin) as writer,
+        ):
+            tokens = 0
+            for start in range(0, len(wanted), ROW_GROUP):
+                group = slice(start, start + ROW_GROUP)
+                responses = sampler.sample(
+                    ids[group],
+                    [seed_of(run.settings.seed, one.rollout_id) for one in wanted[group]],
+                    options.longest,
+                    sft.temperature,
+                    sft.top_p,
+                    advance=advance,
+                )
+                tokens += sum(len(response.ids) for response in responses)
+                warped = sft.temperature != 1 or sft.top_p != 1
+                writer.write(rollout_table(wanted[group], BASE, ids[group], responses, model, warped))
+            writer.figures["tokens"] = tokens
+
+    inputs, link = {"asked": asked.hexdigest()}, place.path("answers")
+    if fetch_or_make(run.cache, identity, inputs, make, link, run.settings.cache_remote, "rollouts"):
+        console.say(f"sft answers: found in the cache, none sampled ({link.resolve().name})")
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,90 @@
+"""Fit: whether every prompt and its response fit into both models, before anything is sampled."""
+
+import json
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+
+from pipeline.infer.rollout_table import prompts_of_round
+from pipeline.models import embedded, model_config
+from pipeline.prepared import PreparedModel, PromptRows
+from pipeline.prompts import ROW_GROUP
+from pipeline.store.shards import write_text
+from schemas.errors import OpdError
+from stages.run import console
+from stages.run.context import DEFAULT_CONFIG, ConfigOption, open_also, open_prompts, policy, teacher
+from stages.run.limits import check_limits
+from stages.run.run import BASE, Run, open_run
+
+Role = Literal["student", "teacher"]
+
+
+def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
+    """Render every prompt for each model that will read it, and refuse one that leaves too little room; writes fit.json."""
+    run = open_run(config_file, "fit")
+    models: dict[Role, PreparedModel] = {"student": policy(run, BASE)}
+    if run.needs_teacher:
+        models["teacher"] = teacher(run)
+    found = {role: fitted(run, role, model) for role, model in models.items()}
+    write_text(run.fit, json.dumps(found, indent=1) + "\n")
+    for role, figures in found.items():
+        console.say(
+            f"fit: {role}: prompts of up to {figures['prompt']} tokens and responses of {figures['response']} in a context of "
+            f"{figures['context']}"
+        )
+
+
+def fitted(run: Run, role: Role, model: PreparedModel) -> dict[str, int]:
+    """Tokens of a model's context, and of the longest prompt and response of all that it is to read.
+
+    Raises OpdError where one doesn't fit, or holds an id that the model has no embedding of.
+    """
+    values = model_config(model.ref.path)
+    check_limits(run.settings, role, values)
+    renderer, ids_end = model.renderer(open_prompts(run)), embedded(values)
+    longest = 0
+    for rows, new in parts(run, role):
+        for row, ids in zip(rows, renderer.ids(rows, model.context - new), strict=True):
+            check_embedded(role, model.ref.source, row["prompt_id"], ids, ids_end)
+            longest = max(longest, len(ids))
+    return {"context": model.context, "prompt": longest, "response": run.settings.rollouts.longest}
+
+
+def check_embedded(role: Role, name: str, prompt_id: str, ids: np.ndarray, ids_end: int | None) -> None:
+    """Raise OpdError when a prompt has an id past the model's embedding, such as an image's placeholder."""
+    if ids_end is not None and ids.max() >= ids_end:
+        raise OpdError(
+            f"prompt {prompt_id}: token {ids.max()} of {role}.model {name} lies past the model's embedding, which has "
+            f"{ids_end} rows; take it out of the prompt or the template"
+        )
+
+
+def parts(run: Run, role: Role) -> Iterator[tuple[PromptRows, int]]:
+    """What `wanted` gives, as many prompts at a time as may be in memory."""
+    for rows, new in wanted(run, role):
+        for start in range(0, len(rows), ROW_GROUP):
+            yield rows[start : start + ROW_GROUP], new
+
+
+def wanted(run: Run, role: Role) -> Iterator[tuple[PromptRows, int]]:
+    """The prompts that a model is to read, with the tokens that follow them at most: of `sft`, each round, and evaluation.
+
+    Of the teacher's answers those that are too long for the student are left out, so only their prompts must fit.
+    """
+    config, prompts = run.settings, open_prompts(run)
+    asked = prompts.split("train")[: config.sft.prompts]
+    yield asked, config.sft.horizon(config.rollouts) if role == "teacher" else 0
+    for number in range(len(run.reused), config.rollouts.rounds):
+        yield prompts_of_round(config, prompts, number), config.rollouts.horizon(number)
+    held_out, new = prompts.split(config.evaluate.split), config.rollouts.longest
+    if role == "teacher":
+        yield held_out[: run.kl_items], new
+    else:
+        yield held_out, new
+        for name in config.evaluate.also:
+            yield open_also(run).split(name), new
+
+
+if __name__ == "__main__":
+    console.run(main)

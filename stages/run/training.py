@@ -1,0 +1,162 @@
+"""Training as a stage of a run does it: over the processes that torchrun started, with progress, until SIGTERM or the end."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from filelock import FileLock
+
+from pipeline.infer.forward import check_head
+from pipeline.prepared import PreparedModel
+from pipeline.store.shards import write_text
+from schemas.config import Config
+from schemas.outcome import Outcome
+from stages.run import console
+from stages.run.context import read_ref
+from stages.run.run import Phase
+from train.adapters import attach
+from train.checkpoint import export, final_state, trained
+from train.distributed import processes, rank, ranks_here, shard, wait_for_all
+from train.layers import recompute
+from train.loop import Progress, train_round
+from train.stream import Tables
+from train.trackers import trackers
+
+
+class Parallel(StrEnum):
+    """How several processes train one model; no key of the config, for it leaves the result as it is."""
+
+    ddp = "ddp"
+    fsdp = "fsdp"
+
+
+WorkersOption = Annotated[int, typer.Option(min=0, help="threads that read ahead; they change no result")]
+ParallelOption = Annotated[
+    Parallel, typer.Option(help="under torchrun, each process holds the model (ddp), or a part of it (fsdp)")
+]
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a phase trains.
+
+    Attributes:
+        phase: where its states, metrics, outcome and checkpoint lie.
+        config: the sections that training reads.
+        student: the checkpoint that it starts from.
+        base: the weights that adapters belong to, else `student`.
+        shards: what it is trained on.
+        progress: its budget, and its place in the run.
+        start_from: the states of the round before; None: the optimiser begins.
+        identity: what determines it.
+        name: of its figures among those of the run, a prefix; of a round none.
+    """
+
+    phase: Phase
+    config: Config
+    student: PreparedModel
+    base: PreparedModel
+    shards: Sequence[Tables]
+    progress: Progress
+    start_from: Path | None
+    identity: dict[str, Any]
+    name: str = ""
+
+
+@contextmanager
+def only_trainer(phase: Phase, threads: int | None) -> Iterator[None]:
+    """Join the processes that torchrun started, and keep any other trainer off the phase meanwhile."""
+    phase.folder.mkdir(parents=True, exist_ok=True)
+    with processes(), ExitStack() as held:
+        console.threads(threads and max(1, threads // ranks_here()))
+        # A killed run may have left its trainer behind.
+        held.enter_context(FileLock(phase.folder / ".train.lock") if rank() == 0 else console.silence())
+        wait_for_all()  # nobody reads the states before the lock is ours
+        yield
+
+
+def train(
+    job: Training, detail: Callable[[dict[str, float]], str], workers: int, parallel: Parallel
+) -> tuple[Outcome, dict[str, float]]:
+    """Train to the end; what it ended with, and the figures of the last step that was taken now, if any.
+
+    SIGTERM saves and leaves after the step under way, by Stopped. Rank 0 writes.
+
+    Args:
+        detail: a step's figures, for the progress bar.
+        workers: threads that read ahead.
+    """
+    run, config, progress = job.phase.run, job.config, job.progress
+    model = job.base.load(device="cpu" if parallel is Parallel.fsdp else None)
+    check_head(model, job.base.ref.source)
+    if config.train.lora:
+        attach(model, config.train.lora)
+    if config.train.gradient_checkpointing:
+        recompute(model)
+    if parallel is Parallel.fsdp:
+        shard(model)
+    about = run.config.model_dump(mode="json")
+    last: dict[str, float] = {}
+    tracked = config.train.trackers if rank() == 0 else ()
+    with (
+        stop_on_sigterm() as stop_asked,
+        trackers(tracked, run.root, run.config.run, about) as track,
+        console.progress(f"{job.phase.name} train", progress.budget, "steps") as advance,
+    ):
+
+        def report(figures: dict[str, float]) -> None:
+            step = int(figures["step"])
+            told = {f"{job.name}{key}": value for key, value in figures.items() if key not in ("step", "steps")}
+            track(told, progress.before + step)
+            advance(1, detail(figures), already=0 if last else step)
+            last.update(figures)
+
+        outcome = train_round(
+            model,
+            torch.from_numpy(job.student.stop.astype("int64")).to(model.device),
+            job.shards,
+            config,
+            max(0, job.phase.number),
+            progress,
+            job.start_from,
+            job.phase.states,
+            job.identity,
+            report,
+            workers,
+            stop_asked,
+            console.say,
+        )
+    if rank() == 0:
+        write_text(job.phase.outcome, outcome.model_dump_json(indent=1) + "\n")
+    return outcome, last
+
+
+def publish_checkpoint(job: Training, card: str, source: str) -> None:
+    """Export what was trained, and write its reference beside it.
+
+    Args:
+        card: the folder's README.md.
+        source: what the model is called.
+    """
+    model = trained(job.base.load(device="cpu"), final_state(job.phase.states)[0], job.config.train)
+    teacher = read_ref(job.phase.run.model_file("teacher"), "models", weights=False)
+    ref = export(model, job.student.tokenizer, job.phase.checkpoint, card, source, teacher.origin)
+    write_text(job.phase.checkpoint.with_suffix(".json"), ref.model_dump_json(indent=1) + "\n")
+
+
+@contextmanager
+def stop_on_sigterm() -> Iterator[Callable[[], bool]]:
+    """While it is open a SIGTERM, as schedulers send it before they pre-empt, only makes the yielded function say True."""
+    asked = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)
