@@ -31,13 +31,21 @@ def test_minimal_config_is_enough_and_survives_a_round_trip() -> None:
     assert Config.model_validate(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config
 
 
-def test_kl_is_measured_on_what_the_split_holds() -> None:
+def test_kl_is_measured_on_what_the_split_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def items(test: int, **more: object) -> int:
         prompts = {"source": "p.jsonl", "splits": {"test": test}}
         return run_of(parse_config({**MINIMAL, "prompts": prompts, **more}, "here")).kl_items
 
     assert (items(8), items(100), items(300), items(300, evaluate={"kl_items": 7})) == (8, 100, 100, 7)
-    assert items(8, reuse=["runs/x"]) == 0
+    monkeypatch.chdir(tmp_path)
+    for table in ("rollouts", "scores"):
+        assert len(list(Path().glob("runs/x/round-0/*"))) < 2
+        Path(f"runs/x/round-0/{table}").mkdir(parents=True)
+        Path(f"runs/x/round-0/{table}/000.parquet").touch()
+        # Without scores the teacher is needed anyway; by default there is a second round, which it scores too.
+        expected = 0 if table == "scores" else 8
+        assert items(8, reuse=["runs/x"], rollouts={"rounds": 1}) == expected
+    assert items(8, reuse=["runs/x"], rollouts={"rounds": 2}) == 8
 
 
 @pytest.mark.parametrize("given", [0, [], [16, 0], [16, 2.5], "16", True, None])
@@ -205,8 +213,8 @@ def test_three_lines_of_the_docs_are_enough_for_another_student(
     with pytest.raises(OpdError, match=r"comes from runs/default/config\.yaml, which isn't there"):
         parse_config(yaml.safe_load(printed[0][0]), "other.yaml")
     for r in range(2):
-        Path(f"runs/default/round-{r}/scores").mkdir(parents=True)
-        Path(f"runs/default/round-{r}/scores/000.parquet").touch()
+        Path(f"runs/default/round-{r}/rollouts").mkdir(parents=True)
+        Path(f"runs/default/round-{r}/rollouts/000.parquet").touch()
     Path("runs/default/config.yaml").write_text(yaml.safe_dump(stored))
     for (text,) in printed:
         Path("other.yaml").write_text(text)

@@ -319,7 +319,7 @@ def test_ratios_are_to_what_was_sampled_from_and_correct_what_the_loss_takes_fro
     """By unit, in nats: policy -1, behaviour -2, sampler -1.5; the next response's sampler is the model, or wasn't kept."""
     units = pl.DataFrame({"rollout_id": ["a", "a", "a", "b"], "unit": [0, 1, 2, 0], "s_start": [0, 1, 3, 0]})
     units = units.with_columns(s_len=pl.Series([1, 2, 1, 1]), kind=pl.Series(["1:1", "n:m", "masked", "n:m"]))
-    units = units.with_columns(teacher_logp=pl.Series([-3.0, -3.0, None, -3.0]))
+    units = units.with_columns(t_len=pl.col("s_len"), teacher_logp=pl.Series([-3.0, -3.0, None, -3.0]))
     rollouts = pl.DataFrame(
         {
             "rollout_id": ["a", "b"],

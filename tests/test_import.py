@@ -51,7 +51,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Any:
         tiny.saved(Path("student"), [("a", "b"), ("N", "o")], chat=True)
         tiny.saved(Path("teacher"), [("n", "e"), ("a", "b"), ("o", ".")], chat=True)
         Path("logs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in LOGS))
-        own = [{"prompt": "held out", "answer": "x"}, *({"prompt": f"p{n}", "answer": "x"} for n in range(3))]
+        own = [{"prompt": "held out", "answer": "1"}, *({"prompt": f"p{n}", "answer": "2"} for n in range(3))]
         Path("own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
         config = {
             "run": "a",

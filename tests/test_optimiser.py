@@ -48,11 +48,11 @@ def test_learning_rate_at_its_corners() -> None:
 
 
 def test_learning_rate_without_warm_up_or_decay() -> None:
-    bare = Train(learning_rate=2.0, warmup_steps=0, min_lr_ratio=0.0)
-    np.testing.assert_allclose([learning_rate(bare, step, 5) for step in range(5)], [2.0, 1.5, 1.0, 0.5, 0.0])
-    assert learning_rate(bare, 0, 1) == 2.0  # a run of one step takes it in full
-    flat = Train(learning_rate=2.0, warmup_steps=2, min_lr_ratio=1.0)
-    assert [learning_rate(flat, step, 5) for step in range(5)] == [1.0, 2.0, 2.0, 2.0, 2.0]
+    bare = Train(learning_rate=1.0, warmup_steps=0, min_lr_ratio=0.0)
+    np.testing.assert_allclose([learning_rate(bare, step, 5) for step in range(5)], [1.0, 0.75, 0.5, 0.25, 0.0])
+    assert learning_rate(bare, 0, 1) == 1.0  # a run of one step takes it in full
+    flat = Train(learning_rate=1.0, warmup_steps=2, min_lr_ratio=1.0)
+    assert [learning_rate(flat, step, 5) for step in range(5)] == [0.5, 1.0, 1.0, 1.0, 1.0]
 
 
 def test_float32_is_adamw_bit_for_bit() -> None:

@@ -105,12 +105,14 @@ def batch_of(told: Sequence[Told]) -> Batch:
             **{name: np.full(len(one.units), math.nan, np.float32) for name in ("tail_logp", "dropped_logp")},
             "is_ratio": np.ones(len(one.units), np.float32),
             "comparable": np.array([not unit.masked for unit in one.units]),
+            "stops": np.array([one.stopped and j == len(one.units) - 1 for j in range(len(one.units))])
+            & np.array([not unit.masked for unit in one.units]),
         }
         ids = np.array([c for unit in one.units for c in unit.candidates], np.int32)
         prompt, response = (np.array(x, np.int32) for x in (one.prompt, one.tokens))
         logp = np.full(len(ids), -2.0, np.float32)
         sampled = np.full(len(response), -math.log(tiny.VOCAB), np.float32)  # near what a model without training says
-        responses.append(Response(f"r{i}", prompt, response, sampled, one.stopped, columns, counts, ids, logp))
+        responses.append(Response(f"r{i}", prompt, response, sampled, columns, counts, ids, logp))
     return collate(responses)
 
 
@@ -191,7 +193,7 @@ def test_what_collate_says_about_units() -> None:
     assert batch.teacher_logp.tolist() == [-1, -1, -1, -2, -2, -3, -4]
     assert batch.unit_row.tolist() == [0, 1, 6, 7, 8, 9, 10]
     assert batch.token_unit.tolist() == [0, 1, 1, 1, 7, 7, 2, 3, 4, 5, 6, 6, 7, 7, 7]
-    assert batch.targets[[8, 9, 14]].tolist() == [STOP_ID] * 3
+    assert batch.targets[[8, 9]].tolist() == [STOP_ID] * 2  # the third is masked
     assert batch.mask.sum(1).tolist() == [6 + 7 - 1, 2 + 2 - 1, 1, 3 + 5 - 1]
 
 
