@@ -100,10 +100,11 @@ ROLLOUTS = (
     ),
     Column(
         "segments",
-        _list(_struct(role=pa.string(), tokens=pa.int32(), bytes=pa.int32(), loss=pa.bool_())),
+        _list(_struct(role=pa.string(), tokens=pa.int32(), bytes=pa.int32(), text=pa.bool_(), loss=pa.bool_())),
         "what the response consists of, in order, the final stop left out: text (role null) and what text can't say "
         "(begin_thinking, end_turn, ..., or a special token by its content), each with its number of response ids, its bytes "
-        "in `response`, and whether it carries loss or was only read, as a tool's result is; null: one text that does",
+        "in `response`, whether those are read as text by a model without that role, and whether it carries loss or was only "
+        "read, as a tool's result is; null: one text that does",
         nullable=True,
     ),
     Column(

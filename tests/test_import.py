@@ -162,7 +162,12 @@ def test_they_are_scored_and_trained_on_and_what_was_read_carries_no_loss(there:
     ("row", "named"),
     [
         ({"response": "x"}, "neither of prompt"),
-        ({"prompt": "a"}, "must be non-empty text or a list of messages"),
+        ({"prompt": "a"}, "has no response: neither a field"),
+        (
+            {"prompt": "a", "response": "b", "finish_reason": "abort"},
+            "`finish_reason` is 'abort'; a response ends by stop",
+        ),
+        ({"prompt": "a", "response_ids": [1.5]}, "`response_ids` must be a list of numbers"),
         ({"prompt": "a", "response_ids": [1, 2], "logprobs": [-1.0]}, "`logprobs` has 1 numbers, but there are 2"),
         ({"prompt": "a", "response_ids": [1], "logprobs": [0.5]}, "finite and at most 0"),
         ({"prompt": "a", "response_ids": [1], "logprobs": [float("nan")]}, "finite and at most 0"),

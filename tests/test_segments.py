@@ -18,8 +18,9 @@ from reference_units import reference_units
 from test_tokenizers import npm
 from tokenizers import Tokenizer
 
+from pipeline.align.retokenise import retokenise
 from pipeline.align.roles import Roles, roles_of
-from pipeline.align.segments import read_by, readable, sampled_tokens, spelled_out, told
+from pipeline.align.segments import read_by, readable, sampled_tokens, told
 from pipeline.align.student_view import student_view
 from pipeline.align.tokens import Spelling, TokenBytes, text_tokenizer, token_bytes
 from pipeline.align.vocabularies import pair_ids
@@ -86,11 +87,8 @@ def rollouts_of(student: Model, responses: list[list[int]], stopped: list[bool],
 def scores_of(student: Model, teacher: Model, rollouts: pa.Table, seed: int = 0) -> tuple[pa.Table, Spelling]:
     """What a teacher says that gives random log-probs and, as candidates, what it reads."""
     sampled, segments, _ = sampled_tokens(rollouts, student.tokens, student.stop)
-    if teacher is student:
-        read = sampled
-    else:
-        is_text = spelled_out(sampled, segments, student.tokens)
-        read = read_by(teacher.encoder, teacher.tokens, teacher.roles, rollouts, segments, is_text)
+    other = teacher is not student
+    read = read_by(teacher.encoder, teacher.tokens, teacher.roles, rollouts, segments) if other else sampled
     counts = np.diff(read.offsets[segments.offsets])
     rows = int((counts + 1).sum())
     rng = np.random.default_rng(seed)
@@ -257,6 +255,79 @@ def test_what_is_only_read_carries_no_loss_and_a_turn_may_end_before_the_last(pa
     assert all(u["teacher_logp"] is None and u["cand_id"] == [] for u in units if u["kind"] == "context")
 
 
+def test_a_character_broken_over_two_tokens_is_no_border(pair: dict[str, Model]) -> None:
+    """The first of them holds a space beside its first byte, which the teacher has as a token of its own."""
+    student, teacher = pair["smollm2"], pair["gemma3"]
+    of = {value: index for index, value in enumerate(student.tokens.bytes.to_pylist()) if value is not None}
+    opening = next(v for v in of if len(v) == 2 and v[:1] == b" " and 0xE1 <= v[1] < 0xF0)
+    ids = [*student.ids("Hi"), of[opening], of[b"\x80"], *student.ids(" yes")]
+    (units,), _ = view(student, teacher, rollouts_of(student, [ids], [True]))
+    lost = [unit for unit in units if unit["kind"] == "masked"]
+    assert sum(unit["s_len"] for unit in lost) == 2 and units[-1]["kind"] == "stop"
+
+
+def test_a_border_of_the_mask_within_a_role_leaves_it_whole(pair: dict[str, Model]) -> None:
+    """A mask that counts the newline after the token that ends a turn: the newline is the template's all the same."""
+    student, teacher = pair["smollm2"], pair["gemma3"]
+    first, between = student.ids("Four."), student.ids("\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n")
+    response = [*first, int(student.stop[0]), *between, *student.ids("Six.")]
+    loss = np.ones(len(response), bool)
+    loss[len(first) + 2 : len(first) + 1 + len(between)] = False
+    rollouts = rollouts_of(student, [response], [False], loss)
+    (row,) = rollouts.to_pylist()
+    assert [(s["role"], s["loss"]) for s in row["segments"]] == [
+        *(
+            (None, True),
+            ("end_turn", True),
+            ("begin_user", False),
+            (None, False),
+            ("begin_assistant", False),
+            (None, True),
+        )
+    ]
+    _, read = scores_of(student, teacher, rollouts)
+    spelled = "Four.<end_of_turn>\n<start_of_turn>user\nAnd?<end_of_turn>\n<start_of_turn>model\nSix."
+    assert read.ids.tolist() == teacher.ids(spelled)
+
+
+def test_what_stops_the_teacher_in_text_that_was_only_read_ends_nothing(pair: dict[str, Model]) -> None:
+    student, teacher = pair["smollm2"], pair["gemma3"]
+    newline = replace(teacher, stop=teacher.tokens.starting_with(b"\n"))
+    first, between = (
+        student.ids("Four."),
+        student.ids("\n<|im_start|>user\nAnd\nso?<|im_end|>\n<|im_start|>assistant\n"),
+    )
+    response = [*first, int(student.stop[0]), *between, *student.ids("Six.")]
+    loss = np.array([True] * (len(first) + 1) + [False] * len(between) + [True] * 2)
+    (units,), _ = view(student, newline, rollouts_of(student, [response], [True], loss))
+    assert "masked" not in {unit["kind"] for unit in units}
+    (units,), _ = view(student, newline, rollouts_of(student, [response], [True]))
+    assert "masked" in {unit["kind"] for unit in units}, "where the student wrote it, it would have ended"
+
+
+def test_another_student_says_roles_its_own_way_or_leaves_them_out(pair: dict[str, Model]) -> None:
+    behavior, student = pair["smollm2"], pair["gemma3"]
+    special = next(i for i, name in behavior.roles.names.items() if name == "<file_sep>")
+    ids = behavior.ids("Two")
+    ids = [*ids, *behavior.ids("\n<|im_start|>user\nAnd?"), special, *behavior.ids(" So")]
+    given = rollouts_of(behavior, [ids], [True])
+    sides = (behavior.tokens, behavior.stop), (student.tokens, student.stop)
+    told_again = retokenise(given, *sides, student.encoder, student.roles, [np.array([1], np.int32)])
+    (row,), (before,) = told_again.to_pylist(), given.to_pylist()
+    assert row["response"] == before["response"] and row["finish_reason"] == "stop"
+    assert row["response_ids"] == [*student.ids("Two\n<start_of_turn>user\nAnd? So"), int(student.stop[0])]
+    lost = before["behavior_logp"][ids.index(special)]
+    assert sum(row["behavior_logp"]) == pytest.approx(sum(before["behavior_logp"]) - lost, abs=1e-4)
+    # One teacher pass serves both: the scores of the one are scores of the other.
+    scores, _ = scores_of(behavior, student, given)
+    assert scores.column_names == arrow_schema("scores").names
+    pairs = pair_ids(student.tokens, student.tokens)
+    units = student_view(told_again, scores, student.tokens, student.stop, student.stop, pairs).to_pylist()
+    assert [unit["kind"] for unit in units].count("masked") == 0 and sum(u["s_len"] for u in units) == len(
+        row["response_ids"]
+    )
+
+
 # Families
 
 TALKS = {
@@ -313,6 +384,23 @@ def talks() -> dict[str, str]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_which_roles_a_family_has(name: str) -> None:
     assert {kind for kind, text in talks().items() if talk(family(name), text) is not None} == ROLES[name]
+
+
+@pytest.mark.slow
+def test_roles_said_together_are_parted_where_the_second_begins() -> None:
+    """gpt-oss opens its turn and its thinking at once; the first of the two is only read."""
+    ours, theirs = family("qwen3"), family("gptoss")
+    own = [*ours.ids("Hi<|im_end|>")[:-1], *ours.ids("<|im_end|>")]
+    read = ours.ids("\n<|im_start|>user\nSo?<|im_end|>\n<|im_start|>assistant\n")
+    last = ours.ids("<think>\nHm\n</think>\n\nOk")
+    loss = np.array([True] * len(own) + [False] * len(read) + [True] * len(last))
+    (units,), _ = view(ours, theirs, rollouts_of(ours, [[*own, *read, *last]], [True], loss))
+    assert "masked" not in {unit["kind"] for unit in units}
+    begins = [unit for unit in units if unit["kind"] == "role"]
+    assert [unit["t_len"] for unit in begins] == [
+        len(theirs.ids("<|channel|>analysis<|message|>")),
+        len(theirs.ids("<|end|><|start|>assistant<|channel|>final<|message|>")),
+    ]
 
 
 @pytest.mark.slow

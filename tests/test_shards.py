@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.store import shards
 from pipeline.store.shards import HOST, file_digest, manifest_path, open_shard, open_writer, publish
 from schemas.errors import OpdError
 from schemas.manifest import Manifest, differences, digest
@@ -210,3 +211,31 @@ def test_a_killed_writers_temporary_is_swept_and_a_live_ones_is_not(tmp_path: Pa
     process.wait()
     write(path)
     assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_a_shard_of_format_3_is_read_with_nulls_for_what_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = {"segments", "broken"}
+    whole = arrow_schema("rollouts")
+    older = pa.schema([field for field in whole if field.name not in new])
+    row = {"rollout_id": "r", "prompt_id": "p", "sample": 0, "round": 0, "prompt_ids": [1], "response_ids": [2]}
+    row |= {"response": "a", "behavior_logp": [-1.0], "sampler_logp": None, "top_id": None, "finish_reason": "stop"}
+    table = pa.Table.from_pylist([row | {"answer": None}], schema=older)
+    path = tmp_path / "old.parquet"
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "FORMAT", 3)
+        patch.setattr(shards, "arrow_schema", lambda kind: older)
+        with shards.open_writer(path, "rollouts", {}, {}) as writer:
+            writer.write(table)
+    shard = shards.open_shard(path, "rollouts")
+    assert shard.manifest.format == 3 and shard.read().schema.names == whole.names
+    for group in (shard.read(), next(iter(shard.row_groups())), shard.row_group(0, whole.names)):
+        assert all(group[name].null_count == 1 for name in new) and group["response"].to_pylist() == ["a"]
+    assert next(iter(shard.row_groups(["rollout_id", "segments"]))).column_names == ["rollout_id", "segments"]
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "FORMAT", 2)
+        with shards.open_writer(path, "rollouts", {}, {}) as writer:
+            writer.write(pa.Table.from_pylist([row | {"answer": None}], schema=whole))
+    with pytest.raises(OpdError, match="format: expected 4, found 2"):
+        shards.open_shard(path, "rollouts")

@@ -56,7 +56,7 @@ def one_each(spelled: Spelling) -> Segments:
     """Each response is one text."""
     counts = np.diff(spelled.offsets)
     n = len(counts)
-    return Segments(np.arange(n + 1), pa.nulls(n, pa.string()), counts, spelled.exact, np.ones(n, bool))
+    return Segments(np.arange(n + 1), pa.nulls(n, pa.string()), counts, spelled.exact, *[np.ones(n, bool)] * 2)
 
 
 @settings(max_examples=200, deadline=None)

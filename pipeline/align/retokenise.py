@@ -6,7 +6,7 @@ import pyarrow.compute as pc
 from tokenizers import Tokenizer
 
 from pipeline.align.roles import Roles
-from pipeline.align.segments import Segments, read_by, sampled_tokens, spelled_out
+from pipeline.align.segments import Segments, read_by, sampled_tokens
 from pipeline.align.tokens import Spelling, TokenBytes
 from pipeline.align.units import MASKED, Tokens, align
 from pipeline.align.vocabularies import same_ids
@@ -53,7 +53,7 @@ def _retold(
     """The columns that tokens decide."""
     tokens, stop = student
     sampled, segments, stopped = sampled_tokens(rollouts, *behavior)
-    own = read_by(tokenizer, tokens, roles, rollouts, segments, spelled_out(sampled, segments, behavior[0]))
+    own = read_by(tokenizer, tokens, roles, rollouts, segments)
     kept = rollouts["sampler_logp"].combine_chunks().is_valid()
     given = [_flat(rollouts, "behavior_logp"), _flat_sampler(rollouts)]
     (behavior_logp, sampler_logp), of_segment, whole = _spread(rollouts, sampled, segments, own, given)
@@ -86,7 +86,7 @@ def _segments(rollouts: pa.Table, segments: Segments, tokens: np.ndarray) -> pa.
     known = listed.is_valid()
     inner = listed.flatten()
     given = np.repeat(known.to_numpy(zero_copy_only=False), np.diff(segments.offsets))
-    columns = [inner.field(name) for name in ("role", "tokens", "bytes", "loss")]
+    columns = [inner.field(name) for name in ("role", "tokens", "bytes", "text", "loss")]
     columns[1] = pa.array(tokens[given], pa.int32())
     fields = list(listed.type.value_type)
     counts = pc.fill_null(pc.list_value_length(listed), 0).to_numpy()

@@ -168,10 +168,11 @@ def _one_of(candidates: list[str], opened: str) -> str:
 def say(names: Sequence[str | None], roles: Roles) -> list[np.ndarray | None]:
     """Ids of each name in a row of them, None where it is None (text) or has no counterpart.
 
-    Two neighbours that have a spelling of their own together are said by the second.
+    Of two neighbours that have a spelling of their own together, which ends as the second does alone, the first says the rest.
     """
     said = [None if name is None else roles.said(name) for name in names]
     for i, (a, b) in enumerate(pairwise(names)):
-        if a and b and (together := roles.spellings.get(f"{a} {b}")):
-            said[i], said[i + 1] = np.zeros(0, np.int32), together[0]
+        together, own = roles.spellings.get(f"{a} {b}"), said[i + 1]
+        if together and own is not None and np.array_equal(together[0][len(together[0]) - len(own) :], own):
+            said[i] = together[0][: len(together[0]) - len(own)]
     return said

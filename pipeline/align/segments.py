@@ -30,6 +30,7 @@ class Segments:
         role: string (segments,), null for text.
         tokens: int64 (segments,), student tokens.
         size: int64 (segments,), bytes of `response`.
+        text: bool (segments,), whether it is read as the text that it is where a role has no counterpart.
         loss: bool (segments,), whether the student wrote it, rather than only read it.
     """
 
@@ -37,6 +38,7 @@ class Segments:
     role: pa.Array
     tokens: np.ndarray
     size: np.ndarray
+    text: np.ndarray
     loss: np.ndarray
 
     def __len__(self) -> int:
@@ -92,20 +94,22 @@ def segments_of(rollouts: pa.Table, tokens: np.ndarray) -> Segments:
     known = listed.is_valid().to_numpy(zero_copy_only=False)
     if not known.any():
         count = len(rollouts)
-        return Segments(np.arange(count + 1), pa.nulls(count, pa.string()), tokens, size, np.ones(count, bool))
+        every = np.ones(count, bool)
+        return Segments(np.arange(count + 1), pa.nulls(count, pa.string()), tokens, size, every, every)
     counts = np.where(known, pc.fill_null(pc.list_value_length(listed), 0).to_numpy(), 1)
     offsets = np.concatenate([[0], np.cumsum(counts)])
     inner = listed.flatten()
     given = np.repeat(known, counts)
     columns = {}
-    for name, whole in (("tokens", tokens), ("bytes", size), ("loss", np.ones(len(rollouts), bool))):
+    every = np.ones(len(rollouts), bool)
+    for name, whole in (("tokens", tokens), ("bytes", size), ("text", every), ("loss", every)):
         values = np.empty(offsets[-1], whole.dtype)
         values[given] = inner.field(name).to_numpy(zero_copy_only=False)
         values[~given] = whole[~known]
         columns[name] = values
     at = np.where(given, np.cumsum(given) - 1, 0)
     role = inner.field("role").take(pa.array(at, mask=~given))
-    return Segments(offsets, role, columns["tokens"], columns["bytes"], columns["loss"])
+    return Segments(offsets, role, columns["tokens"], columns["bytes"], columns["text"], columns["loss"])
 
 
 def broken_of(rollouts: pa.Table, segments: Segments) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -146,10 +150,15 @@ def sampled_tokens(
     keep[last[stopped]] = False
     counts = np.diff(offsets) - stopped
     segments = segments_of(rollouts, counts)
-    wrong = np.add.reduceat(segments.tokens, segments.offsets[:-1]) != counts if len(rollouts) else stopped
+    if len(rollouts):
+        size = pc.binary_length(rollouts["response"].combine_chunks()).to_numpy()
+        wrong = np.add.reduceat(segments.tokens, segments.offsets[:-1]) != counts
+        wrong |= np.add.reduceat(segments.size, segments.offsets[:-1]) != size
     if wrong.any():
         name = rollouts["rollout_id"][int(np.argmax(wrong))].as_py()
-        raise OpdError(f"rollout {name}: its `segments` don't add up to its response_ids; make the shard again")
+        raise OpdError(
+            f"rollout {name}: its `segments` don't add up to its response_ids and response; make the shard again"
+        )
     return spelled(ids[keep], segments, rollouts, student), segments, stopped
 
 
@@ -173,15 +182,12 @@ def as_roles(spelling: Spelling, segments: Segments) -> Spelling:
     return Spelling(spelling.ids, spelling.offsets, ends, np.where(segments.is_role, segments.size, spelling.exact))
 
 
-def read_by(
-    tokenizer: Any, tokens: TokenBytes, roles: Roles, rollouts: pa.Table, segments: Segments, is_text: np.ndarray
-) -> Spelling:
+def read_by(tokenizer: Any, tokens: TokenBytes, roles: Roles, rollouts: pa.Table, segments: Segments) -> Spelling:
     """How another model reads responses: its own spelling of each segment.
 
     Args:
         tokenizer: its own, for texts (`text_tokenizer`).
         tokens, roles: its own.
-        is_text: bool (segments,), roles that may be read as the text that they are where it has none of that name.
     Returns:
         A text of it is a segment; a role that it can't say has no tokens.
     """
@@ -193,7 +199,7 @@ def read_by(
     for a, b in pairwise(segments.offsets):
         said += say(names[a:b], roles)
     has_said = np.array([ids is not None for ids in said])
-    as_text = ~segments.is_role | is_text & ~has_said
+    as_text = ~segments.is_role | segments.text & ~has_said
     of_text = spell(tokenizer, tokens, texts.filter(pa.array(as_text)).cast(pa.large_string()).to_pylist())
     counts = np.array([0 if ids is None else len(ids) for ids in said], np.int64)
     counts[as_text] = np.diff(of_text.offsets)
@@ -209,15 +215,6 @@ def read_by(
     return Spelling(ids, offsets, ends, exact)
 
 
-def spelled_out(sampled: Spelling, segments: Segments, tokens: TokenBytes) -> np.ndarray:
-    """bool (segments,): all of its tokens have bytes, so that another model may read a role as the text that it is."""
-    has_bytes = np.append(tokens.has_bytes, False)
-    of_token = has_bytes[np.where(sampled.ids < len(tokens), sampled.ids, len(tokens))]
-    is_text = np.ones(len(segments), bool)
-    np.logical_and.at(is_text, np.repeat(np.arange(len(segments)), np.diff(sampled.offsets)), of_token)
-    return is_text
-
-
 def told(
     ids: np.ndarray, offsets: np.ndarray, tokens: TokenBytes, roles: Roles, loss: np.ndarray | None = None
 ) -> Iterator[dict[str, Any]]:
@@ -231,7 +228,10 @@ def told(
     found = find_roles(ids, offsets, tokens.has_bytes, roles)
     borders = [offsets, found.start, found.start + found.size]
     if loss is not None:
-        borders.append(np.flatnonzero(np.diff(loss)) + 1)
+        changes = np.flatnonzero(np.diff(loss)) + 1
+        at = np.searchsorted(found.start, changes, "right") - 1
+        ends = np.append(found.start + found.size, 0)[at]
+        borders.append(changes[(at < 0) | (changes >= ends)])  # a role is all the student's, or not at all
     starts = np.unique(np.concatenate(borders))
     role: dict[int, str] = dict(zip(found.start.tolist(), found.role, strict=True))
     data, ends = tokens.concatenate(ids)
@@ -248,15 +248,21 @@ def told(
             else:
                 text, holes = readable(data[byte_at[start] : byte_at[stop]].tobytes())
             length = len(text.encode())
-            written = True if loss is None else bool(loss[start])
+            written = loss is None or bool(loss[start:stop].all())
             broken += [{"byte": size + at, "raw": raw} for at, raw in holes]
-            segments.append({"role": name, "tokens": stop - start, "bytes": length, "loss": written})
+            is_text = name is None or bool(_has_bytes(tokens, ids[start:stop]).all())
+            segments.append({"role": name, "tokens": stop - start, "bytes": length, "text": is_text, "loss": written})
             parts.append(text)
             size += length
         if segments and segments[-1]["role"] is not None:
-            segments.append({"role": None, "tokens": 0, "bytes": 0, "loss": segments[-1]["loss"]})  # for the stop
+            segments.append({"role": None, "tokens": 0, "bytes": 0, "text": True, "loss": True})  # for the stop
         plain = len(segments) <= 1 and all(each["role"] is None and each["loss"] for each in segments)
         yield {"response": "".join(parts), "segments": None if plain else segments, "broken": broken or None}
+
+
+def _has_bytes(tokens: TokenBytes, ids: np.ndarray) -> np.ndarray:
+    """bool: ids that contribute bytes; none of those outside the vocabulary do."""
+    return np.append(tokens.has_bytes, False)[np.where((ids >= 0) & (ids < len(tokens)), ids, len(tokens))]
 
 
 def _named(ids: np.ndarray, tokens: TokenBytes, roles: Roles) -> str:

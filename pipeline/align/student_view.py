@@ -6,12 +6,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.align.segments import Segments, broken_of, offsets_of, sampled_tokens
+from pipeline.align.segments import REPLACEMENT, Segments, broken_of, offsets_of, sampled_tokens
 from pipeline.align.tokens import Spelling, TokenBytes
 from pipeline.align.units import CONTEXT, KINDS, MASKED, ROLE, STOP, Tokens, Units, align
 from schemas.errors import OpdError
 from schemas.tables import STOP_ID, arrow_schema
 
+STAND_IN = len(REPLACEMENT.encode())
 LOG_FLOOR = -30.0
 """nats; stands for the log of no mass at all where a finite number is needed."""
 
@@ -68,9 +69,8 @@ def student_view(
     logp = scores["logp"].to_numpy().astype(np.float64)
     token_id = scores["token_id"].to_numpy()
     halts = np.isin(token_id, teacher_stop)
-    halts[token_id >= 0] &= ~np.repeat(
-        segments.is_role, np.diff(teacher.offsets)
-    )  # which may end a turn that another follows
+    # A role may end a turn that another follows, and what was only read ends nothing.
+    halts[token_id >= 0] &= np.repeat(~segments.is_role & segments.loss, np.diff(teacher.offsets))
     logp[halts] = np.clip(scores["tail_logp"].to_numpy()[halts], LOG_FLOOR, logp[halts])
     halted_before: np.ndarray = np.cumsum(halts) - halts
     kind[halted_before[at] > halted_before[t_row_start[row]]] = MASKED
@@ -145,11 +145,11 @@ def _units(sampled: Spelling, teacher: Spelling, segments: Segments, stopped: np
 def _holds_broken(rollouts: pa.Table, segments: Segments, units: Units) -> np.ndarray:
     """bool (units,): a broken character lies in it, which no text spells."""
     segment, byte, _ = broken_of(rollouts, segments)
-    width = 1 + max(int(segments.size.max(initial=0)), int(units.byte_end.max(initial=0)))
+    width = STAND_IN + max(int(segments.size.max(initial=0)), int(units.byte_end.max(initial=0)))
     places = segment * width + byte
     first, last = (
         np.searchsorted(places, units.row.astype(np.int64) * width + border)
-        for border in (units.byte_start, units.byte_end)
+        for border in (units.byte_start - STAND_IN + 1, units.byte_end)
     )
     return last > first
 

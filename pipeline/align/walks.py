@@ -45,7 +45,8 @@ def byte_ends(
                             same = at < size and data[first + k] == text[begin + at]
                         agreed = at + same
                     at += 1
-            ends[position] = max(at, 0)
+            # Within a broken character no other side ends.
+            ends[position] = max(at, 0) + (passed > 0)
         exact[row] = agreed
 
 

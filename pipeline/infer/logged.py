@@ -21,6 +21,9 @@ LOGPS = ("behavior_logp", "logprobs")
 OURS = {*PROMPTS, *RESPONSES, *IDS, *LOGPS, "sampler_logp", "loss_mask", "finish_reason", "answer", "tools"}
 """Fields that are read; templates may use a row's others."""
 
+STOPPED, CUT = ("stop", "tool_calls", "function_call", "eos"), ("length", "max_tokens")
+"""What servers call the two ways in which a response ends."""
+
 Spans = Literal["all", "last"]
 
 
@@ -37,7 +40,7 @@ class Logged:
         ids: the answer in the student's tokens; None where it isn't given so.
         logps, sampler_logps: nats, one per id; None where they aren't given.
         loss: bool, one per id, which of them the student wrote; None for all.
-        finish: `stop`, `length`, or None where the row doesn't say.
+        cut: whether it was cut, or ended by the student; None where the row doesn't say.
     """
 
     where: str
@@ -49,7 +52,7 @@ class Logged:
     logps: np.ndarray | None
     sampler_logps: np.ndarray | None
     loss: np.ndarray | None
-    finish: str | None
+    cut: bool | None
 
 
 def read(row: Mapping[str, Any], where: str, spans: Spans) -> Logged:
@@ -65,6 +68,8 @@ def read(row: Mapping[str, Any], where: str, spans: Spans) -> Logged:
     """
     given = {name: value for name, value in row.items() if value is not None}
     prompt, response, ids = (_first(given, names) for names in (PROMPTS, RESPONSES, IDS))
+    if response is None and ids is None:  # else the conversation may hold it
+        prompt = next((name for name in PROMPTS if name in given and not isinstance(given[name], str)), prompt)
     if prompt is None:
         raise OpdError(f"{where}: has neither of {', '.join(PROMPTS)}; it has {', '.join(map(repr, row))}")
     value, turns, text = given[prompt], None, None
@@ -73,11 +78,19 @@ def read(row: Mapping[str, Any], where: str, spans: Spans) -> Logged:
     elif ids is None and response is not None:
         turns = messages_of(given[response], f"{where}, field {response!r}")
     elif ids is None:
+        if isinstance(value, str):
+            raise _no_response(where)
         value, turns = _split(messages_of(value, f"{where}, field {prompt!r}"), spans, where)
     if turns and not (turns[0]["role"] == turns[-1]["role"] == "assistant"):
         raise OpdError(f"{where}: a response must begin and end with the assistant's message")
     question = asked(value, given.get("tools"), f"{where}, field {prompt!r}")
     finish = given.get("finish_reason")
+    if finish is not None and finish not in STOPPED + CUT:
+        raise OpdError(
+            f"{where}: `finish_reason` is {finish!r}; a response ends by {', '.join(STOPPED)}, or is cut by {', '.join(CUT)}; "
+            "leave out the row, or the field where the student ended it all the same"
+        )
+    cut = None if finish is None else finish in CUT
     columns = {
         "prompt": question.prompt,
         "messages": _json(question.messages),
@@ -86,7 +99,7 @@ def read(row: Mapping[str, Any], where: str, spans: Spans) -> Logged:
         "fields": _json({name: value for name, value in row.items() if name not in OURS}),
     }
     if ids is None:
-        return Logged(where, question, columns, turns, text, None, None, None, None, finish)
+        return Logged(where, question, columns, turns, text, None, None, None, None, cut)
     numbers = _numbers(given, ids, np.int64, where)
     logps, sampler, loss = (
         _numbers(given, name, kind, where, len(numbers)) if name else None
@@ -96,7 +109,7 @@ def read(row: Mapping[str, Any], where: str, spans: Spans) -> Logged:
             (_first(given, ("loss_mask",)), np.bool_),
         )
     )
-    return Logged(where, question, columns, None, None, numbers, logps, sampler, loss, finish)
+    return Logged(where, question, columns, None, None, numbers, logps, sampler, loss, cut)
 
 
 def _first(given: Mapping[str, Any], names: Sequence[str]) -> str | None:
@@ -111,18 +124,23 @@ def _split(messages: list[Message], spans: Spans, where: str) -> tuple[list[Mess
     """What was asked, and what was answered."""
     answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
-        raise OpdError(
-            f"{where}: has no response: neither a field {', '.join(RESPONSES + IDS)} nor an assistant's message"
-        )
+        raise _no_response(where)
     first = answers[0] if spans == "all" else answers[-1]
     return messages[:first], messages[first : answers[-1] + 1]
+
+
+def _no_response(where: str) -> OpdError:
+    return OpdError(
+        f"{where}: has no response: neither a field {', '.join(RESPONSES + IDS)} nor an assistant's message"
+    )
 
 
 def _numbers(given: Mapping[str, Any], name: str, kind: Any, where: str, count: int | None = None) -> np.ndarray:
     """A list of numbers; log-probs at most 0 and finite."""
     try:
         values = np.asarray(given[name])
-        if values.ndim != 1 or (values.size and values.dtype.kind not in "iufb"):
+        kinds = {np.int64: "iu", np.bool_: "iub"}.get(kind, "iuf")
+        if values.ndim != 1 or (values.size and values.dtype.kind not in kinds):
             raise ValueError
         found = values.astype(kind)
     except (ValueError, TypeError, OverflowError) as error:
@@ -152,8 +170,9 @@ class Told:
 def in_tokens(logged: Logged, prompt: Mapping[str, Any], student: PreparedModel, renderer: Renderer) -> Told:
     """The response in the student's tokens.
 
-    Text is read as text; what the tokenizer has as special tokens is not looked for in it. Unless its `finish_reason` is
-    `length`, the student ended it. Messages are written by the student's chat template. Ids are taken as they are.
+    Text is read as text; what the tokenizer has as special tokens is not looked for in it. Messages are written by the
+    student's chat template. Unless the row says that they were cut, the student ended both. Ids are taken as they are; where
+    the row says that the student ended them, and they lack a stop token and log-probs, it is added.
 
     Args:
         prompt: of schema `prompts`.
@@ -163,12 +182,12 @@ def in_tokens(logged: Logged, prompt: Mapping[str, Any], student: PreparedModel,
     """
     if logged.text is not None:
         ids = student.text_tokenizer.encode(logged.text, add_special_tokens=False).ids
-        return Told(np.asarray(ids, np.int32), logged.finish != "length", None)
+        return Told(np.asarray(ids, np.int32), not logged.cut, None)
     if logged.turns is not None:
         stretches = renderer.spans(prompt, logged.turns, student.stop)
         every = np.concatenate([np.asarray(ids, np.int32) for ids, _ in stretches])
         loss = np.repeat([mine for _, mine in stretches], [len(ids) for ids, _ in stretches])
-        return Told(every[:-1], True, None if loss.all() else loss[:-1])
+        return Told(every[:-1], not logged.cut, None if loss.all() else loss[:-1])
     assert logged.ids is not None
     size = len(student.vocabulary)
     foreign = logged.ids[(logged.ids < 0) | (logged.ids >= size)]
@@ -178,8 +197,16 @@ def in_tokens(logged: Logged, prompt: Mapping[str, Any], student: PreparedModel,
             "tokenizer's? give text instead"
         )
     stopped = len(logged.ids) > 0 and bool(np.isin(logged.ids[-1], student.stop))
+    if stopped and logged.cut:
+        raise OpdError(
+            f"{logged.where}: was cut by its `finish_reason`, but its last id {logged.ids[-1]} is a stop token"
+        )
     kept = len(logged.ids) - stopped
-    return Told(logged.ids[:kept].astype(np.int32), stopped, None if logged.loss is None else logged.loss[:kept])
+    mask = logged.loss
+    # A stop that carries no loss is nothing to train on.
+    own_stop = stopped and (mask is None or bool(mask[-1]))
+    added = not stopped and logged.cut is False and logged.logps is None
+    return Told(logged.ids[:kept].astype(np.int32), own_stop or added, None if mask is None else mask[:kept])
 
 
 def columns_of(told_ones: Sequence[Told], student: PreparedModel) -> list[dict[str, Any]]:

@@ -34,12 +34,15 @@ def policy_table(policy: Teacher, student: PreparedModel, rollouts: pa.Table) ->
     responses = np.split(sampled.ids, responses_at[1:-1])
     prompts = [np.array(ids, np.int32) for ids in rollouts["prompt_ids"].to_pylist()]
     scored = policy.score(prompts, responses, Candidates(mass=0, k_max=0))
-    # The row after the last token is that of stopping; a truncated response has no use for it. A stop token before it ends
-    # a turn that another one follows.
+    # The row after the last token is that of stopping; a truncated response has no use for it. A role that is a stop token
+    # ends a turn that another one follows.
     counts = np.diff(responses_at) + 1
     keep = np.ones(len(scored.logp), bool)
     keep[np.cumsum(counts)[~stopped] - 1] = False
-    stops = np.isin(np.insert(sampled.ids, responses_at[1:], -1), student.stop)
+    ends_turn = np.repeat(segments.is_role & (segments.tokens == 1), segments.tokens) & np.isin(
+        sampled.ids, student.stop
+    )
+    stops = np.insert(ends_turn, responses_at[1:], False)
     logp = np.where(stops, scored.stop_logp, scored.logp)
     offsets = pa.array(np.concatenate([[0], np.cumsum(counts - ~stopped)]), pa.int32())
     schema = arrow_schema("policy")

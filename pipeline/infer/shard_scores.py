@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline.align.segments import Segments, read_by, sampled_tokens, spelled_out
+from pipeline.align.segments import Segments, read_by, sampled_tokens
 from pipeline.align.student_candidates import requested_ids
 from pipeline.align.tokens import Spelling
 from pipeline.align.vocabularies import pair_ids, same_ids
@@ -104,9 +104,8 @@ class ShardScores:
         sampled, segments, _ = sampled_tokens(group, self.student.vocabulary, self.student.stop)
         if self.reads_tokens:
             return sampled, segments
-        teacher, is_text = self.teacher, spelled_out(sampled, segments, self.student.vocabulary)
-        read = read_by(teacher.text_tokenizer, teacher.vocabulary, teacher.roles, group, segments, is_text)
-        return read, segments
+        teacher = self.teacher
+        return read_by(teacher.text_tokenizer, teacher.vocabulary, teacher.roles, group, segments), segments
 
     @property
     def candidates(self) -> Candidates:

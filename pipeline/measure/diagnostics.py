@@ -108,7 +108,8 @@ def _of_weights(weights: pl.DataFrame, kind: pl.Series, clip: float) -> Sums:
     size = pl.col("advantage").cast(pl.Float64).abs()
     tenth = (pl.col("unit") * len(TENTHS) / pl.len().over("rollout_id")).floor().cast(pl.Int32)
     is_ratio, weight = (pl.col(name).filter(COMPARED).cast(pl.Float64) for name in ("is_ratio", "weight"))
-    table = weights.with_columns(kind, tenth=tenth)
+    own = weights.with_columns(kind).filter(pl.col("kind") != KINDS[CONTEXT])
+    table = own.with_columns(pl.int_range(pl.len()).over("rollout_id").alias("unit")).with_columns(tenth=tenth)
     per_unit = pl.col("is_ratio").cast(pl.Float64).log().mean()
     by_response = table.filter(COMPARED).group_by("rollout_id", maintain_order=True).agg(log_ratio=per_unit)
     return _row(

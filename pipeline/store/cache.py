@@ -43,7 +43,7 @@ def responses_digest(rollouts: Shard) -> str:
         for name, text, segments in rows:
             running.update(f"{name}\0{len(text)}\0{text}\0".encode())
             if segments is not None:
-                told = [(each["role"], each["bytes"]) for each in segments]
+                told = [(each["role"], each["bytes"], each["text"]) for each in segments]
                 running.update(f"{json.dumps(told)}\0".encode())
         running.update(b"\1")
     return running.hexdigest()

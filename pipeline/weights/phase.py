@@ -16,6 +16,7 @@ import polars as pl
 import pyarrow as pa
 from dask.delayed import Delayed, delayed
 
+from pipeline.align.units import CONTEXT, KINDS
 from pipeline.store.shards import Shard, open_shard, open_writer, read_manifest
 from pipeline.weights.credit import (
     Summary,
@@ -106,21 +107,24 @@ def _write(part: Part, options: Weights, loss: Loss, sums: Sums | None, phase: s
     """Publish the weights of a shard; `phase` is the digest of all that `sums` were made of."""
     read = _read(part, options, check=True)
     with _naming(part.units):
-        table = weigh(read.units, read.rollouts, options, sums, loss)
+        own = weigh(read.units, read.rollouts, options, sums, loss)
+    table = _with_context(read.every, own)
     inputs = read.inputs | ({"phase": phase} if phase else {})
     with open_writer(part.weights, "weights", options.identity() | loss.identity(), inputs) as writer:
         at = 0
         for size in read.sizes:
             writer.write(pa.Table.from_batches(table.slice(at, size).to_arrow().to_batches()))
             at += size
-    return summary(table, len(read.rollouts), warped(read.rollouts))
+    return summary(own, len(read.rollouts), warped(read.rollouts))
 
 
 @dataclass(frozen=True)
 class _Read:
-    """Tables as `credit.weigh` takes them, units of each row group, and digests of the shards."""
+    """Tables as `credit.weigh` takes them, the names of all units, which have those that were only read too, how many each row
+    group has, and digests of the shards."""
 
     units: pl.DataFrame
+    every: pl.DataFrame
     rollouts: pl.DataFrame
     sizes: list[int]
     inputs: dict[str, str]
@@ -148,7 +152,18 @@ def _read(part: Part, options: Weights, check: bool = False) -> _Read:
         policy = open_shard(part.policy, "policy", inputs=made_from)
         sampled = sampled.with_columns(pl.concat(_groups(policy, ["policy_logp"])))
         inputs["policy"] = policy.manifest.sha256
-    return _Read(pl.concat(groups), sampled, [len(group) for group in groups], inputs)
+    every = pl.concat(groups)
+    own = every.filter(pl.col("kind") != KINDS[CONTEXT])
+    return _Read(own, every.select("rollout_id", "unit"), sampled, [len(group) for group in groups], inputs)
+
+
+def _with_context(every: pl.DataFrame, own: pl.DataFrame) -> pl.DataFrame:
+    """Weights of all units: of those that the student didn't write without advantage, and no step of its decisions."""
+    if len(every) == len(own):
+        return own
+    joined = every.join(own, on=("rollout_id", "unit"), how="left", maintain_order="left")
+    none = {"advantage": 0.0, "credit": 0.0, "weight": 1.0, "is_ratio": 1.0}
+    return joined.with_columns(pl.col(name).fill_null(value) for name, value in none.items()).select(own.columns)
 
 
 def _groups(shard: Shard, columns: Sequence[str]) -> Iterator[pl.DataFrame]:

@@ -1,5 +1,6 @@
 """Import: rollouts that were made elsewhere, as a folder whose rollouts a run scores and trains on."""
 
+import shutil
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -15,7 +16,7 @@ from pipeline.infer.logged import Logged, Told, columns_of, in_tokens, read
 from pipeline.infer.policy_logps import policy_table
 from pipeline.infer.rollout_table import ROW_GROUP
 from pipeline.prepared import PreparedModel, PromptTable
-from pipeline.prompts import asked_of, collect
+from pipeline.prompts import collect
 from pipeline.rendering import Renderer
 from pipeline.sources import kind_of
 from pipeline.store.shards import file_digest, open_shard, open_writer, write_text
@@ -44,7 +45,7 @@ def main(
     A row has `prompt` (text or messages) and `response` (text or messages), or `messages` alone, whose answers by the assistant
     are the response; or `response_ids` in the student's tokens, with `behavior_logp` or `logprobs` (nats at temperature 1),
     `sampler_logp` and `loss_mask` where there are. `tools`, `answer` and `finish_reason` are read, other fields are kept for
-    templates. Rows whose prompt the config's run holds out are left out.
+    templates. Rows whose question the config's run holds out are left out.
     """
     if into.parent != Path("runs") or not into.name:
         raise OpdError(f"--as {into}: expected runs/<name>, beside other runs")
@@ -61,30 +62,31 @@ def main(
     prompts, left_out = _write_prompts(run, files, spans, held_out)
     renderer = student.renderer(prompts)
     made = [0, 0, 0]
-    longest = max(
-        (
-            len(ids) + len(one.ids) + 1
-            for _, _, ids, one in _rows(run, files, spans, held_out, student, renderer, prompts)
-        ),
-        default=0,
-    )
+    found = _rows(run, files, spans, held_out, student, renderer, prompts)
+    longest = max((len(ids) + len(one.ids) + 1 for _, _, ids, one in found), default=0)
     if not longest:
         raise OpdError(f"import: {', '.join(files)}: no row is left to import")
+    made_in = run.root / "importing"  # takes its own name when it is whole
+    shutil.rmtree(made_in, ignore_errors=True)
     identity = {"student": student.ref.tokenizer, "prompt": renderer.identity, "stop_ids": student.stop.tolist()}
-    inputs = {"prompts": prompts.shard.manifest.sha256, **{Path(f).name: file_digest(Path(f)) for f in _plain(files)}}
+    inputs = {
+        "prompts": prompts.shard.manifest.sha256,
+        **{file: file_digest(Path(file)) for file in files if Path(file).is_file()},
+    }
     with open_teacher(student, longest, run.settings.scores.batch_tokens, console.say) as scorer:
         rows = _rows(run, files, spans, held_out, student, renderer, prompts)
         for number in range(10**9):
             shard = list(islice(rows, run.config.rollouts.shard_size))
             if not shard:
                 break
-            place = run.root / "round-0" / "rollouts" / f"{number:03}.parquet"
+            place = made_in / "rollouts" / f"{number:03}.parquet"
             with open_writer(place, "rollouts", identity, inputs, {"imported": " ".join(files)}) as writer:
                 for start in range(0, len(shard), ROW_GROUP):
                     table = _table(shard[start : start + ROW_GROUP], student)
                     lacks = table["behavior_logp"].null_count
                     made = [made[0] + len(table), made[1] + lacks, number + 1]
                     writer.write(_complete(table, scorer, student) if lacks else table)
+    made_in.rename(run.root / "round-0")
     after = _next(run, config_file, into)
     console.say(
         f"{into}: {made[0]} responses in {made[2]} shards, {made[1]} of them without log-probs, which the student gave; "
@@ -93,15 +95,17 @@ def main(
     console.say(f"score them and train: snakemake --cores all --configfile {after}")
 
 
-def _plain(files: Iterable[str]) -> list[str]:
-    return [file for file in files if Path(file).is_file()]
-
-
 def _held_out(run: Run) -> set[str]:
-    """What the config's own prompts hold out, by what they ask."""
+    """Questions that the config's own prompts hold out: the texts of their last user messages."""
     table = collect(run.config.prompts, run.config.seed)
-    rows = table.filter(pa.compute.is_in(table["split"], pa.array(["dev", "test"]))).to_pylist()
-    return {asked_of(row).key for row in rows}
+    rows = table.filter(pa.compute.is_in(table["split"], pa.array(["dev", "test"])))
+    return set(rows["prompt"].to_pylist())
+
+
+def _asks(logged: Logged, held_out: set[str]) -> bool:
+    """Whether a row's prompt, or a user's turn after it, is a question that is held out."""
+    later = [turn["content"] for turn in logged.turns or () if turn["role"] == "user"]
+    return not held_out.isdisjoint([logged.asked.prompt, *later])
 
 
 def _logged(files: Iterable[str], spans: Any) -> Iterator[Logged]:
@@ -117,8 +121,9 @@ def _write_prompts(run: Run, files: list[str], spans: str, held_out: set[str]) -
     with open_writer(run.prompts, "prompts", identity, {}) as writer:
         for logged in _logged(files, spans):
             key = logged.asked.key
-            left_out += key in held_out
-            if key in held_out or key in seen:
+            asks = _asks(logged, held_out)
+            left_out += asks
+            if asks or key in seen:
                 continue
             group.append({"prompt_id": f"p{len(seen):03}", "split": "train", **logged.prompt})
             seen.add(key)
@@ -146,7 +151,7 @@ def _rows(
     samples: list[int] = []
     for logged in _logged(files, spans):
         key = logged.asked.key
-        if key in held_out:
+        if _asks(logged, held_out):
             continue
         number = numbers.setdefault(key, len(numbers))
         if number == len(samples):
@@ -159,24 +164,31 @@ def _rows(
             (ids,) = renderer.ids([prompt], student.context - len(told.ids) - 1)
         except OpdError as error:
             raise OpdError(f"{logged.where}: {error}") from error
+        if not len(told.ids) and not told.stopped:
+            raise OpdError(
+                f"{logged.where}: its response is empty and was cut: there is nothing to score; leave out the row"
+            )
         names = {"rollout_id": f"r0-{name}-{sample}", "prompt_id": name, "sample": sample, "round": 0}
         yield names | {"answer": prompt["answer"]}, logged, ids, told
 
 
 def _table(rows: list[Row], student: PreparedModel) -> pa.Table:
     """Rows of schema `rollouts`, where `behavior_logp` may be null."""
-    stop = student.stop[:1]
     out = []
     says = columns_of([told for *_, told in rows], student)
     for (names, logged, prompt, told), say in zip(rows, says, strict=True):
-        ids = logged.ids.astype(np.int32) if logged.ids is not None else told.ids
-        if logged.ids is None and told.stopped:
-            ids = np.append(ids, stop)
+        ids, count = told.ids, len(told.ids) + told.stopped
+        if told.stopped:
+            sampled = logged.ids is not None and len(logged.ids) == count
+            ids = np.append(ids, logged.ids[-1:] if sampled else student.stop[:1]).astype(np.int32)  # type: ignore[index]
+        logps, sampler_logps = (
+            None if given is None else given[:count] for given in (logged.logps, logged.sampler_logps)
+        )
         out.append(
             names
             | say
-            | {"prompt_ids": prompt, "response_ids": ids, "behavior_logp": logged.logps}
-            | {"sampler_logp": logged.sampler_logps, "finish_reason": "stop" if told.stopped else "length"}
+            | {"prompt_ids": prompt, "response_ids": ids, "behavior_logp": logps}
+            | {"sampler_logp": sampler_logps, "finish_reason": "stop" if told.stopped else "length"}
         )
     schema = arrow_schema("rollouts")
     at = schema.get_field_index("behavior_logp")
