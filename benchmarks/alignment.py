@@ -132,6 +132,7 @@ def fake_scores(names: pa.Array, teacher: Any, side: Side, k: int = 20) -> pa.Ta
         "byte_start": byte_end,
         "byte_end": byte_end,
         "token_id": token_id,
+        "segment": pa.nulls(rows, pa.int32()),
         **dict.fromkeys(("logp", "entropy", "stop_logp", "tail_logp"), logp),
         "log_z": pa.nulls(rows, pa.float32()),
         "cand_id": pa.ListArray.from_arrays(lists, pa.array(rng.integers(0, len(side.tokens), rows * k, np.int32))),
@@ -222,6 +223,7 @@ def main(
         "response_ids": lists,
         "response": pa.array(texts),
         "finish_reason": ["length"] * len(texts),
+        **{name: pa.nulls(len(texts), arrow_schema("rollouts").field(name).type) for name in ("segments", "broken")},
     }
     rollouts = pa.table(frame)
     pairs = pair_ids(teacher.tokens, student.tokens)

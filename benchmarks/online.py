@@ -134,12 +134,12 @@ def generate(config: Config, model: Any, student: PreparedModel, renderer: Any, 
 def judged(about: ShardScores, judge: Any, rollouts: pa.Table) -> pa.Table:
     """The teacher's scores, as the scores stage writes them."""
     options = about.config.scores
-    spelling = about.spelling(rollouts)
-    responses = [spelling.ids[a:b] for a, b in pairwise(spelling.offsets)]
+    spelling, segments = about.spelling(rollouts)
+    responses = [spelling.ids[a:b] for a, b in pairwise(spelling.offsets[segments.offsets])]
     hidden = hidden_rows(judge, about.teacher_prompts[0], responses, options.batch_tokens)
     logits = partial(head, judge)
     scored = score(hidden, logits, responses, about.teacher.stop, about.candidates)
-    return score_table(rollouts["rollout_id"], spelling, scored, options.log_z)
+    return score_table(rollouts["rollout_id"], spelling, segments, scored, options.log_z)
 
 
 def offline(config: Config, steps: int) -> dict[str, Any]:

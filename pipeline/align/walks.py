@@ -34,6 +34,14 @@ def byte_ends(
             token = ids[position]
             if 0 <= token < vocabulary:
                 first, length = starts[token], starts[token + 1] - starts[token]
+                if hole == broken_offsets[row + 1]:  # none is left: the inner loop of nearly all texts
+                    k = max(0, -at)
+                    while same and k < length:
+                        same = at + k < size and data[first + k] == text[begin + at + k]
+                        agreed = at + k + same
+                        k += 1
+                    at += length
+                    length = 0
                 for k in range(length):
                     if same and at >= 0:
                         if hole < broken_offsets[row + 1] and at == broken_at[hole]:
