@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from typing import Literal
 
 import numpy as np
 
-THINKING_ENDS = ("</think>", "</thinking>", "[/THINK]", "<|channel|>final<|message|>")
-"""What parts a response's thinking from its answer, by family: Qwen and DeepSeek, others, Magistral, gpt-oss (Harmony)."""
+from pipeline.align.roles import families
 
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 NUMBER = r"(?<!\d)-?(?:\d+(?:\.\d+)?|\.\d+)"
@@ -29,9 +29,18 @@ ARTICLE = re.compile(r"\s+[a-z]")
 FENCE = re.compile(r"^[ \t]*(?:```|~~~)[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*(?:```|~~~)|\Z)", re.DOTALL | re.MULTILINE)
 
 
+@cache
+def thinking_ends() -> tuple[str, ...]:
+    """What parts a response's thinking from its answer, in any family (roles.yaml), and as prompts ask for it."""
+    known = (
+        family["roles"].get(name, ()) for family in families().values() for name in ("end_thinking", "begin_answer")
+    )
+    return tuple({"</thinking>", *(text.strip() for spelled in known for text in spelled)})
+
+
 def final(response: str) -> str:
-    """What of a response is its answer: all after the last end of thinking (`THINKING_ENDS`); without one, all of it."""
-    return response[max(response.rfind(end) + len(end) if end in response else 0 for end in THINKING_ENDS) :]
+    """What of a response is its answer: all after the last end of thinking (`thinking_ends`); without one, all of it."""
+    return response[max(response.rfind(end) + len(end) if end in response else 0 for end in thinking_ends()) :]
 
 
 def extract(response: str, how: Literal["last_number", "whole"]) -> str:
