@@ -78,7 +78,7 @@ def test_costs_count_what_each_rounds_horizon_leaves() -> None:
 @pytest.mark.slow
 def test_a_plan_of_a_real_run(smollm2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = yaml.safe_load((Path(__file__).parents[1] / "config/config.yaml").read_text())
-    config["prompts"]["splits"] = {"examples": 0, "train": 12, "dev": 0, "test": 1}
+    config["prompts"]["splits"] = {"examples": 0, "train": 160, "dev": 0, "test": 1}
     config["student"] = {"model": smollm2.ref.path}
     config["teacher"] = {"model": smollm2.ref.path, "prompt": "{{ prompt }} (The answer is {{ answer }}.)"}
     config["train"] = {"batch_size": 4}
