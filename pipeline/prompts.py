@@ -156,14 +156,15 @@ def _item(row: Row, number: int, config: Prompts) -> dict[str, Any]:
     used = (_prompt_field(row, number, config), config.answer_field, config.tools_field)
     return {
         "prompt": one.prompt,
-        "messages": _text(one.messages),
-        "tools": _text(one.tools),
+        "messages": json_text(one.messages),
+        "tools": json_text(one.tools),
         "answer": answer,
-        "fields": _text({name: value for name, value in row.items() if name not in used}),
+        "fields": json_text({name: value for name, value in row.items() if name not in used}),
     }
 
 
-def _text(value: Any) -> str | None:
+def json_text(value: Any) -> str | None:
+    """A value of a row as a table has it: JSON; None stays None."""
     return None if value is None else json.dumps(value, ensure_ascii=False, default=str)
 
 

@@ -4,8 +4,7 @@ import hashlib
 from pathlib import Path
 
 from pipeline.infer.engines import open_sampler
-from pipeline.infer.rollout_table import ROW_GROUP, answers_of_teacher, rollout_table
-from pipeline.infer.sample import seed_of
+from pipeline.infer.rollout_table import answers_of_teacher, sampled_tables
 from pipeline.store.cache import fetch_or_make
 from pipeline.store.shards import open_writer
 from stages.run import console
@@ -50,20 +49,10 @@ def main(shard: ShardOption = 0, config_file: ConfigOption = DEFAULT_CONFIG, thr
             console.progress("sft answers", len(wanted), "answers") as advance,
             open_writer(path, "rollouts", identity, {"asked": asked.hexdigest()}, origin) as writer,
         ):
-            tokens = 0
-            for start in range(0, len(wanted), ROW_GROUP):
-                group = slice(start, start + ROW_GROUP)
-                responses = sampler.sample(
-                    ids[group],
-                    [seed_of(run.settings.seed, one.rollout_id) for one in wanted[group]],
-                    options.longest,
-                    sft.temperature,
-                    sft.top_p,
-                    advance=advance,
-                )
-                tokens += sum(len(response.ids) for response in responses)
-                warped = sft.temperature != 1 or sft.top_p != 1
-                writer.write(rollout_table(wanted[group], BASE, ids[group], responses, model, warped))
+            tokens, how = 0, (run.settings.seed, options.longest, sft.temperature, sft.top_p)
+            for table in sampled_tables(sampler, model, wanted, BASE, ids, *how, advance=advance):
+                tokens += len(table["response_ids"].combine_chunks().flatten())
+                writer.write(table)
             writer.figures["tokens"] = tokens
 
     inputs, link = {"asked": asked.hexdigest()}, place.path("answers")

@@ -1,8 +1,7 @@
 """Rollouts: sample the policy of a phase on its prompts."""
 
 from pipeline.infer.engines import open_sampler
-from pipeline.infer.rollout_table import ROW_GROUP, responses_of_evaluation, responses_of_round, rollout_table
-from pipeline.infer.sample import seed_of
+from pipeline.infer.rollout_table import responses_of_evaluation, responses_of_round, sampled_tables
 from pipeline.store.shards import open_writer
 from stages.run import console
 from stages.run.context import (
@@ -55,19 +54,9 @@ def main(
         console.progress(f"{phase} rollouts", len(wanted), "responses") as advance,
         open_writer(place.path("rollouts"), "rollouts", identity, inputs, {"student": student.ref.source}) as writer,
     ):
-        for start in range(0, len(wanted), ROW_GROUP):
-            group = slice(start, start + ROW_GROUP)
-            responses = sampler.sample(
-                ids[group],
-                [seed_of(run.settings.seed, one.rollout_id) for one in wanted[group]],
-                options.longest,
-                options.temperature,
-                options.top_p,
-                options.top_k,
-                advance,
-            )
-            warped = options.temperature != 1 or options.top_p != 1
-            writer.write(rollout_table(wanted[group], number, ids[group], responses, student, warped))
+        how = (run.settings.seed, options.longest, options.temperature, options.top_p, options.top_k)
+        for table in sampled_tables(sampler, student, wanted, number, ids, *how, advance):
+            writer.write(table)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import pyarrow.compute as pc
 from tokenizers import Tokenizer
 
 from pipeline.align.roles import Roles
-from pipeline.align.segments import Segments, read_by, sampled_tokens
+from pipeline.align.segments import STAND_IN, Segments, offsets_of, read_by, sampled_tokens
 from pipeline.align.tokens import Spelling, TokenBytes
 from pipeline.align.units import MASKED, Tokens, align
 from pipeline.align.vocabularies import same_ids
@@ -83,27 +83,23 @@ def _retold(
 def _segments(rollouts: pa.Table, segments: Segments, tokens: np.ndarray) -> pa.Array:
     """The same segments with this student's numbers of tokens."""
     listed = rollouts["segments"].combine_chunks()
-    known = listed.is_valid()
-    inner = listed.flatten()
-    given = np.repeat(known.to_numpy(zero_copy_only=False), np.diff(segments.offsets))
-    columns = [inner.field(name) for name in ("role", "tokens", "bytes", "text", "loss")]
-    columns[1] = pa.array(tokens[given], pa.int32())
-    fields = list(listed.type.value_type)
-    counts = pc.fill_null(pc.list_value_length(listed), 0).to_numpy()
-    offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32())
-    values = pa.StructArray.from_arrays(columns, fields=fields)
-    return pa.ListArray.from_arrays(offsets, values, type=listed.type, mask=pc.invert(known))
+    given = np.repeat(listed.is_valid().to_numpy(zero_copy_only=False), np.diff(segments.offsets))
+    return _with(listed, "tokens", tokens[given])
 
 
 def _broken(rollouts: pa.Table) -> pa.Array:
     """The same places, where this student's tokens spell the stand-ins themselves."""
     listed = rollouts["broken"].combine_chunks()
-    inner = listed.flatten()
-    raw = pa.array(np.full(len(inner), 3), pa.int32())
-    values = pa.StructArray.from_arrays([inner.field("byte"), raw], fields=list(listed.type.value_type))
-    counts = pc.fill_null(pc.list_value_length(listed), 0).to_numpy()
-    offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32())
-    return pa.ListArray.from_arrays(offsets, values, type=listed.type, mask=pc.invert(listed.is_valid()))
+    return _with(listed, "raw", np.full(len(listed.flatten()), STAND_IN))
+
+
+def _with(listed: pa.ListArray, name: str, values: np.ndarray) -> pa.ListArray:
+    """Lists of structs with other values in one int32 field."""
+    inner, fields = listed.flatten(), list(listed.type.value_type)
+    columns = [pa.array(values, pa.int32()) if field.name == name else inner.field(field.name) for field in fields]
+    structs = pa.StructArray.from_arrays(columns, fields=fields)
+    offsets = pa.array(offsets_of(listed), pa.int32())
+    return pa.ListArray.from_arrays(offsets, structs, type=listed.type, mask=pc.invert(listed.is_valid()))
 
 
 def _lists(values: np.ndarray, lengths: np.ndarray, mask: pa.BooleanArray | None = None) -> pa.ListArray:

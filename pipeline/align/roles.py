@@ -22,7 +22,6 @@ OPENED_BY = {
     "end_tool_result": ("begin_tool_result", "next_tool_result"),
 }
 """Roles that close what another one has opened, where tokens alone don't tell which of several roles they are."""
-END_TURN = "end_turn"
 
 
 @dataclass(frozen=True)

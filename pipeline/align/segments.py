@@ -19,6 +19,8 @@ from schemas.errors import OpdError
 
 REPLACEMENT = "\ufffd"
 """Stands in `response` for bytes that are no UTF-8, whose places the rollout lists in `broken`."""
+STAND_IN = len(REPLACEMENT.encode())
+"""Its bytes."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +59,12 @@ class Segments:
     @cached_property
     def byte_start(self) -> np.ndarray:
         """int64 (segments,), where each starts in its response."""
-        return self._within_row(self.size)
-
-    def _within_row(self, counts: np.ndarray) -> np.ndarray:
-        before = np.concatenate([[0], np.cumsum(counts)])
-        return before[:-1] - before[self.offsets[self.row]]
+        return self.starts_of(self.size)
 
     def starts_of(self, counts: np.ndarray) -> np.ndarray:
         """int64 (segments,): of something that each segment has `counts` of, how many are before it in its response."""
-        return self._within_row(counts)
+        before = np.concatenate([[0], np.cumsum(counts)])
+        return before[:-1] - before[self.offsets[self.row]]
 
     @property
     def last(self) -> np.ndarray:
@@ -267,13 +266,11 @@ def _has_bytes(tokens: TokenBytes, ids: np.ndarray) -> np.ndarray:
 
 def _named(ids: np.ndarray, tokens: TokenBytes, roles: Roles) -> str:
     """How people read role tokens: text as it is, special tokens by their content."""
-    has_bytes = tokens.has_bytes
-    return "".join(
-        tokens.bytes[int(i)].as_py().decode(errors="replace")
-        if 0 <= i < len(tokens) and has_bytes[i]
-        else roles.names.get(int(i), f"<token {int(i)}>")
-        for i in ids
+    raw = b"".join(
+        tokens.bytes[int(i)].as_py() if is_text else roles.names.get(int(i), f"<token {int(i)}>").encode()
+        for i, is_text in zip(ids, _has_bytes(tokens, ids), strict=True)
     )
+    return raw.decode(errors="replace")  # of a role that is cut text there is nothing to align by bytes
 
 
 def readable(raw: bytes) -> tuple[str, list[tuple[int, int]]]:
@@ -293,8 +290,8 @@ def readable(raw: bytes) -> tuple[str, list[tuple[int, int]]]:
             raw, length = raw[error.end :], error.end - error.start
             broken.append((size, length))
             text += REPLACEMENT
-            size += len(REPLACEMENT.encode())
-    while broken and text.endswith(REPLACEMENT) and broken[-1][0] == len(text.encode()) - len(REPLACEMENT.encode()):
+            size += STAND_IN
+    while broken and text.endswith(REPLACEMENT) and broken[-1][0] == len(text.encode()) - STAND_IN:
         text = text[:-1]
         broken.pop()
     return text, broken

@@ -6,13 +6,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.align.segments import REPLACEMENT, Segments, broken_of, offsets_of, sampled_tokens
+from pipeline.align.segments import STAND_IN, Segments, broken_of, offsets_of, sampled_tokens
 from pipeline.align.tokens import Spelling, TokenBytes
 from pipeline.align.units import CONTEXT, KINDS, MASKED, ROLE, STOP, Tokens, Units, align
 from schemas.errors import OpdError
 from schemas.tables import STOP_ID, arrow_schema
 
-STAND_IN = len(REPLACEMENT.encode())
 LOG_FLOOR = -30.0
 """nats; stands for the log of no mass at all where a finite number is needed."""
 
@@ -118,9 +117,8 @@ def student_view(
 
 def _units(sampled: Spelling, teacher: Spelling, segments: Segments, stopped: np.ndarray, same: bool) -> Units:
     """Units within segments: `row` is the segment, and starts count from its own."""
-    stops = np.zeros(len(segments), np.int64)
-    stops[segments.last[stopped]] = 1
-    stops = stops.astype(bool)
+    stops = np.zeros(len(segments), bool)
+    stops[segments.last[stopped]] = True
     if not same:
         limit = np.minimum(sampled.exact, teacher.exact)
         # Past `limit` any end will do, as long as ends never fall.
@@ -133,13 +131,12 @@ def _units(sampled: Spelling, teacher: Spelling, segments: Segments, stopped: np
     tokens = Tokens(sampled.offsets, nth)
     units = align(tokens, tokens, counts, stops)
     # Bytes are where the tokens end in the text.
-    last = sampled.offsets[units.row] + units.byte_end
-    ends = np.minimum(sampled.ends, np.repeat(segments.size, counts))
-    borders = [
-        np.where(last - sampled.offsets[units.row] > 0, np.append(ends, 0)[last - 1], 0),
-        np.where(units.byte_start > 0, np.append(ends, 0)[sampled.offsets[units.row] + units.byte_start - 1], 0),
-    ]
-    return replace(units, byte_end=borders[0], byte_start=borders[1])
+    ends = np.append(np.minimum(sampled.ends, np.repeat(segments.size, counts)), 0)
+    byte_start, byte_end = (
+        np.where(tokens_before > 0, ends[sampled.offsets[units.row] + tokens_before - 1], 0)
+        for tokens_before in (units.byte_start, units.byte_end)
+    )
+    return replace(units, byte_start=byte_start, byte_end=byte_end)
 
 
 def _holds_broken(rollouts: pa.Table, segments: Segments, units: Units) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Rollouts that were made elsewhere: rows of a log, each a prompt and what was answered, in this student's tokens."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,6 +9,7 @@ import numpy as np
 from pipeline.align.segments import told
 from pipeline.conversations import Asked, Message, asked, messages_of, reference
 from pipeline.prepared import PreparedModel
+from pipeline.prompts import json_text
 from pipeline.rendering import Renderer
 from schemas.errors import OpdError
 
@@ -93,10 +93,10 @@ def read(row: Mapping[str, Any], where: str, spans: Spans) -> Logged:
     cut = None if finish is None else finish in CUT
     columns = {
         "prompt": question.prompt,
-        "messages": _json(question.messages),
-        "tools": _json(question.tools),
+        "messages": json_text(question.messages),
+        "tools": json_text(question.tools),
         "answer": reference(given.get("answer")),
-        "fields": _json({name: value for name, value in row.items() if name not in OURS}),
+        "fields": json_text({name: value for name, value in row.items() if name not in OURS}),
     }
     if ids is None:
         return Logged(where, question, columns, turns, text, None, None, None, None, cut)
@@ -114,10 +114,6 @@ def read(row: Mapping[str, Any], where: str, spans: Spans) -> Logged:
 
 def _first(given: Mapping[str, Any], names: Sequence[str]) -> str | None:
     return next((name for name in names if name in given), None)
-
-
-def _json(value: Any) -> str | None:
-    return None if value is None else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _split(messages: list[Message], spans: Spans, where: str) -> tuple[list[Message], list[Message]]:

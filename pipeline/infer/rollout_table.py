@@ -1,6 +1,6 @@
 """Which responses a phase has, and the table of what was sampled."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.align.segments import told
-from pipeline.infer.sample import Response
+from pipeline.infer.engines import Sampler
+from pipeline.infer.sample import Response, seed_of
 from pipeline.prepared import PreparedModel, PromptRows, PromptTable
 from schemas.config import Config
 from schemas.errors import OpdError
@@ -64,6 +65,35 @@ def responses_of_evaluation(
 
 def _wanted(of: str, row: dict[str, Any], sample: int) -> Wanted:
     return Wanted(f"{of}-{row['prompt_id']}-{sample}", row, sample)
+
+
+def sampled_tables(
+    sampler: Sampler,
+    policy: PreparedModel,
+    wanted: Sequence[Wanted],
+    number: int,
+    prompts: Sequence[np.ndarray],
+    seed: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int = 0,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Iterator[pa.Table]:
+    """Row groups of schema `rollouts`, sampled one after the other, each response from a stream of its own.
+
+    Args:
+        sampler: `policy`, opened.
+        number: of its checkpoint, see `rollout_table`.
+        prompts: token ids of each response's prompt.
+        advance: called with the number of finished responses.
+    """
+    warped = temperature != 1 or top_p != 1
+    for start in range(0, len(wanted), ROW_GROUP):
+        group = slice(start, start + ROW_GROUP)
+        seeds = [seed_of(seed, one.rollout_id) for one in wanted[group]]
+        responses = sampler.sample(prompts[group], seeds, max_new_tokens, temperature, top_p, top_k, advance=advance)
+        yield rollout_table(wanted[group], number, prompts[group], responses, policy, warped)
 
 
 def rollout_table(

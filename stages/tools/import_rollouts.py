@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from pipeline.infer.logged import Logged, Told, columns_of, in_tokens, read
 from pipeline.infer.policy_logps import policy_table
 from pipeline.infer.rollout_table import ROW_GROUP
 from pipeline.prepared import PreparedModel, PromptTable
+from pipeline.prompts import ROW_GROUP as PROMPT_GROUP
 from pipeline.prompts import collect
 from pipeline.rendering import Renderer
 from pipeline.sources import kind_of
@@ -61,9 +63,8 @@ def main(
     student = policy(run, 0)
     prompts, left_out = _write_prompts(run, files, spans, held_out)
     renderer = student.renderer(prompts)
-    made = [0, 0, 0]
-    found = _rows(run, files, spans, held_out, student, renderer, prompts)
-    longest = max((len(ids) + len(one.ids) + 1 for _, _, ids, one in found), default=0)
+    rows = partial(_rows, files, spans, held_out, student, renderer)
+    longest = max((len(ids) + len(one.ids) + 1 for _, _, ids, one in rows()), default=0)
     if not longest:
         raise OpdError(f"import: {', '.join(files)}: no row is left to import")
     made_in = run.root / "importing"  # takes its own name when it is whole
@@ -74,22 +75,20 @@ def main(
         **{file: file_digest(Path(file)) for file in files if Path(file).is_file()},
     }
     with open_teacher(student, longest, run.settings.scores.batch_tokens, console.say) as scorer:
-        rows = _rows(run, files, spans, held_out, student, renderer, prompts)
-        for number in range(10**9):
-            shard = list(islice(rows, run.config.rollouts.shard_size))
-            if not shard:
-                break
-            place = made_in / "rollouts" / f"{number:03}.parquet"
+        left, responses, lacking, shards = rows(), 0, 0, 0
+        while shard := list(islice(left, run.config.rollouts.shard_size)):
+            place = made_in / "rollouts" / f"{shards:03}.parquet"
             with open_writer(place, "rollouts", identity, inputs, {"imported": " ".join(files)}) as writer:
                 for start in range(0, len(shard), ROW_GROUP):
                     table = _table(shard[start : start + ROW_GROUP], student)
                     lacks = table["behavior_logp"].null_count
-                    made = [made[0] + len(table), made[1] + lacks, number + 1]
                     writer.write(_complete(table, scorer, student) if lacks else table)
+                    responses, lacking = responses + len(table), lacking + lacks
+            shards += 1
     made_in.rename(run.root / "round-0")
     after = _next(run, config_file, into)
     console.say(
-        f"{into}: {made[0]} responses in {made[2]} shards, {made[1]} of them without log-probs, which the student gave; "
+        f"{into}: {responses} responses in {shards} shards, {lacking} of them without log-probs, which the student gave; "
         f"{left_out} left out, whose prompts are held out"
     )
     console.say(f"score them and train: snakemake --cores all --configfile {after}")
@@ -127,7 +126,7 @@ def _write_prompts(run: Run, files: list[str], spans: str, held_out: set[str]) -
                 continue
             group.append({"prompt_id": f"p{len(seen):03}", "split": "train", **logged.prompt})
             seen.add(key)
-            if len(group) == 4096:
+            if len(group) == PROMPT_GROUP:
                 writer.write(pa.Table.from_pylist(group, arrow_schema("prompts")))
                 group = []
         writer.write(pa.Table.from_pylist(group, arrow_schema("prompts")))
@@ -138,13 +137,7 @@ Row = tuple[dict[str, Any], Logged, np.ndarray, Told]
 
 
 def _rows(
-    run: Run,
-    files: list[str],
-    spans: str,
-    held_out: set[str],
-    student: PreparedModel,
-    renderer: Renderer,
-    prompts: PromptTable,
+    files: list[str], spans: str, held_out: set[str], student: PreparedModel, renderer: Renderer
 ) -> Iterator[Row]:
     """Of each response its names, its row, the ids of its prompt, and itself in tokens."""
     numbers: dict[str, int] = {}
@@ -158,7 +151,7 @@ def _rows(
             samples.append(0)
         name, sample = f"p{number:03}", samples[number]
         samples[number] += 1
-        (prompt,) = prompts.take([name])
+        prompt = {"prompt_id": name, **logged.prompt}  # as `_write_prompts` has it
         try:
             told = in_tokens(logged, prompt, student, renderer)
             (ids,) = renderer.ids([prompt], student.context - len(told.ids) - 1)
