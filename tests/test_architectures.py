@@ -15,6 +15,7 @@ from pipeline.infer.score import hidden_rows
 from pipeline.models import ModelRef, load_model
 from schemas.errors import OpdError
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCAB = 1300
 STOP = np.arange(7, VOCAB, 5)  # many, so that responses end at different lengths
 SHAPE = {
@@ -98,13 +99,14 @@ def model_of(name: str) -> Any:
     """A random float32 model."""
     kind = getattr(transformers, f"{name}{'Text' if name in TEXT_PART else ''}Config")
     torch.manual_seed(0)
-    return getattr(transformers, f"{name}ForCausalLM")(kind(**SHAPE | ARCHITECTURES[name])).eval().requires_grad_(False)
+    model = getattr(transformers, f"{name}ForCausalLM")(kind(**SHAPE | ARCHITECTURES[name]))
+    return model.eval().requires_grad_(False).to(DEVICE)
 
 
 def logps_of(model: Any, ids: np.ndarray) -> torch.Tensor:
     """Float64 (len(ids), vocab) of one sequence alone, by the model's own head."""
-    ids = torch.from_numpy(np.asarray(ids, np.int64))[None]
-    return model(input_ids=ids, use_cache=False).logits[0].double().log_softmax(-1)
+    ids = torch.from_numpy(np.asarray(ids, np.int64))[None].to(DEVICE)
+    return model(input_ids=ids, use_cache=False).logits[0].double().log_softmax(-1).cpu()
 
 
 def prompts_and_responses() -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -122,7 +124,7 @@ def test_scoring_gives_the_models_own_logps(name: str) -> None:
     for batch, hidden in hidden_rows(model, prompts, responses, 60):
         for i, states in zip(batch, hidden, strict=True):
             expected = logps_of(model, np.concatenate([prompts[i], responses[i]]))[len(prompts[i]) - 1 :]
-            torch.testing.assert_close(head(model, states).double().log_softmax(-1), expected, atol=3e-5, rtol=0)
+            torch.testing.assert_close(head(model, states).double().log_softmax(-1).cpu(), expected, atol=3e-5, rtol=0)
             seen += 1
     assert seen == 4 and model.config._attn_implementation == own
 
