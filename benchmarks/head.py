@@ -69,27 +69,27 @@ def student() -> Any:
     return Gemma3ForCausalLM(config).eval()
 
 
-def batch_of(tokens: int) -> Batch:
-    """Responses of so many tokens in all, no unit masked."""
+def batch_of(tokens: int, length: int = LENGTH, vocab: int = VOCAB) -> Batch:
+    """Responses of `length` and so many tokens in all, no unit masked."""
     rng = np.random.default_rng(0)
-    responses = tokens // LENGTH
-    ids = rng.integers(4, VOCAB, (responses, LENGTH + 1))
-    ends = np.cumsum(rng.choice([1, 1, 1, 2, 3], LENGTH))
-    starts = np.append(0, ends[ends < LENGTH])
-    s_len = np.diff(np.append(starts, LENGTH))
+    responses = tokens // length
+    ids = rng.integers(4, vocab, (responses, length + 1))
+    ends = np.cumsum(rng.choice([1, 1, 1, 2, 3], length))
+    starts = np.append(0, ends[ends < length])
+    s_len = np.diff(np.append(starts, length))
     units = responses * len(starts)
-    cand = rng.integers(4, VOCAB, (units, SLOTS))
+    cand = rng.integers(4, vocab, (units, SLOTS))
     cand[:, 0] = STOP_ID
     share = rng.dirichlet(np.ones(SLOTS + 2), units)
     arrays: dict[str, Any] = {
         "ids": ids[:, :-1],
-        "mask": np.ones((responses, LENGTH), np.int64),
-        "rows": np.arange(responses * LENGTH),
+        "mask": np.ones((responses, length), np.int64),
+        "rows": np.arange(responses * length),
         "targets": ids[:, 1:].ravel(),
-        "unit_row": (np.arange(responses)[:, None] * LENGTH + starts).ravel(),
+        "unit_row": (np.arange(responses)[:, None] * length + starts).ravel(),
         "response_of_unit": np.repeat(np.arange(responses), len(starts)),
         "token_unit": np.repeat(np.arange(units), np.tile(s_len, responses)),
-        "token_behavior_logp": np.full(responses * LENGTH, -1.0, np.float32),
+        "token_behavior_logp": np.full(responses * length, -1.0, np.float32),
         "s_len": np.tile(s_len, responses),
         "t_len": np.tile(s_len, responses),
         "teacher_logp": np.log(share[:, -1]).astype(np.float32),

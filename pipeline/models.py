@@ -184,11 +184,14 @@ def native_dtype() -> str:
     return "bfloat16" if fast else "float32"
 
 
-def load_model(ref: ModelRef, dtype: str, layers: bool = True, device: str | None = None) -> Any:
+def load_model(
+    ref: ModelRef, dtype: str, layers: bool = True, device: str | None = None, attention: str | None = None
+) -> Any:
     """The causal language model in evaluation mode, on `device`, by default the GPU when there is one.
 
     Without `layers` it is embeddings, final norm and head only: enough to turn another engine's hidden states into
-    logits, and to see how the architecture does so.
+    logits, and to see how the architecture does so. `attention` names the code that computes it (`attn_implementation`).
+    Raises OpdError when it can't be loaded.
     """
     import torch  # noqa: PLC0415
     from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
@@ -200,9 +203,12 @@ def load_model(ref: ModelRef, dtype: str, layers: bool = True, device: str | Non
         config = AutoConfig.from_pretrained(ref.path)
         if not layers:
             config.get_text_config().num_hidden_layers = 0
-        model: Any = AutoModelForCausalLM.from_pretrained(ref.path, config=config, dtype=getattr(torch, dtype))
-    except (OSError, ValueError, KeyError) as error:
-        raise OpdError(f"model {ref.source!r}: it can't be loaded: {one_line(error)}") from error
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            ref.path, config=config, dtype=getattr(torch, dtype), attn_implementation=attention
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        asked = f" with `attn_implementation: {attention}`" if attention else ""
+        raise OpdError(f"model {ref.source!r}: it can't be loaded{asked}: {one_line(error)}") from error
     settings = model.generation_config
     if not settings.do_sample and any(
         getattr(settings, key, None) is not None for key in ("temperature", "top_p", "top_k")

@@ -140,7 +140,7 @@ class PreparedModel:
         """The `transformers` model, checked, or what it is without its layers, on the GPU if there is one; each call loads
         another (see `load_model`). Raises OpdError as `check` does, and when it can't be loaded."""
         self.check()
-        return load_model(self.ref, self.dtype, layers, device)
+        return load_model(self.ref, self.dtype, layers, device, self.config.attn_implementation)
 
     @cached_property
     def model(self) -> Any:

@@ -33,7 +33,7 @@ class Keys:
 
 def _computes(role: str) -> Keys:
     """A model's forward pass. Its revision and stops are told by its prepared files."""
-    return Keys((f"{role}.model", f"{role}.dtype"))
+    return Keys((f"{role}.model", f"{role}.dtype"), (f"{role}.attn_implementation",))
 
 
 def _prompted(role: str) -> Keys:

@@ -19,8 +19,6 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
-    GraniteConfig,
-    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
 )
@@ -139,11 +137,23 @@ def test_head_gives_the_models_own_logits(name: str) -> None:
     assert logits.abs().max() > 2.5  # where a cap of 3 bends them
 
 
-def test_check_head_refuses_scaled_logits() -> None:
-    torch.manual_seed(0)
-    model = GraniteForCausalLM(GraniteConfig(**SHAPE, logits_scaling=8.0)).eval()
-    with pytest.raises(OpdError, match=r"granite-tiny.*GraniteForCausalLM"):
-        check_head(model, "granite-tiny")
+@pytest.fixture
+def squashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama does to its logits what no model does."""
+    plain = LlamaForCausalLM.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = plain(self, *args, **kwargs)
+        out.logits = out.logits.sin()
+        return out
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+
+
+@pytest.mark.usefixtures("squashed")
+def test_check_head_refuses_logits_that_are_changed_otherwise() -> None:
+    with pytest.raises(OpdError, match=r"llama-tiny.*LlamaForCausalLM"):
+        check_head(model_of("llama"), "llama-tiny")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -157,10 +167,13 @@ def test_the_head_without_the_layers(name: str, tmp_path: Path) -> None:
     assert torch.equal(head(bare, hidden), head(whole, hidden))
 
 
-def test_scaled_logits_are_refused_without_the_layers_too(tmp_path: Path) -> None:
-    GraniteForCausalLM(GraniteConfig(**SHAPE, logits_scaling=8.0)).save_pretrained(tmp_path)
-    with pytest.raises(OpdError, match=r"granite-tiny.*GraniteForCausalLM"):
-        check_head(load_model(reference_to(tmp_path), "float32", layers=False), "granite-tiny")
+def test_changed_logits_are_refused_without_the_layers_too(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    model_of("llama").save_pretrained(tmp_path)
+    bare = load_model(reference_to(tmp_path), "float32", layers=False)
+    check_head(bare, "llama-tiny")
+    request.getfixturevalue("squashed")
+    with pytest.raises(OpdError, match=r"llama-tiny.*LlamaForCausalLM"):
+        check_head(bare, "llama-tiny")
 
 
 def reference_to(folder: Path) -> ModelRef:

@@ -1,6 +1,7 @@
 """Rounding and order of what a shard keeps."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -46,6 +47,24 @@ def test_candidates_fall_then_ascend_within_their_row(rows: list[list[tuple[int,
         digits = [(-float(rounded(np.float32([x]), CANDIDATE_BITS)[0]), i) for i, x in row]
         expected += sorted(digits)
     assert list(zip((-logp).tolist(), ids.tolist(), strict=True)) == expected
+
+
+@pytest.mark.parametrize(("rows", "k", "more"), [(300, 60, 18), (50, 1, 0), (4, 2000, 300), (40, 0, 20)])
+def test_the_order_is_a_sorts_byte_for_byte(rows: int, k: int, more: int) -> None:
+    """The likeliest by falling log-prob, others after them, ragged, with ties and without mass."""
+    rng = np.random.default_rng(k)
+    likeliest = -np.sort(rng.exponential(4, (rows, k)).astype(np.float32), axis=1)
+    logp = np.concatenate([likeliest, -rng.exponential(9, (rows, more)).astype(np.float32)], 1)
+    logp[rng.random(logp.shape) < 0.02] = -np.inf
+    ids = rng.random(logp.shape).argsort(1).astype(np.int32)
+    keep = rng.random(logp.shape) < 0.9
+    counts = keep.sum(1)
+    plain = rounded(logp[keep], CANDIDATE_BITS)
+    order = np.lexsort((ids[keep], -plain, np.repeat(np.arange(rows), counts)))
+    given_ids = ids[keep]
+    found = candidates(given_ids, logp[keep], counts)
+    assert found[0].tobytes() == given_ids[order].tobytes() and found[1].tobytes() == plain[order].tobytes()
+    assert (given_ids == ids[keep]).all()  # what was given stays as it is
 
 
 def test_rescaling_leaves_to_the_rest_exactly_what_it_has() -> None:

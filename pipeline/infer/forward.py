@@ -1,6 +1,5 @@
 """Forward passes of a causal language model in two parts, body and head, so that only the rows that matter get logits."""
 
-import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
@@ -13,9 +12,15 @@ from schemas.errors import OpdError
 
 
 def head(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits of hidden states: (rows, d) -> (rows, vocab), soft-capped where the architecture does so."""
-    logits = model.get_output_embeddings()(hidden)
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    """Logits of hidden states: (rows, d) -> (rows, vocab), scaled (Cohere, Falcon H1, Granite) or soft-capped (Gemma)
+    where the architecture does so."""
+    logits, config = model.get_output_embeddings()(hidden), model.config.get_text_config()
+    for name in ("logit_scale", "lm_head_multiplier"):
+        if (factor := getattr(config, name, None)) not in (None, 1):
+            logits = logits * factor
+    if (divisor := getattr(config, "logits_scaling", None)) not in (None, 1):
+        logits = logits / divisor
+    cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
@@ -112,18 +117,16 @@ def common_start(rows: Sequence[np.ndarray]) -> int:
     return int(np.argmin(np.append(same, False)))
 
 
-@torch.inference_mode()
-def prefix_cache(model: Any, prefix: np.ndarray) -> Any:
-    """Keys and values of a prefix that many rows share, computed once. See `expand`."""
-    ids = torch.from_numpy(np.asarray(prefix, np.int64))[None].to(model.device)
-    return body(model, ids, use_cache=True)[1]
+def has_keys(kept: Any) -> bool:
+    """Whether some layer attends to earlier positions, so that what `body` returned goes on with a mask of all of them;
+    a model of recurrent layers alone takes one of the new positions."""
+    return any(hasattr(layer, "keys") for layer in kept.layers)
 
 
-def expand(kept: Any, rows: int) -> Any:
-    """A private copy of a prefix cache for a batch of `rows`."""
-    private = copy.deepcopy(kept)
-    private.batch_repeat_interleave(rows)
-    return private
+def select_rows(kept: Any, rows: torch.Tensor) -> None:
+    """Keep only some rows, int64 indices, of what `body` returned; of a recurrent layer's state too."""
+    recurrent = any(hasattr(layer, "recurrent_states") for layer in kept.layers)
+    (kept.reorder_cache if recurrent else kept.batch_select_indices)(rows)
 
 
 def top_k(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.infer.forward import body, halving, head, pad
+from pipeline.infer.forward import body, halving, has_keys, head, pad, select_rows
 from pipeline.infer.forward import top_k as likeliest
 
 
@@ -89,7 +89,8 @@ def _sample_batch(
     cache = None
     for step in range(steps):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        hidden, cache = body(model, ids, cache, attention_mask=mask, position_ids=positions, use_cache=True)
+        seen = mask if cache is None or has_keys(cache) else None
+        hidden, cache = body(model, ids, cache, attention_mask=seen, position_ids=positions, use_cache=True)
         logits = head(model, hidden[:, -1])
         draws = draw(logits, uniforms[live.cpu(), step].to(device), stop_index, temperature, top_p, top_k)
         at = live.cpu().numpy()
@@ -100,7 +101,7 @@ def _sample_batch(
         if len(keep) == 0:
             break
         if len(keep) < len(live):
-            cache.batch_select_indices(keep)
+            select_rows(cache, keep)
         live, ids = live[keep], draws.token[keep, None]
         mask = torch.cat([mask[keep], torch.ones_like(ids)], 1)
     lengths = (drawn >= 0).sum(1)

@@ -7,11 +7,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.infer.forward import batches, body, common_start, expand, halving, pad, prefix_cache, top_k
+from pipeline.infer.forward import batches, body, common_start, halving, pad, top_k
 from pipeline.infer.logit_stats import GROUP, row_statistics
+from pipeline.infer.prefix import causal, expand, prefix_cache
 
 CHUNK_BYTES = 512 << 20
 """Logits held at once, bytes: the head of a 262k vocabulary reads its weights once for 1024 rows of bfloat16."""
+
+SHARED_PART = 0.05
+"""Of a row group's tokens, at least so many are saved by a prefix computed once, or it isn't: to go on from it takes the
+keys and values of the whole batch in all layers, 5 GB for 32k tokens of an 8B model."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +113,9 @@ def hidden_rows(
         prompts, responses: token ids, row by row; a response may be empty, a prompt not.
         batch_tokens: padded tokens per forward pass; halved when memory runs out, which `say` is told.
     """
-    # A prefix is worth a cache of its own only when several rows share it; each row keeps one own token at least.
-    shared = min(common_start(prompts), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
-    cache = prefix_cache(model, prompts[0][:shared]) if shared > 0 else None
+    shared = _shared(prompts, responses)
+    cache = prefix_cache(model, prompts[0][:shared]) if shared else None
+    shared = shared if cache is not None else 0
     inputs = [np.concatenate([p[shared:], r]) for p, r in zip(prompts, responses, strict=True)]
 
     def forward(batch: np.ndarray) -> torch.Tensor:
@@ -118,7 +123,8 @@ def hidden_rows(
         # takes its causal path, which neither reads a mask nor repeats grouped keys.
         ids, _ = pad([inputs[i] for i in batch])
         kept = expand(cache, len(batch)) if cache is not None else None
-        return body(model, ids.to(model.device), kept, use_cache=cache is not None)[0]
+        with causal(model):
+            return body(model, ids.to(model.device), kept, use_cache=cache is not None)[0]
 
     for batch, hidden in halving(batches([len(i) for i in inputs], batch_tokens), forward, say):
         ends = [len(inputs[i]) for i in batch]
@@ -126,6 +132,13 @@ def hidden_rows(
             batch,
             [hidden[j, end - len(responses[i]) - 1 : end] for j, (i, end) in enumerate(zip(batch, ends, strict=True))],
         )
+
+
+def _shared(prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> int:
+    """Leading tokens that all prompts share, where it pays to compute them once; each row keeps one own token at least."""
+    shared = min(common_start(prompts), min(map(len, prompts)) - 1)
+    every = sum(map(len, prompts)) + sum(map(len, responses))
+    return shared if shared * (len(prompts) - 1) >= SHARED_PART * every else 0
 
 
 def _score_rows(

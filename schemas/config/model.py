@@ -37,6 +37,12 @@ class Model(Section):
         description="dtype of the forward pass; auto: bfloat16 where the machine computes in it, else float32 (where a run's "
         "machines differ, name one)",
     )
+    attn_implementation: Text | None = Field(
+        None,
+        description="code that computes attention in `transformers`: sdpa, eager, flash_attention_2, flex_attention, or a "
+        "kernel of the hub such as kernels-community/vllm-flash-attn3; null: its own choice, which for some models (Gemma 2, "
+        "gpt-oss) is eager, whose memory grows with the square of the length",
+    )
     engine: Literal["transformers", "vllm"] = Field(
         "transformers",
         description="what samples its rollouts or computes its scores; vllm: pip install 'offline-opd[vllm]'",
