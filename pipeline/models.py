@@ -15,7 +15,7 @@ from pipeline.align.tokens import TokenBytes, token_bytes
 from pipeline.gguf_package import from_package
 from pipeline.store.shards import file_digest
 from schemas.errors import OpdError, one_line
-from schemas.manifest import digest
+from schemas.manifest import Signed, digest
 
 IDENTITY_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
 TOKENIZER_FILES = (
@@ -51,7 +51,7 @@ class Origin(BaseModel):
     tokenizer: str
 
 
-class ModelRef(BaseModel):
+class ModelRef(Signed):
     """A model that lies in a local folder and what identifies it."""
 
     source: str

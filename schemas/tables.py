@@ -273,6 +273,18 @@ WEIGHTS = (
     ),
 )
 
+ANSWERS = (
+    Column("set", pa.string(), "the held-out set: the run's own split, or a name in `evaluate.also`"),
+    Column("prompt_id", pa.string(), "the prompt; its answers are consecutive"),
+    Column("sample", pa.int32(), "0, 1, ... among the answers to one prompt"),
+    Column("prompt", pa.string(), "the bare question"),
+    Column("reference", pa.string(), "reference answer; null when there is none", nullable=True),
+    Column("response", pa.string(), "what the checkpoint said"),
+    Column("answer", pa.string(), "what of it was judged; null when nothing was found", nullable=True),
+    Column("right", pa.bool_(), "whether it is right; null where it can't be told", nullable=True),
+    Column("stopped", pa.bool_(), "whether it ended by itself"),
+)
+
 TABLES: dict[str, tuple[Column, ...]] = {
     "prompts": PROMPTS,
     "vocabulary": VOCABULARY,
@@ -281,6 +293,7 @@ TABLES: dict[str, tuple[Column, ...]] = {
     "units": UNITS,
     "policy": POLICY,
     "weights": WEIGHTS,
+    "answers": ANSWERS,
 }
 
 

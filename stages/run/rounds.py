@@ -1,6 +1,5 @@
 """A round of training as the run's files tell it: its shards, its budget, what it ended with."""
 
-from schemas.errors import OpdError
 from schemas.outcome import Outcome
 from stages.run.run import Phase, Run
 from train.loop import Progress
@@ -35,9 +34,5 @@ def planned_steps(run: Run, round_index: int) -> int:
 
 def read_outcome(run: Run, round_index: int) -> Outcome:
     """What a round ended with. Raises OpdError when that is missing or damaged."""
-    path = run.phase(f"round-{round_index}").outcome
-    try:
-        return Outcome.model_validate_json(path.read_text())
-    except (FileNotFoundError, ValueError) as error:
-        what = "missing" if isinstance(error, FileNotFoundError) else "damaged"
-        raise OpdError(f"{path}: {what}; run `python -m stages.train --round {round_index}` again") from error
+    phase = run.phase(f"round-{round_index}")
+    return phase.record(phase.outcome, Outcome, "train")
