@@ -6,15 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import small
 import tiny
 from typer.testing import CliRunner
 
-from pipeline.store.shards import METADATA_KEY, file_digest, manifest_path, open_shard, read_manifest
+from pipeline.store.shards import METADATA_KEY, file_digest, manifest_path, open_shard, open_writer, read_manifest
 from schemas.errors import OpdError
 from schemas.manifest import Manifest, place_of
+from schemas.records import Weighed
+from schemas.tables import TABLES, arrow_schema
 from stages import coverage, diagnostics, evaluate, models, policy, prompts, rollouts, scores, train, units, weights
 from stages.report import page as report
 from stages.run.run import open_run
@@ -201,3 +204,59 @@ def test_answers_of_another_checkpoint_are_not_reported(place: Path) -> None:
     shutil.copy("runs/a/eval-0/result.json", "runs/a/eval-2/result.json")
     with pytest.raises(OpdError, match=r"eval-2/result\.json: not of the answers that lie beside it"):
         report.main(small.written())
+
+
+def resigned(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """A shard written again with its first row changed, all of its manifest else as it was."""
+    shard = open_shard(path, path.parent.name)
+    about = shard.manifest
+    tables = list(shard.row_groups())
+    with open_writer(path, about.kind, about.identity, about.inputs, about.origin, about.decided) as writer:
+        for number, table in enumerate(tables):
+            rows = table.to_pylist()
+            if not number:
+                change(rows[0])
+            writer.write(pa.Table.from_pylist(rows, schema=arrow_schema(about.kind)))
+
+
+@pytest.mark.parametrize(
+    ("table", "column", "value"),
+    [
+        ("weights", "weight", float("nan")),
+        ("weights", "weight", 1e30),
+        ("weights", "is_ratio", float("inf")),
+        ("weights", "credit", float("nan")),
+        ("rollouts", "response_ids", [10_000]),
+        ("rollouts", "prompt_ids", [-5]),
+        ("rollouts", "prompt_id", "p999"),
+        ("units", "cand_id", [10_000]),
+        ("units", "s_start", 3),
+        ("units", "s_len", 9),
+    ],
+)
+def test_values_that_no_writer_makes_are_refused_by_column(place: Path, table: str, column: str, value: Any) -> None:
+    """In shards that were signed anew, with all that names them."""
+    run = open_run(small.written())
+
+    def change(row: dict[str, Any]) -> None:
+        row[column] = value * max(1, len(row[column])) if isinstance(value, list) else value
+
+    where = run.phase("round-0")[0]
+    resigned(where.path(table), change)
+    for name in ("units", "weights"):  # what was made from it, as if it had been from this
+        about = read_manifest(where.path(name))
+        shard = open_shard(where.path(name), name)
+        tables = list(shard.row_groups()) if name != table else None
+        if tables is not None:
+            inputs = about.inputs | {
+                one: read_manifest(where.path(one)).sha256 for one in about.inputs if one in TABLES
+            }
+            with open_writer(where.path(name), name, about.identity, inputs, about.origin, about.decided) as writer:
+                for each in tables:
+                    writer.write(each)
+    told = Weighed.parse(run.phase("round-0").weights.read_text())
+    told.shards["000"] = read_manifest(where.path("weights")).sha256
+    run.phase("round-0").weights.write_text(told.dump())
+    with pytest.raises(OpdError, match=rf"{table}/000\.parquet: columns? `{column}`") as caught:
+        train.main(0, small.written(train={"save_every": 2}))
+    assert "\n" not in str(caught.value)

@@ -4,23 +4,25 @@ import glob
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import re
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from schemas.errors import OpdError
 from schemas.manifest import FORMAT, READABLE, Manifest, differences, place_of
-from schemas.tables import TABLES, arrow_schema, writer_options
+from schemas.tables import TABLES, Column, arrow_schema, writer_options
 
 METADATA_KEY = b"opd"
 COMPRESSION_LEVEL = 3
@@ -187,6 +189,8 @@ class Shard:
 
     path: Path
     manifest: Manifest
+    ends: Mapping[str, int] = field(default_factory=dict)
+    """Columns of ids, and how many ids there are: one past the largest."""
 
     @property
     def rows(self) -> int:
@@ -228,13 +232,32 @@ class Shard:
             return self._complete(file.read())
 
     def _complete(self, table: pa.Table, columns: Sequence[str] | None = None) -> pa.Table:
-        """With nulls for the columns that a shard of an earlier format lacks."""
-        if self.manifest.format == FORMAT or self.manifest.kind not in TABLES:
+        """With nulls for columns that an earlier format lacks. Raises OpdError for values that no writer makes."""
+        if self.manifest.kind not in TABLES:
             return table
-        for index, field in enumerate(arrow_schema(self.manifest.kind)):
-            if field.name not in table.column_names and (columns is None or field.name in columns):
-                table = table.add_column(min(index, table.num_columns), field, pa.nulls(len(table), field.type))
+        for column in TABLES[self.manifest.kind]:
+            if column.name in table.column_names and (column.bounded or column.name in self.ends):
+                self._check_values(column, table[column.name])
+        if self.manifest.format == FORMAT:
+            return table
+        for index, given in enumerate(arrow_schema(self.manifest.kind)):
+            if given.name not in table.column_names and (columns is None or given.name in columns):
+                table = table.add_column(min(index, table.num_columns), given, pa.nulls(len(table), given.type))
         return table
+
+    def _check_values(self, column: Column, values: pa.ChunkedArray) -> None:
+        while pa.types.is_list(values.type):
+            values = pc.list_flatten(values)
+        high = min(column.high, self.ends.get(column.name, math.inf) - 1)
+        ends = pc.min_max(values).as_py()
+        wrong = [value for value in ends.values() if value is not None and not column.low <= value <= high]
+        if pa.types.is_floating(values.type) and pc.any(pc.is_nan(values)).as_py():
+            wrong.append(math.nan)
+        if wrong:
+            raise OpdError(
+                f"{self.path}: column `{column.name}` holds {wrong[0]!r}, expected {column.low:g} to {high:g}: no writer makes "
+                "that; delete the shard and its manifest and run again"
+            )
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -1,7 +1,10 @@
 """A round of training as the run's files tell it: its shards, its budget, what it ended with."""
 
+from pipeline.prepared import PromptTable
+from schemas.errors import OpdError
 from schemas.outcome import Outcome
-from stages.run.run import Phase, Run
+from stages.run.context import prompts_of
+from stages.run.run import Phase, Place, Run
 from train.loop import Progress
 from train.shards import check_log_z
 from train.stream import Triple
@@ -10,9 +13,20 @@ from train.stream import Triple
 def open_shards(phase: Phase) -> list[Triple]:
     """The rollouts, units and weights of a phase. Raises OpdError when one is missing or damaged or lacks what is read."""
     places = list(phase)  # each opens its shards once
+    prompts = prompts_of(phase)
     for place in places:
         check_log_z(phase.run.config.objective, place.units)
+        check_prompts(place, prompts)
     return [(place.rollouts, place.units, place.weights) for place in places]
+
+
+def check_prompts(place: Place, prompts: PromptTable) -> None:
+    """Raise OpdError when rollouts name a prompt that is none."""
+    for group in place.rollouts.row_groups(["prompt_id"]):
+        try:
+            prompts.take(group["prompt_id"].to_pylist())
+        except OpdError as error:
+            raise OpdError(f"{place.path('rollouts')}: column `prompt_id`: {error}; run its stage again") from error
 
 
 def progress_of(run: Run, round_index: int) -> Progress:

@@ -13,8 +13,8 @@ given, which is `base` then and is evaluated too.
 
 import math
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,13 @@ BASE = -1
 
 MADE_FROM = {"policy": ("rollouts",), "units": ("rollouts", "scores"), "weights": ("rollouts", "units")}
 """Tables whose digests a table's manifest has among its inputs. Scores name the responses instead, which other runs share."""
+
+IDS = {
+    "rollouts": ("prompt_ids", "response_ids", "top_id"),
+    "scores": ("token_id", "cand_id"),
+    "units": ("cand_id",),
+}
+"""Columns of token ids: of scores the teacher's, else the student's."""
 
 
 @dataclass(frozen=True)
@@ -382,19 +389,27 @@ class Place:
     def _opened(self, table: str, inputs: dict[str, str]) -> Shard:
         shard = open_shard(self.path(table), table, inputs=inputs)
         self.check(table, shard.manifest)
-        return shard
+        return self._bounded(shard, IDS.get(table, ()), "student")
+
+    def _bounded(self, shard: Shard, columns: Sequence[str], role: str) -> Shard:
+        """With as many ids as a model's vocabulary has."""
+        path = self.phase.run.vocabulary(role)
+        if not manifest_path(path).exists():
+            return shard
+        return replace(shard, ends=dict.fromkeys(columns, read_manifest(path).rows))
 
     @cached_property
     def answers(self) -> Shard:
         """Of `sft`: the teacher's answers, rollouts in its own tokens."""
         self.linked("answers")
-        return open_shard(self.path("answers"), "rollouts")
+        return self._bounded(open_shard(self.path("answers"), "rollouts"), IDS["rollouts"], "teacher")
 
     @cached_property
     def scores(self) -> Shard:
         """What the teacher said of these responses."""
         self.linked("scores")
-        return open_shard(self.path("scores"), "scores", inputs={"responses": responses_digest(self.rollouts)})
+        shard = open_shard(self.path("scores"), "scores", inputs={"responses": responses_digest(self.rollouts)})
+        return self._bounded(shard, IDS["scores"], "teacher")
 
     @cached_property
     def units(self) -> Shard:
