@@ -492,6 +492,7 @@ rule evaluate:
     output:
         FOLDER / "eval-{checkpoint}/result.json",
         FOLDER / "eval-{checkpoint}/answers.parquet",
+        FOLDER / "eval-{checkpoint}/answers.json",
     log:
         FOLDER / "logs/eval-{checkpoint}.log",
     benchmark:

@@ -23,7 +23,7 @@ from pipeline.model_files import (
 )
 from pipeline.store.shards import file_digest
 from schemas.errors import OpdError, one_line
-from schemas.manifest import digest
+from schemas.manifest import Signed, digest
 
 IDENTITY_FILES = ("*.safetensors", "*.safetensors.index.json", CONFIG, GENERATION)
 TOKENIZER_FILES = (
@@ -59,7 +59,7 @@ class Origin(BaseModel):
     tokenizer: str
 
 
-class ModelRef(BaseModel):
+class ModelRef(Signed):
     """A model that lies in a local folder and what identifies it."""
 
     source: str

@@ -83,11 +83,13 @@ class PreparedModel:
         ref: its files and what identifies them.
         config: the section `student` or `teacher`.
         vocabulary_shard: schema `vocabulary`.
+        again: the command that prepares it.
     """
 
     ref: ModelRef
     config: Model
     vocabulary_shard: Shard
+    again: str = "python -m stages.models"
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -130,10 +132,11 @@ class PreparedModel:
 
     def check(self) -> None:
         """Raise OpdError when the model's files are no longer those that were prepared."""
-        if reference(self.ref.source, Path(self.ref.path)).identity() != self.ref.identity():
+        found = reference(self.ref.source, Path(self.ref.path))
+        if (found.identity(), found.tuned_on) != (self.ref.identity(), self.ref.tuned_on):
             raise OpdError(
-                f"model {self.ref.source!r}: the files in {self.ref.path} changed after they were prepared; run the models "
-                "stage again"
+                f"model {self.ref.source!r}: the files in {self.ref.path} are no longer those that were prepared; run "
+                f"`{self.again}` again, or look at what changed them"
             )
 
     def load(self, layers: bool = True, device: str | None = None) -> Any:

@@ -10,6 +10,7 @@ from typing import get_args
 from pydantic import Field
 
 from schemas.config import Section
+from schemas.manifest import Signed
 
 
 class Texts(Section):
@@ -211,7 +212,7 @@ class Training(Section):
     last: Drift = Field(description="at the last step")
 
 
-class Diagnostics(Section):
+class Diagnostics(Section, Signed):
     """The whole file."""
 
     phase: str = Field(

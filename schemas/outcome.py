@@ -5,9 +5,10 @@ from typing import Literal
 from pydantic import Field
 
 from schemas.config import Section
+from schemas.manifest import Signed
 
 
-class Outcome(Section):
+class Outcome(Section, Signed):
     """A round's steps, and why it took no more."""
 
     budget: int = Field(description="optimiser steps that the round was allowed, with what earlier rounds left")
@@ -19,6 +20,8 @@ class Outcome(Section):
         description="effective sample size over units of the policy in training over the one that the round started from, "
         "a share, mean of the last steps; null: none was taken"
     )
+
+    metrics: str | None = Field(default=None, description="sha256 of the `metrics.jsonl` beside it")
 
     @property
     def unspent(self) -> int:

@@ -1,9 +1,12 @@
 """Arrow schemas of every table on disk. One place defines a column, its type and its meaning (`opd schema` prints it)."""
 
+import math
 from dataclasses import dataclass
 
 import pyarrow as pa
 
+LARGEST = 1e10
+"""No weight, ratio or sum of advantages is larger: ratios are clipped to e^20, what multiplies them is small."""
 STOP_ID = -1
 """`cand_id` of the stop candidate: any token of the reader's stop set (ids of real tokens are never negative)."""
 
@@ -18,6 +21,14 @@ class Column:
     nullable: bool = False
     encoding: str | None = None
     """Parquet encoding of its values where measured better than the writer's choice; `dictionary` is one. docs/cache.md"""
+    low: float = -math.inf
+    high: float = math.inf
+    """What its numbers, of lists the elements, lie between. With a bound, NaN is none that a writer makes either."""
+
+    @property
+    def bounded(self) -> bool:
+        """Whether it has a bound."""
+        return self.low > -math.inf or self.high < math.inf
 
 
 SPLIT, DELTA, DICTIONARY = "BYTE_STREAM_SPLIT", "DELTA_BINARY_PACKED", "dictionary"
@@ -86,11 +97,19 @@ ROLLOUTS = (
         "unique name of the response within the run: r<round>, e<checkpoint> or t (the teacher's), prompt, sample",
     ),
     Column("prompt_id", pa.string(), "the prompt it answers"),
-    Column("sample", pa.int32(), "0, 1, ... among the samples of one prompt"),
-    Column("round", pa.int32(), "refresh round whose policy sampled it; -1: the teacher, or the student before `sft`"),
-    Column("prompt_ids", _list(pa.int32()), "student token ids of the rendered prompt, BOS included"),
+    Column("sample", pa.int32(), "0, 1, ... among the samples of one prompt", low=0),
     Column(
-        "response_ids", _list(pa.int32()), "student token ids as sampled, the stop token included; never re-tokenised"
+        "round",
+        pa.int32(),
+        "refresh round whose policy sampled it; -1: the teacher, or the student before `sft`",
+        low=-1,
+    ),
+    Column("prompt_ids", _list(pa.int32()), "student token ids of the rendered prompt, BOS included", low=0),
+    Column(
+        "response_ids",
+        _list(pa.int32()),
+        "student token ids as sampled, the stop token included; never re-tokenised",
+        low=0,
     ),
     Column(
         "response",
@@ -132,6 +151,7 @@ ROLLOUTS = (
         "for each response id, the ids that the sampling model found likeliest there; null when not asked for "
         "(`rollouts.top_k`)",
         nullable=True,
+        low=0,
     ),
     Column("finish_reason", pa.string(), "stop: the student sampled a stop token | length: cut at max_new_tokens"),
     Column("answer", pa.string(), "reference answer of the prompt", nullable=True),
@@ -144,6 +164,7 @@ SCORES = (
         pa.int32(),
         "index of the teacher token in the response; the last row is the end of the response",
         encoding=DELTA,
+        low=0,
     ),
     Column(
         "byte_start",
@@ -154,7 +175,7 @@ SCORES = (
     Column(
         "byte_end", pa.int32(), "byte offset where it ends, likewise; equals byte_start in the end row", encoding=DELTA
     ),
-    Column("token_id", pa.int32(), "teacher id of the realised token; -1 in the end row"),
+    Column("token_id", pa.int32(), "teacher id of the realised token; -1 in the end row", low=-1),
     Column(
         "segment",
         pa.int32(),
@@ -185,6 +206,7 @@ SCORES = (
         _list(pa.int32()),
         "teacher ids of the kept candidates, by falling log-prob; no stop tokens",
         encoding=SPLIT,
+        low=STOP_ID,
     ),
     Column(
         "cand_logp",
@@ -196,7 +218,7 @@ SCORES = (
 
 UNITS = (
     Column("rollout_id", pa.string(), "the response; its rows are consecutive, ordered by unit", encoding=DICTIONARY),
-    Column("unit", pa.int32(), "index of the unit in the response", encoding=DELTA),
+    Column("unit", pa.int32(), "index of the unit in the response", encoding=DELTA, low=0),
     Column(
         "kind",
         pa.string(),
@@ -204,10 +226,10 @@ UNITS = (
         "counted) | context (not the student's own: no loss)",
         encoding=DICTIONARY,
     ),
-    Column("s_start", pa.int32(), "first student token of the unit in response_ids", encoding=DELTA),
-    Column("s_len", pa.int32(), "number of student tokens"),
-    Column("t_start", pa.int32(), "first teacher token of the unit (`pos` of scores)", encoding=DELTA),
-    Column("t_len", pa.int32(), "number of teacher tokens"),
+    Column("s_start", pa.int32(), "first student token of the unit in response_ids", encoding=DELTA, low=0),
+    Column("s_len", pa.int32(), "number of student tokens", low=0),
+    Column("t_start", pa.int32(), "first teacher token of the unit (`pos` of scores)", encoding=DELTA, low=-1),
+    Column("t_len", pa.int32(), "number of teacher tokens", low=0),
     Column("byte_start", pa.int32(), "where the unit starts in `response`, bytes", encoding=DELTA),
     Column("byte_end", pa.int32(), "where it ends", encoding=DELTA),
     Column(
@@ -237,6 +259,7 @@ UNITS = (
         _list(pa.int32()),
         f"student ids of the teacher's candidates at the unit's start; {STOP_ID} is the student's stop set",
         encoding=SPLIT,
+        low=STOP_ID,
     ),
     Column("cand_logp", _list(pa.float32()), "nats, the teacher's log-probs of those candidates", encoding=DICTIONARY),
     Column("tail_logp", pa.float32(), "nats, teacher mass outside its own kept candidates (see scores)", nullable=True),
@@ -254,23 +277,41 @@ POLICY = (
 
 WEIGHTS = (
     Column("rollout_id", pa.string(), "same rows in the same order as units"),
-    Column("unit", pa.int32(), "index of the unit in the response"),
+    Column("unit", pa.int32(), "index of the unit in the response", low=0),
     Column(
         "student_logp",
         pa.float32(),
         "nats, sum of the policy's log-probs over the unit; null when masked",
         nullable=True,
     ),
-    Column("advantage", pa.float32(), "nats, teacher_logp - student_logp; 0 when masked"),
+    Column("advantage", pa.float32(), "nats, teacher_logp - student_logp; 0 when masked", low=-LARGEST, high=LARGEST),
     Column(
-        "credit", pa.float32(), "nats, credit assignment's sum of advantages, each clipped to `objective.clip` before"
+        "credit",
+        pa.float32(),
+        "nats, credit assignment's sum of advantages, each clipped to `objective.clip` before",
+        low=-LARGEST,
+        high=LARGEST,
     ),
-    Column("weight", pa.float32(), "importance weight of the unit's loss"),
+    Column("weight", pa.float32(), "importance weight of the unit's loss", low=-LARGEST, high=LARGEST),
     Column(
         "is_ratio",
         pa.float32(),
         "pi_theta / pi_sampler of the unit, clipped to e^+-20; 1 when sampled by this policy at temperature 1 and top-p 1",
+        low=0,
+        high=LARGEST,
     ),
+)
+
+ANSWERS = (
+    Column("set", pa.string(), "the held-out set: the run's own split, or a name in `evaluate.also`"),
+    Column("prompt_id", pa.string(), "the prompt; its answers are consecutive"),
+    Column("sample", pa.int32(), "0, 1, ... among the answers to one prompt", low=0),
+    Column("prompt", pa.string(), "the bare question"),
+    Column("reference", pa.string(), "reference answer; null when there is none", nullable=True),
+    Column("response", pa.string(), "what the checkpoint said"),
+    Column("answer", pa.string(), "what of it was judged; null when nothing was found", nullable=True),
+    Column("right", pa.bool_(), "whether it is right; null where it can't be told", nullable=True),
+    Column("stopped", pa.bool_(), "whether it ended by itself"),
 )
 
 TABLES: dict[str, tuple[Column, ...]] = {
@@ -281,6 +322,7 @@ TABLES: dict[str, tuple[Column, ...]] = {
     "units": UNITS,
     "policy": POLICY,
     "weights": WEIGHTS,
+    "answers": ANSWERS,
 }
 
 

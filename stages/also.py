@@ -22,7 +22,7 @@ def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
         rows, section = table.filter(pc.equal(table["split"], name)).to_pylist(), f"evaluate.also.{name}"
         if problem := references_problem(one, one.source, rows, name, section):
             console.warn(f"also: {problem}")
-    with open_writer(run.also, "prompts", identity, {}) as writer:
+    with open_writer(run.also, "prompts", identity, {}, decided=run.decided) as writer:
         for start in range(0, len(table), ROW_GROUP):
             writer.write(table.slice(start, ROW_GROUP))
     console.say("also: " + ", ".join(f"{one.count} {name} from {one.source}" for name, one in sets.items()))

@@ -6,9 +6,10 @@ from pathlib import Path
 from pipeline.infer.engines import open_sampler
 from pipeline.infer.rollout_table import answers_of_teacher, sampled_tables
 from pipeline.store.cache import fetch_or_make
-from pipeline.store.shards import open_writer
+from pipeline.store.shards import open_writer, read_manifest
 from stages.run import console
 from stages.run.context import DEFAULT_CONFIG, ConfigOption, ShardOption, ThreadsOption, open_prompts, teacher
+from stages.run.provenance import write_provenance
 from stages.run.run import BASE, open_run
 
 
@@ -56,7 +57,10 @@ def main(shard: ShardOption = 0, config_file: ConfigOption = DEFAULT_CONFIG, thr
             writer.figures["tokens"] = tokens
 
     inputs, link = {"asked": asked.hexdigest()}, place.path("answers")
-    if fetch_or_make(run.cache, identity, inputs, make, link, run.settings.cache_remote, "rollouts"):
+    found = fetch_or_make(run.cache, identity, inputs, make, link, run.settings.cache_remote, "rollouts")
+    tokens = read_manifest(link).figures["tokens"]
+    write_provenance(place, "answers", tokens, "cache" if found else "sampled")
+    if found:
         console.say(f"sft answers: found in the cache, none sampled ({link.resolve().name})")
 
 

@@ -1,6 +1,5 @@
 """Coverage: the gate before training. Stops the run with a table when too little can be compared."""
 
-import json
 from collections.abc import Iterator
 
 import polars as pl
@@ -9,8 +8,9 @@ from rich.table import Table
 
 from pipeline.align.units import KINDS
 from pipeline.measure.coverage import CLASSES, measure, shares, shortfalls, sizes
-from pipeline.store.shards import write_text
+from pipeline.store.records import write_record
 from schemas.errors import OpdError
+from schemas.records import Gate
 from stages.run import console
 from stages.run.context import DEFAULT_CONFIG, ConfigOption, PhaseOption, policy
 from stages.run.run import open_run
@@ -35,8 +35,8 @@ def main(phase: PhaseOption, config_file: ConfigOption = DEFAULT_CONFIG) -> None
             f"{phase}: too little of the rollouts can be compared with the teacher: {'; '.join(missing)} "
             "(look at the table above and at `opd support`, or lower the threshold)"
         )
-    result = {"phase": phase, **found, "by_class": measured.to_dicts(), "n_to_m": sizes(tables()).to_dicts()}
-    write_text(part.coverage, json.dumps(result, indent=1) + "\n")
+    by_class, n_to_m = measured.to_dicts(), sizes(tables()).to_dicts()
+    write_record(part.coverage, Gate(decided=run.decided, phase=phase, **found, by_class=by_class, n_to_m=n_to_m))
 
 
 def coverage_table(measured: pl.DataFrame, phase: str) -> Table:

@@ -1,6 +1,5 @@
 """Diagnostics: what a report of on-policy distillation should say of a phase, in one JSON file."""
 
-import json
 import math
 from collections.abc import Iterator
 from itertools import chain
@@ -22,7 +21,8 @@ from pipeline.measure.diagnostics import (
     ratios,
     texts,
 )
-from pipeline.store.shards import read_manifest, write_text
+from pipeline.store.records import write_record
+from pipeline.store.shards import read_manifest
 from pipeline.weights.sampler import lost
 from schemas.config import Candidates, Config, Own, consistency
 from schemas.config.objective import Clipped, Dpca, DpcaAdditive, ExOpd, RaoBlackwell, Recipe, Vopd
@@ -42,8 +42,8 @@ from schemas.diagnostics import (
 from schemas.manifest import Manifest, digest
 from schemas.outcome import Outcome
 from stages.run import console
-from stages.run.context import DEFAULT_CONFIG, ConfigOption, PhaseOption, read_ref, tuning
-from stages.run.results import timings
+from stages.run.context import DEFAULT_CONFIG, ConfigOption, PhaseOption, policy_ref, tuning
+from stages.run.results import gate_of, read_metrics, timings
 from stages.run.run import Phase, Place, open_run
 
 NORMALISER = "the compared units of the optimiser step"
@@ -57,7 +57,7 @@ def main(phase: PhaseOption, config_file: ConfigOption = DEFAULT_CONFIG) -> None
     run = open_run(config_file, "diagnostics", phase)
     part = run.phase(phase)
     found = diagnose(part)
-    write_text(part.diagnostics, found.model_dump_json(indent=1) + "\n")
+    write_record(part.diagnostics, found.model_copy(update={"decided": run.decided}))
     if found.teacher.warning:
         console.warn(found.teacher.warning)
 
@@ -188,24 +188,21 @@ def teacher_of(phase: Phase, scores: Manifest) -> Teacher:
 def teacher_tokens(phase: Phase) -> dict[str, int]:
     """Teacher tokens by how the run came by their scores: `scored` by it, found in the `cache`, or `reused from <run>`.
 
-    None for a replayed round, which has them already.
+    Empty for a replayed round, which has them already.
     """
     found: dict[str, int] = {}
     if phase.sampled_in != phase:
         return found
     for place in phase:
-        path = place.provenance
-        about: dict[str, Any] = {"origin": "unknown", "teacher_tokens": 0}
-        if path.exists():
-            about = json.loads(path.read_text())
-        found[about["origin"]] = found.get(about["origin"], 0) + about["teacher_tokens"]
+        about = place.linked("scores")
+        found[about.origin] = found.get(about.origin, 0) + about.teacher_tokens
     return found
 
 
 def staleness_of(phase: Phase, sampling: Sampling, total: Sums) -> Staleness:
     """The policy that sampled against the checkpoint that the phase starts from."""
     number = phase.number
-    trained = read_ref(phase.run.policy_file(number), phase.run.policy_stage(number), weights=False)
+    trained = policy_ref(phase.run, number, weights=False)
     return Staleness(
         rounds_behind=None if sampling.checkpoint is None else number - sampling.checkpoint,
         same_weights=sampling.weights == trained.weights,
@@ -216,8 +213,8 @@ def staleness_of(phase: Phase, sampling: Sampling, total: Sums) -> Staleness:
 
 def coverage_of(phase: Phase, total: Sums) -> Coverage:
     """Kinds of unit, and what the gate found where the phase has one."""
-    path = phase.coverage
-    gate: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    found = gate_of(phase)
+    gate: dict[str, Any] = found.model_dump() if found else {}
     return Coverage(
         kinds=kinds(total),
         dropped_mass=ratio(total["dropped_mass"], compared(total)),
@@ -227,15 +224,14 @@ def coverage_of(phase: Phase, total: Sums) -> Coverage:
 
 def training_of(phase: Phase) -> Training | None:
     """First and last of the steps that the round has taken, and what ended it."""
-    metrics = phase.states / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    if not lines:
+    steps = read_metrics(phase)
+    if not steps:
         return None
-    first, last = json.loads(lines[0]), json.loads(lines[-1])
-    outcome = phase.run.phase(f"round-{phase.number}").outcome
-    ended = Outcome.model_validate_json(outcome.read_text()) if outcome.exists() else None
+    first, last = steps[0], steps[-1]
+    outcome = phase.run.phase(f"round-{phase.number}")
+    ended = outcome.record(outcome.outcome, Outcome, "train") if outcome.outcome.exists() else None
     return Training(
-        steps=len(lines),
+        steps=len(steps),
         budget=int(last["steps"]),
         ended=ended and ended.ended,
         sampled_kl_first=first["sampled_kl"],

@@ -1,6 +1,5 @@
 """Evaluate: accuracy of a checkpoint's answers on held-out prompts, and its on-policy reverse KL to the teacher."""
 
-import json
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
@@ -12,8 +11,11 @@ from pipeline.measure.accuracy import accuracy
 from pipeline.measure.held_out_answers import held_out_answers
 from pipeline.measure.scorers import identity, scorer
 from pipeline.prepared import PreparedModel
-from pipeline.store.shards import publish, write_text
+from pipeline.prompts import ROW_GROUP
+from pipeline.store.records import write_record
+from pipeline.store.shards import open_writer, read_manifest
 from schemas.config import Judged
+from schemas.records import Evaluation
 from stages.run import console
 from stages.run.context import DEFAULT_CONFIG, ConfigOption, ThreadsOption, open_also, open_prompts, policy
 from stages.run.rounds import open_shards
@@ -42,14 +44,18 @@ def main(
     options = config.evaluate
     student = policy(run, phase.number)
     answers = answered(student, phase)
-    with publish(phase.folder / "answers.parquet") as temporary:
-        answers.write_parquet(temporary)
+    about = {"policy": student.ref.identity(), "checkpoint": phase.name}
+    inputs = {"prompts": open_prompts(run).shard.manifest.sha256}
+    with open_writer(phase.answers, "answers", about, inputs, {"student": student.ref.source}, run.decided) as writer:
+        for part in answers.iter_slices(ROW_GROUP):
+            writer.write(part.to_arrow())
     kl = NO_KL
     if run.kl_items:
         # Candidates and units are the trainer's, so it is its own forward pass, whatever the engine.
         kl = on_policy_kl(read_model(student), student.stop, open_shards(phase), config)
     figures = {name: accuracy(answers.filter(set=name)) for name in (options.split, *options.also)}
     result: dict[str, Any] = {
+        "answers": read_manifest(phase.answers).sha256,
         "checkpoint": "base" if phase.number == BASE else phase.number,
         "split": options.split,
         "samples": options.samples,
@@ -60,7 +66,7 @@ def main(
         **kl,
         "also": {name: identity(held_out) | figures[name] for name, held_out in options.also.items()},
     }
-    write_text(phase.folder / "result.json", json.dumps(result, indent=1) + "\n")
+    write_record(phase.result, Evaluation(decided=run.decided, **result))
     nats = result["reverse_kl"]
     measured = "not measured" if nats is None else f"{nats:.3f} nats per token"
     console.say(f"{phase.name}: {in_words(result)}, on-policy reverse KL {measured}")

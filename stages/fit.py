@@ -1,6 +1,5 @@
 """Fit: whether every prompt and its response fit into both models, before anything is sampled."""
 
-import json
 from collections.abc import Iterator
 from typing import Literal
 
@@ -10,8 +9,9 @@ from pipeline.infer.rollout_table import prompts_of_round
 from pipeline.models import embedded, model_config
 from pipeline.prepared import PreparedModel, PromptRows
 from pipeline.prompts import ROW_GROUP
-from pipeline.store.shards import write_text
+from pipeline.store.records import write_record
 from schemas.errors import OpdError
+from schemas.records import Fit
 from stages.run import console
 from stages.run.context import DEFAULT_CONFIG, ConfigOption, open_also, open_prompts, policy, teacher
 from stages.run.limits import check_limits
@@ -27,7 +27,7 @@ def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
     if run.needs_teacher:
         models["teacher"] = teacher(run)
     found = {role: fitted(run, role, model) for role, model in models.items()}
-    write_text(run.fit, json.dumps(found, indent=1) + "\n")
+    write_record(run.fit, Fit.model_validate({"decided": run.decided, **found}))
     for role, figures in found.items():
         console.say(
             f"fit: {role}: prompts of up to {figures['prompt']} tokens and responses of {figures['response']} in a context of "

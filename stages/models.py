@@ -20,12 +20,13 @@ from pipeline.models import (
     prepare,
     vocabulary,
 )
-from pipeline.store.shards import open_shard, open_writer, write_text
+from pipeline.store.records import write_record
+from pipeline.store.shards import open_shard, open_writer
 from schemas.config import consistency, declared
 from schemas.errors import OpdError
 from stages.run import console
 from stages.run.context import DEFAULT_CONFIG, ConfigOption, read_ref, tuning
-from stages.run.run import Run, open_run
+from stages.run.run import Run, command, open_run
 
 
 def main(
@@ -47,10 +48,10 @@ def main(
     said = [spelled[0] for spelled in roles.spellings.values()]
     check_embedding(role, tokens, np.concatenate([stop, *said]), embedded(model_config(ref.path)))
     identity = {"tokenizer": ref.tokenizer, "stop": list(wanted.stop), "roles": roles.identity}
-    with open_writer(run.vocabulary(role), "vocabulary", identity, {}) as writer:
+    with open_writer(run.vocabulary(role), "vocabulary", identity, {}, decided=run.decided) as writer:
         writer.write(vocabulary_table(tokens, stop))
-    known = ref.model_copy(update={"tokenizer_class": type(tokenizer).__name__})
-    write_text(run.model_file(role), known.model_dump_json(indent=1) + "\n")
+    known = {"tokenizer_class": type(tokenizer).__name__, "decided": run.decided}
+    write_record(run.model_file(role), ref.model_copy(update=known))
     if all(
         run.model_file(other).exists() for other in ("student", "teacher")
     ):  # of two jobs at once the later one sees both
@@ -109,7 +110,7 @@ def check_tokenizer(role: str, side: Side, of_file: Tokenizer | None) -> None:
 def take_over(run: Run) -> None:
     """What is needed of a teacher whose scores are all reused: its name and the bytes of its tokens, not its weights."""
     models = run.reused[0].run / "models"
-    ref = read_ref(models / "teacher.json", "models", weights=False)
+    ref = read_ref(models / "teacher.json", command("models teacher"), weights=False)
     if ref.source != run.settings.teacher.model:
         raise OpdError(
             f"teacher.model is {run.settings.teacher.model!r}, but the scores of {models.parent} are {ref.source!r}'s"
@@ -117,9 +118,9 @@ def take_over(run: Run) -> None:
     given = open_shard(models / "teacher-vocabulary.parquet", "vocabulary")
     about = given.manifest
     path = run.vocabulary("teacher")
-    with open_writer(path, "vocabulary", about.identity, about.inputs, about.origin) as writer:
+    with open_writer(path, "vocabulary", about.identity, about.inputs, about.origin, run.decided) as writer:
         writer.write(given.read())
-    write_text(run.model_file("teacher"), ref.model_dump_json(indent=1) + "\n")
+    write_record(run.model_file("teacher"), ref.model_copy(update={"decided": run.decided}))
     if run.model_file("student").exists():
         warn_of_another_teacher(run)
     console.say(f"teacher: {ref.source}, whose scores are reused; its weights are not needed")

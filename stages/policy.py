@@ -32,7 +32,7 @@ def main(
     with (
         open_teacher(student, longest(rollouts), run.settings.scores.batch_tokens, console.say) as scorer,
         console.progress(f"{phase} policy", rollouts.rows, "responses") as advance,
-        open_writer(place.path("policy"), "policy", identity, place.inputs("policy")) as writer,
+        open_writer(place.path("policy"), "policy", identity, place.inputs("policy"), decided=run.decided) as writer,
     ):
         for group in rollouts.row_groups():
             writer.write(policy_table(scorer, student, group))

@@ -21,7 +21,7 @@ def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
     if problem := references_problem(config.evaluate, config.prompts.source, held_out, f"split {split}"):
         console.warn(f"prompts: {problem}")
     identity = run.decided | sources.identity(config.prompts.source)
-    with open_writer(run.prompts, "prompts", identity, {}) as writer:
+    with open_writer(run.prompts, "prompts", identity, {}, decided=run.decided) as writer:
         for start in range(0, len(table), ROW_GROUP):
             writer.write(table.slice(start, ROW_GROUP))
     counts = ", ".join(f"{n['counts']} {n['values']}" for n in table["split"].value_counts().to_pylist())

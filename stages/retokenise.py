@@ -8,9 +8,9 @@ from pipeline.align.tokens import from_table
 from pipeline.measure.scorers import identity as scorer_identity
 from pipeline.measure.scorers import scorer
 from pipeline.prepared import PromptTable
-from pipeline.store.shards import open_shard, open_writer
+from pipeline.store.shards import open_writer
 from stages.run import console
-from stages.run.context import DEFAULT_CONFIG, ConfigOption, ShardOption, open_prompts, policy
+from stages.run.context import DEFAULT_CONFIG, ConfigOption, ShardOption, open_prompts, policy, vocabulary
 from stages.run.run import BASE, Run, open_run
 
 
@@ -23,7 +23,7 @@ def main(shard: ShardOption = 0, config_file: ConfigOption = DEFAULT_CONFIG) -> 
     run = open_run(config_file, "retokenise", "sft")
     place, prompts, student = run.phase("sft")[shard], open_prompts(run), policy(run, BASE)
     answers, renderer = place.answers, student.renderer(prompts)
-    told = open_shard(run.vocabulary("teacher"), "vocabulary").read()
+    told = vocabulary(run, "teacher").read()
     behavior = from_table(told, run.settings.teacher.model)
     right_only = run.settings.sft.right_only
     identity = {"student": student.ref.tokenizer, "prompt": renderer.identity, "stop_ids": student.stop.tolist()}
@@ -31,7 +31,8 @@ def main(shard: ShardOption = 0, config_file: ConfigOption = DEFAULT_CONFIG) -> 
     identity["kept"] = scorer_identity(run.settings.evaluate) if right_only else "all"
     inputs = {"answers": answers.manifest.sha256, "prompts": prompts.shard.manifest.sha256}
     figures = dict.fromkeys(("right", "too_long", "kept", "tokens", "stopped"), 0)
-    with open_writer(place.path("rollouts"), "rollouts", identity, inputs, answers.manifest.origin) as writer:
+    path, origin = place.path("rollouts"), answers.manifest.origin
+    with open_writer(path, "rollouts", identity, inputs, origin, run.decided) as writer:
         for group in answers.row_groups():
             if right_only:
                 group = group.filter(are_right(run, prompts, group))  # noqa: PLW2901

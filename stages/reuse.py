@@ -35,7 +35,8 @@ def main(phase: PhaseOption, shard: ShardOption = 0, config_file: ConfigOption =
     scores = open_shard(source.shard("scores", shard), "scores", inputs={"responses": responses_digest(given)})
     write_rollouts(place, source, given)
     link_shard(scores.path.resolve(), place.path("scores"))
-    write_provenance(place, scores.manifest, given.rows, f"reused from {source.folder}")
+    # Every response has one row more than tokens, its end.
+    write_provenance(place, "scores", scores.rows - given.rows, f"reused from {source.folder}")
 
 
 def write_rollouts(place: Place, source: Source, given: Shard) -> None:
@@ -53,7 +54,7 @@ def write_rollouts(place: Place, source: Source, given: Shard) -> None:
     identity |= {name: given.manifest.identity[name] for name in ("sampling",) if name in given.manifest.identity}
     inputs = {"rollouts": given.manifest.sha256, "prompts": prompts.shard.manifest.sha256}
     origin = {"reused": str(source.folder), **given.manifest.origin}
-    with open_writer(place.path("rollouts"), "rollouts", identity, inputs, origin) as writer:
+    with open_writer(place.path("rollouts"), "rollouts", identity, inputs, origin, run.decided) as writer:
         for group in given.row_groups():
             rows = prompts.take(group["prompt_id"].to_pylist())
             tokens = (student.vocabulary, student.stop)

@@ -47,12 +47,12 @@ def main(
         "phase": phase,
         **{key: value for key, value in decided.items() if key != "student"},  # whose keys are all told above
     }
-    inputs = {"prompts": prompts.shard.manifest.sha256}
+    inputs, origin = {"prompts": prompts.shard.manifest.sha256}, {"student": student.ref.source}
     longest = max(map(len, ids)) + options.longest
     with (
         open_sampler(student, longest, options.batch_size, console.say) as sampler,
         console.progress(f"{phase} rollouts", len(wanted), "responses") as advance,
-        open_writer(place.path("rollouts"), "rollouts", identity, inputs, {"student": student.ref.source}) as writer,
+        open_writer(place.path("rollouts"), "rollouts", identity, inputs, origin, run.decided) as writer,
     ):
         how = (run.settings.seed, options.longest, options.temperature, options.top_p, options.top_k)
         for table in sampled_tables(sampler, student, wanted, number, ids, *how, advance):

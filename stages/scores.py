@@ -43,7 +43,9 @@ def main(
     found = fetch_or_make(run.cache, wanted.identity, wanted.inputs, make, link, run.settings.cache_remote)
     if found:
         console.say(f"{phase} scores: found in the cache, no teacher token scored ({link.resolve().name})")
-    write_provenance(place, read_manifest(link), place.rollouts.rows, "cache" if found else "scored")
+    # Every response has one row more than tokens, its end.
+    tokens = read_manifest(link).rows - place.rollouts.rows
+    write_provenance(place, "scores", tokens, "cache" if found else "scored")
 
 
 if __name__ == "__main__":

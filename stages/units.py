@@ -23,7 +23,7 @@ def main(phase: PhaseOption, shard: ShardOption = 0, config_file: ConfigOption =
     }
     same = scores.manifest.identity["reads"] == "tokens" and same_ids(scorer.vocabulary, student.vocabulary)
     counts: dict[str, int] = {}
-    with open_writer(place.path("units"), "units", identity, place.inputs("units")) as writer:
+    with open_writer(place.path("units"), "units", identity, place.inputs("units"), decided=run.decided) as writer:
         for sampled, scored in zip(rollouts.row_groups(), scores.row_groups(), strict=True):
             units = student_view(sampled, scored, student.vocabulary, student.stop, scorer.stop, pairs, same)
             for row in units.group_by("kind").aggregate([("s_len", "sum")]).to_pylist():

@@ -1,13 +1,14 @@
 """Weights: advantages, credit and importance weights of a phase, as tables."""
 
-import json
 from dataclasses import asdict
 
-from pipeline.store.shards import read_manifest, write_text
+from pipeline.store.records import write_record
+from pipeline.store.shards import read_manifest
 from pipeline.weights.credit import Summary
 from pipeline.weights.estimator import Loss
 from pipeline.weights.phase import Part, compute
 from pipeline.weights.sampler import lost, settings
+from schemas.records import Weighed
 from stages.run import console
 from stages.run.context import DEFAULT_CONFIG, ConfigOption, PhaseOption
 from stages.run.run import Phase, Place, open_run
@@ -20,7 +21,7 @@ def main(phase: PhaseOption, config_file: ConfigOption = DEFAULT_CONFIG) -> None
     loss = Loss.of(run.settings.objective)
     figures = compute([part(place) for place in whole], run.settings.weights, loss)
     digests = {path.stem: read_manifest(path).sha256 for path in whole.paths("weights")}
-    write_text(whole.weights, json.dumps({**asdict(figures), "shards": digests}, indent=1) + "\n")
+    write_record(whole.weights, Weighed(decided=run.decided, **asdict(figures), shards=digests))
     console.say(
         f"{phase} weights: {figures.units:,} units, mean advantage {figures.advantage_mean:.3f} nats, "
         f"effective sample size {100 * figures.ess:.1f} %"
@@ -56,6 +57,8 @@ def say_how_it_was_sampled(phase: Phase, figures: Summary, loss: Loss) -> None:
 def part(place: Place) -> Part:
     """The tables of a shard."""
     path = {name: place.path(name).absolute() for name in ("rollouts", "units", "policy", "weights")}
+    for name in ("rollouts", "units", *(["policy"] if place.phase.is_foreign else [])):
+        place.check(name, read_manifest(path[name]))  # their bytes are whoever's that reads them
     # Rollouts of another policy need the log-probs of the one that is trained.
     policy = path["policy"] if place.phase.is_foreign else None
     return Part(path["rollouts"], path["units"], policy, path["weights"])

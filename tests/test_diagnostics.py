@@ -17,12 +17,14 @@ from hypothesis import strategies as st
 
 from pipeline.measure import diagnostics as figures
 from pipeline.models import ModelRef
-from pipeline.store.cache import responses_digest
+from pipeline.store.cache import entry_name, responses_digest
 from pipeline.store.shards import Shard, open_shard, open_writer
 from schemas.config import Config, consistency, declared
 from schemas.diagnostics import Diagnostics, markdown
 from schemas.errors import OpdError
 from schemas.manifest import digest
+from schemas.outcome import Outcome
+from schemas.records import Gate, Provenance, Weighed
 from schemas.tables import arrow_schema
 from stages import diagnostics
 from stages.report import checklist
@@ -77,13 +79,17 @@ def _phase(folder: Path, shards: int = 2) -> list[tuple[Shard, ...]]:
             for group in first.row_groups():
                 writer.write(_scores(rng, group))
         given_scores = open_shard(scores, "scores")
-        scores.with_suffix(".origin").write_text(json.dumps({"origin": "cache", "teacher_tokens": 10 + index}))
+        note = {"phase": folder.name, "shard": index, "entry": entry_name(about, responses), "rows": 1, "bytes": 1}
+        scores.with_suffix(".origin").write_text(Provenance(**note, origin="cache", teacher_tokens=10 + index).dump())
         inputs = {"rollouts": first.manifest.sha256, "scores": given_scores.manifest.sha256}
         second = _again(units, units.row_groups(), {}, inputs)
         inputs = {"rollouts": first.manifest.sha256, "units": second.manifest.sha256}
         pairs = zip(weights.row_groups(), second.row_groups(), strict=True)
         third = _again(weights, (_weights(rng, table, group["kind"]) for table, group in pairs), {}, inputs)
         made.append((first, given_scores, second, third))
+    sums = dict.fromkeys(("responses", "incomparable", "units", "advantage", "weight", "weight_squared", "warped"), 0)
+    digests = {each[3].path.stem: each[3].manifest.sha256 for each in made}
+    (folder / "weights.json").write_text(Weighed(**sums, shards=digests).dump())
     return made
 
 
@@ -220,9 +226,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     _phase(folder / "round-0")
     (folder / "models").mkdir()
     student = ModelRef(source="a", path="gone", weights="0" * 64, tokenizer="1" * 64)
-    (folder / "models/student.json").write_text(student.model_dump_json())
+    (folder / "models/student.json").write_text(student.dump())
     gate = {"phase": "round-0", "compared": 0.9, "one_to_one": 0.7, "shared_mass": 0.99, "by_class": [], "n_to_m": []}
-    (folder / "round-0/coverage.json").write_text(json.dumps(gate))
+    (folder / "round-0/coverage.json").write_text(Gate(**gate).dump())
     (folder / "round-0/train").mkdir()
     fresh, moved = (
         {"ess": x, "chi2": 1 / x - 1, "drift_ess": x, "drift_chi2": 1 / x - 1}
@@ -235,7 +241,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         {"step": 1, "steps": 9, "sampled_kl": 1.0, "surrogate": -0.5, **moved},
     ]
     (folder / "round-0/train/metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
-    (folder / "round-0/train/result.json").write_text('{"budget": 9, "steps": 2, "ended": "min_ess", "ess": 0.75}')
+    outcome = Outcome(budget=9, steps=2, ended="min_ess", ess=0.75)
+    (folder / "round-0/train/result.json").write_text(outcome.dump())
     (folder / "timings").mkdir()
     for job, seconds in (
         ("round-0-scores-000", 2.5),

@@ -74,7 +74,7 @@ def test_every_table_is_there_and_readable(run: Run) -> None:
     assert ((mass - 1).abs() <= slack.to_series()).all() and abs(mass.mean() - 1) < 0.01
     assert compared["teacher_logp"].is_finite().all()
     assert not list(run.folder.rglob("*.tmp"))
-    found = Diagnostics.model_validate_json((run.run / "round-0/diagnostics.json").read_text())
+    found = Diagnostics.parse((run.run / "round-0/diagnostics.json").read_text())
     assert found.texts.responses == 12 and found.texts.student_tokens == units["s_len"].sum()
     assert found.staleness.same_weights and found.staleness.units.ess == 1
     assert found.staleness.responses.log_ratio == found.staleness.responses.log_ratio_sd == 0

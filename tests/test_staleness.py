@@ -163,7 +163,7 @@ def test_what_a_round_leaves_is_the_next_ones(tmp_path: Path, monkeypatch: pytes
     ):
         path = run_of(settings).phase(f"round-{number}").outcome
         path.parent.mkdir(parents=True)
-        path.write_text(outcome.model_dump_json())
+        path.write_text(outcome.dump())
     assert progress_of(run_of(settings), 1) == Progress(before=5, budget=24 + 7, total=60)
     assert progress_of(run_of(settings), 2) == Progress(before=36, budget=24, total=60)
     run_of(settings).phase(f"round-{1}").outcome.write_text(json.dumps({"budget": 1}))

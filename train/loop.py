@@ -1,5 +1,6 @@
 """One round of training: stream, accumulate, step, record; resumable at every saved state."""
 
+import hashlib
 import json
 import math
 import os
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pipeline.store.shards import write_text
+from pipeline.store.shards import file_digest, publish
 from schemas.config import Config
 from schemas.errors import OpdError, Stopped
 from schemas.outcome import Outcome
@@ -76,10 +77,10 @@ def train_round(
         Stopped: `stop_asked` said so.
     """
     optimiser = MasterAdamW(model, config.train)
-    done, steps = 0, progress.budget
+    done, steps, told = 0, progress.budget, None
     recent: list[float] = []
     if found := newest_state(folder, identity, say):
-        done, steps, recent = (found[1][name] for name in ("step", "steps", "recent_ess"))
+        done, steps, recent, told = (found[1][name] for name in ("step", "steps", "recent_ess", "metrics"))
     elif start_from is not None:
         found = final_state(start_from)
     if found:
@@ -88,8 +89,7 @@ def train_round(
         del found  # as large as the optimiser
     metrics_path = folder / "metrics.jsonl" if rank() == 0 else Path(os.devnull)
     if rank() == 0:
-        lines = metrics_path.read_text().splitlines()[:done] if metrics_path.exists() else []
-        write_text(metrics_path, "".join(line + "\n" for line in lines))
+        keep_lines(metrics_path, done, told)
 
     # The model stays in evaluation mode: what is trained is the policy that was sampled, and dropout would differ from it.
     stream = batches(
@@ -110,7 +110,8 @@ def train_round(
             if rank() == 0:
                 os.fsync(metrics.fileno())  # a state must not outlive the lines of its steps
                 about = {"identity": identity, "step": step, "steps": steps, "recent_ess": recent}
-                save_state(state_path(folder, step), tensors | rng_state(), about)
+                told = file_digest(metrics_path)
+                save_state(state_path(folder, step), tensors | rng_state(), about | {"metrics": told})
                 forget_states(folder, identity, step, config.train.keep_states)
             wait_for_all()  # a rank that left now could take the one that writes with it
 
@@ -154,6 +155,21 @@ def train_round(
         ended="min_ess" if steps < progress.budget else "budget",
         ess=sum(recent) / len(recent) if recent else None,
     )
+
+
+def keep_lines(metrics: Path, done: int, told: str | None) -> None:
+    """Cut `metrics.jsonl` to the steps that are done. Raises OpdError when its bytes are not those that the state tells of.
+
+    A missing one is begun anew.
+    """
+    lines = metrics.read_bytes().splitlines(keepends=True)[:done] if metrics.exists() else []
+    if lines and told is not None and hashlib.sha256(b"".join(lines)).hexdigest() != told:
+        raise OpdError(
+            f"{metrics}: damaged or edited, its lines are not those that the state of step {done} tells of; delete it to go on "
+            "without them"
+        )
+    with publish(metrics) as temporary:
+        temporary.write_bytes(b"".join(lines))
 
 
 def rng_state() -> dict[str, torch.Tensor]:

@@ -195,6 +195,7 @@ def _decode(shards: Tables, group: int) -> _Group:
     names = rollouts["rollout_id"].to_pylist()
     if _names(units, unit_at) != names:
         raise OpdError(f"{shards[1].path}: its responses are not those of {shards[0].path}; run the units stage again")
+    _check_spans(rollouts, units, unit_at, str(shards[1].path))
     columns = {
         name: _array(table, name).to_numpy(zero_copy_only=False)
         for table in (units, weights)
@@ -209,6 +210,23 @@ def _decode(shards: Tables, group: int) -> _Group:
     columns["comparable"] = pc.invert(pc.is_in(kind, pa.array(UNCOMPARED))).to_numpy(zero_copy_only=False)
     columns["stops"] = pc.equal(kind, KINDS[STOP]).to_numpy(zero_copy_only=False)
     return _group(rollouts, unit_at, columns, _ragged(units, "cand_id"), _ragged(units, "cand_logp"))
+
+
+def _check_spans(rollouts: pa.Table, units: pa.Table, unit_at: np.ndarray, path: str) -> None:
+    """Raise OpdError where units don't hold every token of their responses once, in order, or candidates lack a log-prob."""
+    start, length = (_array(units, name).to_numpy().astype(np.int64) for name in ("s_start", "s_len"))
+    at = np.diff(_ragged(rollouts, "response_ids")[1].astype(np.int64))
+    before = np.append(0, np.cumsum(length))
+    if not np.array_equal(np.diff(before[unit_at]), at):
+        raise OpdError(
+            f"{path}: column `s_len` doesn't add up to the tokens of the responses; run the units stage again"
+        )
+    if not np.array_equal(start, before[:-1] - np.repeat(before[unit_at[:-1]], np.diff(unit_at))):
+        raise OpdError(f"{path}: column `s_start` is not where the units before it end; run the units stage again")
+    if not np.array_equal(np.diff(_ragged(units, "cand_id")[1]), np.diff(_ragged(units, "cand_logp")[1])):
+        raise OpdError(
+            f"{path}: columns `cand_id` and `cand_logp` have lists of different lengths; run the units stage again"
+        )
 
 
 def _of_tokens(rollouts: pa.Table) -> _Group:

@@ -65,9 +65,14 @@ KINDS = ("scores", "rollouts")
 """Tables of which there are entries."""
 
 
+def entry_name(identity: dict[str, Any], inputs: dict[str, str]) -> str:
+    """sha256 (hex) of what determines an entry."""
+    return digest({"identity": identity, "inputs": inputs})
+
+
 def entry_path(cache: Path, identity: dict[str, Any], inputs: dict[str, str], kind: str = "scores") -> Path:
     """Where the entry of a kind with this identity and these inputs lies, whether or not it exists yet."""
-    return cache / kind / f"{digest({'identity': identity, 'inputs': inputs})}.parquet"
+    return cache / kind / f"{entry_name(identity, inputs)}.parquet"
 
 
 def fetch_or_make(

@@ -4,23 +4,25 @@ import glob
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import re
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from schemas.errors import OpdError
-from schemas.manifest import FORMAT, READABLE, Manifest, differences
-from schemas.tables import TABLES, arrow_schema, writer_options
+from schemas.manifest import FORMAT, READABLE, Manifest, differences, place_of
+from schemas.tables import TABLES, Column, arrow_schema, writer_options
 
 METADATA_KEY = b"opd"
 COMPRESSION_LEVEL = 3
@@ -130,12 +132,18 @@ class ShardWriter:
 
 @contextmanager
 def open_writer(
-    path: Path, kind: str, identity: dict[str, Any], inputs: dict[str, str], origin: dict[str, str] | None = None
+    path: Path,
+    kind: str,
+    identity: dict[str, Any],
+    inputs: dict[str, str],
+    origin: dict[str, str] | None = None,
+    decided: dict[str, Any] | None = None,
 ) -> Iterator[ShardWriter]:
     """Write a shard of table `kind`; it and its manifest appear under their names only when the block ends well.
 
-    `identity` and `inputs` (name -> sha256) go into footer and manifest and are what `open_shard` checks; `origin` is for
-    people. Raises OpdError when the folder or the disk can't take it.
+    `identity` and `inputs` (name -> sha256) go into footer and manifest and are what `open_shard` checks, as it does the place
+    in a run that `path` names; `decided` is what of the config decided the shard, `origin` is for people. Raises OpdError when
+    the folder or the disk can't take it.
     """
     about: dict[str, Any] = {
         "format": FORMAT,
@@ -145,6 +153,7 @@ def open_writer(
         "origin": origin or {},
         "versions": versions(),
     }
+    about |= {name: told for name, told in (("place", place_of(path, kind)), ("decided", decided)) if told is not None}
     schema = arrow_schema(kind)
     with publish(path) as temporary:
         parquet = pq.ParquetWriter(
@@ -180,6 +189,8 @@ class Shard:
 
     path: Path
     manifest: Manifest
+    ends: Mapping[str, int] = field(default_factory=dict)
+    """Columns of ids, and how many ids there are: one past the largest."""
 
     @property
     def rows(self) -> int:
@@ -221,13 +232,32 @@ class Shard:
             return self._complete(file.read())
 
     def _complete(self, table: pa.Table, columns: Sequence[str] | None = None) -> pa.Table:
-        """With nulls for the columns that a shard of an earlier format lacks."""
-        if self.manifest.format == FORMAT or self.manifest.kind not in TABLES:
+        """With nulls for columns that an earlier format lacks. Raises OpdError for values that no writer makes."""
+        if self.manifest.kind not in TABLES:
             return table
-        for index, field in enumerate(arrow_schema(self.manifest.kind)):
-            if field.name not in table.column_names and (columns is None or field.name in columns):
-                table = table.add_column(min(index, table.num_columns), field, pa.nulls(len(table), field.type))
+        for column in TABLES[self.manifest.kind]:
+            if column.name in table.column_names and (column.bounded or column.name in self.ends):
+                self._check_values(column, table[column.name])
+        if self.manifest.format == FORMAT:
+            return table
+        for index, given in enumerate(arrow_schema(self.manifest.kind)):
+            if given.name not in table.column_names and (columns is None or given.name in columns):
+                table = table.add_column(min(index, table.num_columns), given, pa.nulls(len(table), given.type))
         return table
+
+    def _check_values(self, column: Column, values: pa.ChunkedArray) -> None:
+        while pa.types.is_list(values.type):
+            values = pc.list_flatten(values)
+        high = min(column.high, self.ends.get(column.name, math.inf) - 1)
+        ends = pc.min_max(values).as_py()
+        wrong = [value for value in ends.values() if value is not None and not column.low <= value <= high]
+        if pa.types.is_floating(values.type) and pc.any(pc.is_nan(values)).as_py():
+            wrong.append(math.nan)
+        if wrong:
+            raise OpdError(
+                f"{self.path}: column `{column.name}` holds {wrong[0]!r}, expected {column.low:g} to {high:g}: no writer makes "
+                "that; delete the shard and its manifest and run again"
+            )
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -260,7 +290,7 @@ def _changed(path: Path, text: str) -> list[str]:
         stated = json.loads(text)
         facts = _facts(path) | {"sha256": file_digest(path), "bytes": path.stat().st_size}
         stated_self = stated.pop("self", None)
-    except (ValueError, AttributeError, OSError, OpdError):
+    except (ValueError, RecursionError, TypeError, AttributeError, OSError, OpdError):
         return []
     return list(differences(facts, stated)) or [f"self: found {stated_self!r}"]
 
@@ -280,20 +310,34 @@ def open_shard(
 ) -> Shard:
     """Open a shard after checking every byte of it against its manifest, and the manifest against what is asked for.
 
-    `identity` and `inputs` name the fields the reader depends on; fields it does not name are not compared.
+    `identity` and `inputs` name the fields the reader depends on; fields it does not name are not compared. Where in a run it
+    lies must be where it was written, as far as path and manifest tell.
     Raises OpdError for a missing, damaged or foreign shard, with a field-by-field difference.
     """
     shard = Shard(Path(path), read_manifest(Path(path)))
     if shard.manifest.format not in READABLE:
         shard.expect({}, format=FORMAT)
-    shard.expect(identity or {}, inputs or {}, kind=kind)
+    shard.expect({}, kind=kind)
+    check_place(shard.path, shard.manifest)
+    shard.expect(identity or {}, inputs or {})
     check_content(shard.path, shard.manifest)
     return shard
 
 
+def check_place(path: Path, manifest: Manifest) -> None:
+    """Raise OpdError where a shard lies where another one belongs."""
+    lies, told = place_of(path, manifest.kind) or {}, manifest.place or {}
+    both = lies.keys() & told.keys()
+    if different := list(differences({name: lies[name] for name in both}, {name: told[name] for name in both})):
+        raise OpdError(
+            f"{path}: this shard belongs to another place ({'; '.join(different)}); delete it and its manifest and run "
+            "again"
+        )
+
+
 def check_content(path: Path, manifest: Manifest) -> None:
     """Compare a file, byte by byte, with its manifest. Raises OpdError naming what differs."""
-    stated = manifest.model_dump()
+    stated = {name: value for name, value in manifest.model_dump().items() if value is not None}
     try:
         facts = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
     except OSError as error:

@@ -1,7 +1,6 @@
 """Report: before and after, training curves, coverage, credit by position and cost, as one self-contained HTML file."""
 
 import io
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,15 +13,16 @@ from rich.table import Table
 
 from pipeline.align.units import KINDS
 from pipeline.measure.accuracy import gain
+from pipeline.store.records import read_record, write_record
 from pipeline.store.shards import write_text
 from schemas.config import consistency
-from schemas.errors import OpdError
+from schemas.records import RunSummary
 from stages.report import checklist
 from stages.run import console
 from stages.run.card import counts
 from stages.run.context import DEFAULT_CONFIG, ConfigOption, tuning
-from stages.run.results import read_diagnostics, timings
-from stages.run.run import Run, config_text, open_run
+from stages.run.results import read_diagnostics, read_evaluation, read_metrics, timings
+from stages.run.run import Run, command, config_text, open_run
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 NOT_MEASURED = "not measured"
@@ -32,8 +32,10 @@ def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
     """Write report.html and summary.json from what the run left."""
     run = open_run(config_file, "report")
     config = run.config
-    answers = read_answers(run)
-    summary = summarise(run, answers)
+    measured = [read_evaluation(run.phase(f"eval-{c}")) for c in run.checkpoints]
+    results = [figures.model_dump(mode="json", exclude={"decided"}) for figures, _ in measured]
+    answers = [table for _, table in measured]
+    summary = summarise(run, results, answers)
     rounds = [read_diagnostics(phase) for number in run.rounds for phase in run.trained_on(number)]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"percent": checklist.percent, "number": checklist.number}
@@ -50,22 +52,16 @@ def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
         checklist=checklist.rows(rounds),
     )
     write_text(run.root / "report.html", page)
-    write_text(run.root / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_record(run.root / "summary.json", RunSummary(decided=run.decided, **summary))
     console.say(f"report: {run.root / 'report.html'}")
 
 
-def read_answers(run: Run) -> list[pl.DataFrame]:
-    """The answers of each evaluated checkpoint."""
-    return [pl.read_parquet(run.phase(f"eval-{c}").folder / "answers.parquet") for c in run.checkpoints]
-
-
-def summarise(run: Run, answers: Sequence[pl.DataFrame]) -> dict[str, Any]:
+def summarise(run: Run, results: Sequence[dict[str, Any]], answers: Sequence[pl.DataFrame]) -> dict[str, Any]:
     """The run's figures: results of each evaluated checkpoint, diagnostics of each phase, seconds of each job.
 
     Args:
-        answers: as `read_answers` gives them.
+        results, answers: of each evaluated checkpoint.
     """
-    results = [json.loads((run.phase(f"eval-{c}").folder / "result.json").read_text()) for c in run.checkpoints]
     phases = [read_diagnostics(phase) for phase in run.phases]
     before, *_, after = answers
     split = results[0]["split"]
@@ -131,7 +127,7 @@ def changed(found: dict[str, Any] | None) -> str:
 def sft(run: Run, result: dict[str, Any]) -> dict[str, Any]:
     """What the fine-tuning left: counts of the answers, cross-entropy by epoch, and the evaluation after it."""
     phase = run.phase("sft")
-    steps = pl.read_ndjson(phase.states / "metrics.jsonl", infer_schema_length=None)
+    steps = pl.DataFrame(read_metrics(phase), infer_schema_length=None)
     per_epoch = len(steps) // run.config.sft.epochs
     epochs = steps.group_by(epoch=pl.col("step") // per_epoch).agg(
         (pl.col("loss") * pl.col("units")).sum() / pl.col("units").sum()
@@ -158,9 +154,7 @@ def examples(before: pl.DataFrame, after: pl.DataFrame, split: str, count: int =
 def charts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
     """Inline SVG of each plot, by name; none of what was not measured."""
     config = run.config
-    rounds = [
-        pl.read_ndjson(run.phase(f"round-{r}").states / "metrics.jsonl", infer_schema_length=None) for r in run.rounds
-    ]
+    rounds = [pl.DataFrame(read_metrics(run.phase(f"round-{r}")), infer_schema_length=None) for r in run.rounds]
     # A round none of whose units had a part of the loss has no column of it.
     steps = pl.concat(rounds, how="diagonal_relaxed").with_row_index("at")
     told = {"sampled, all units": "sampled_kl", "over candidates": "divergence"}
@@ -257,7 +251,7 @@ def charts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
         "credit": by_tenth.properties(width=330, height=180),
     }
     if summary["sft"]:
-        losses = pl.read_ndjson(run.phase("sft").states / "metrics.jsonl", infer_schema_length=None)
+        losses = pl.DataFrame(read_metrics(run.phase("sft")), infer_schema_length=None)
         per_epoch = summary["sft"]["steps"] // config.sft.epochs
         by_epoch = losses.select(at=pl.col("step"), round=pl.col("step") // per_epoch, loss="loss")
         drawn["sft"] = _lines(by_epoch, {"answers": "loss"}, "cross-entropy, nats per token", of="epoch").properties(
@@ -306,10 +300,10 @@ def evaluations(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def print_summary(run: Run) -> None:
     """Before and after, and where the results are, on the terminal."""
-    try:
-        summary = json.loads((run.root / "summary.json").read_text())
-    except FileNotFoundError as error:
-        raise OpdError(f"{run.root}: no summary.json yet; run the report stage") from error
+    path = run.root / "summary.json"
+    found = read_record(path, RunSummary, command("report"))
+    run.check(path, found, "report")
+    summary = found.model_dump(mode="json")
     table = Table(title=f"{summary['run']}: before and after", title_justify="left")
     ends = evaluations(summary)
     for heading in ("", *ends, "change, points"):

@@ -14,7 +14,8 @@ from pipeline.models import ModelRef
 from pipeline.prepared import PreparedModel
 from pipeline.store.shards import Shard, versions
 from schemas.config import Model, consistency
-from stages.run.context import read_ref, tuning
+from stages.run.context import prepared, tuning
+from stages.run.results import gate_of
 from stages.run.run import Run
 from train.stream import Triple
 
@@ -47,7 +48,7 @@ def model_card(run: Run, round_index: int, student: PreparedModel, shards: list[
         shards: what it was trained on.
         metrics: the round's metrics.jsonl.
     """
-    coverage = run.phase(f"round-{round_index}").coverage
+    gate = gate_of(run.phase(f"round-{round_index}"))
     rollouts, units, _ = zip(*shards, strict=True)
     tokens = pl.scan_parquet([shard.path for shard in units]).select(pl.col("s_len", "t_len").sum()).collect()
     config, found = run.config, tuning(run)
@@ -58,7 +59,7 @@ def model_card(run: Run, round_index: int, student: PreparedModel, shards: list[
         front=front(config.student.model),
         sampling=config.rollouts.model_dump(include={"temperature", "top_p", "max_new_tokens"}),
         candidates=config.scores.model_dump(exclude={"batch_tokens"}),
-        teacher=described(config.teacher, read_ref(run.model_file("teacher"), "models", weights=False)),
+        teacher=described(config.teacher, prepared(run, "teacher", weights=False)),
         student=described(config.student, student.ref),
         consistency=consistency(config, found) or ("consistent" if found else "not declared"),
         responses=sum(shard.rows for shard in rollouts),
@@ -66,7 +67,7 @@ def model_card(run: Run, round_index: int, student: PreparedModel, shards: list[
         tokens=tokens.row(0, named=True),
         digests=[shard.manifest.sha256[:16] for shard in rollouts],
         objective=config.objective.model_dump(mode="json"),
-        coverage=json.loads(coverage.read_text()) if coverage.exists() else None,
+        coverage=gate and gate.model_dump(),
         figures=figures(metrics),
     )
 
@@ -84,7 +85,7 @@ def sft_card(run: Run, student: PreparedModel, shards: list[Shard], metrics: Pat
         "sft-card.md.jinja",
         config=config,
         front=front(config.student.model),
-        teacher=described(config.teacher, read_ref(run.model_file("teacher"), "models", weights=False)),
+        teacher=described(config.teacher, prepared(run, "teacher", weights=False)),
         student=described(config.student, student.ref),
         counts=counts(shards),
         sampling=shards[0].manifest.identity["sampling"],

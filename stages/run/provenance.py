@@ -1,14 +1,23 @@
-"""How a run came by its teacher tokens: a note beside each link to scores, for the report."""
+"""How a run came by what it links from the cache: a note beside each link, which says what belongs there."""
 
-import json
-
-from pipeline.store.shards import write_text
-from schemas.manifest import Manifest
+from pipeline.store.cache import entry_name
+from pipeline.store.records import write_record
+from pipeline.store.shards import read_manifest
+from schemas.records import Provenance
 from stages.run.run import Place
 
 
-def write_provenance(place: Place, scores: Manifest, responses: int, origin: str) -> None:
-    """Note beside a run's shard how it came by its teacher tokens: `scored`, `cache` or `reused from <folder>`."""
-    # Every response has one row more than tokens, its end.
-    about = {"origin": origin, "teacher_tokens": scores.rows - responses, "rows": scores.rows, "bytes": scores.bytes}
-    write_text(place.provenance, json.dumps(about) + "\n")
+def write_provenance(place: Place, table: str, teacher_tokens: int, origin: str) -> None:
+    """Note beside a run's link: `origin` is `scored`, `sampled`, `cache` or `reused from <folder>`."""
+    entry = read_manifest(place.path(table))
+    about = Provenance(
+        decided=place.phase.run.decided,
+        phase=place.phase.name,
+        shard=place.number,
+        entry=entry_name(entry.identity, entry.inputs),
+        origin=origin,
+        teacher_tokens=teacher_tokens,
+        rows=entry.rows,
+        bytes=entry.bytes,
+    )
+    write_record(place.provenance(table), about)

@@ -1,25 +1,63 @@
 """What stages left that others read: figures of a phase, times of jobs."""
 
+import json
 from pathlib import Path
+from typing import Any, TypeVar
 
 import polars as pl
 
+from pipeline.store.records import read_record
+from pipeline.store.shards import file_digest, open_shard
 from schemas.diagnostics import Diagnostics
 from schemas.errors import OpdError, one_line
-from stages.run.run import Phase, Run
+from schemas.outcome import Outcome
+from schemas.records import Evaluation, Gate
+from stages.run.run import Phase, Run, command
+
+Found = TypeVar("Found", Diagnostics, Gate)
 
 
 def read_diagnostics(phase: Phase) -> Diagnostics:
     """What was written. Raises OpdError when it is missing or damaged."""
-    path = phase.diagnostics
-    try:
-        return Diagnostics.model_validate_json(path.read_text())
-    except FileNotFoundError as error:
-        raise OpdError(f"{path}: missing; run `python -m stages.diagnostics --phase {phase.name}` first") from error
-    except ValueError as error:
+    return _own(phase, phase.diagnostics, phase.record(phase.diagnostics, Diagnostics, "diagnostics"))
+
+
+def gate_of(phase: Phase) -> Gate | None:
+    """What the coverage gate found, where the phase has been through it."""
+    path = phase.coverage
+    return _own(phase, path, phase.record(path, Gate, "coverage")) if path.exists() else None
+
+
+def read_evaluation(phase: Phase) -> tuple[Evaluation, pl.DataFrame]:
+    """What was measured of a checkpoint, and by which answers."""
+    found = phase.record(phase.result, Evaluation, "evaluate")
+    answers = open_shard(phase.answers, "answers")
+    if found.answers != answers.manifest.sha256 or f"eval-{found.checkpoint}" != phase.name:
         raise OpdError(
-            f"{path}: damaged; delete it and run `python -m stages.diagnostics --phase {phase.name}` again"
-        ) from error
+            f"{phase.result}: not of the answers that lie beside it; run `{command('evaluate', phase.name)}` again"
+        )
+    return found, pl.DataFrame(answers.read())
+
+
+def read_metrics(phase: Phase) -> list[dict[str, Any]]:
+    """Figures of the steps that a phase has trained, once it has; else of those so far. Raises OpdError when damaged."""
+    if not phase.metrics.exists():
+        return []
+    again = command("train" if phase.kind == "round" else phase.kind, phase.name)
+    if phase.outcome.exists():
+        told = read_record(phase.outcome, Outcome, again).metrics
+        if told is not None and told != file_digest(phase.metrics):
+            raise OpdError(f"{phase.metrics}: damaged or edited, its bytes are not those that {phase.outcome} tells of")
+    try:
+        return [json.loads(line) for line in phase.metrics.read_text().splitlines()]
+    except ValueError as error:
+        raise OpdError(f"{phase.metrics}: damaged; run `{again}` again") from error
+
+
+def _own(phase: Phase, path: Path, found: Found) -> Found:
+    if found.phase != phase.name:
+        raise OpdError(f"{path}: of phase {found.phase}, expected {phase.name}; delete it and run its stage again")
+    return found
 
 
 def timings(run: Run, *prefixes: str) -> dict[str, float]:

@@ -1,8 +1,10 @@
 """A round of training as the run's files tell it: its shards, its budget, what it ended with."""
 
+from pipeline.prepared import PromptTable
 from schemas.errors import OpdError
 from schemas.outcome import Outcome
-from stages.run.run import Phase, Run
+from stages.run.context import prompts_of
+from stages.run.run import Phase, Place, Run
 from train.loop import Progress
 from train.shards import check_log_z
 from train.stream import Triple
@@ -11,9 +13,20 @@ from train.stream import Triple
 def open_shards(phase: Phase) -> list[Triple]:
     """The rollouts, units and weights of a phase. Raises OpdError when one is missing or damaged or lacks what is read."""
     places = list(phase)  # each opens its shards once
+    prompts = prompts_of(phase)
     for place in places:
         check_log_z(phase.run.config.objective, place.units)
+        check_prompts(place, prompts)
     return [(place.rollouts, place.units, place.weights) for place in places]
+
+
+def check_prompts(place: Place, prompts: PromptTable) -> None:
+    """Raise OpdError when rollouts name a prompt that is none."""
+    for group in place.rollouts.row_groups(["prompt_id"]):
+        try:
+            prompts.take(group["prompt_id"].to_pylist())
+        except OpdError as error:
+            raise OpdError(f"{place.path('rollouts')}: column `prompt_id`: {error}; run its stage again") from error
 
 
 def progress_of(run: Run, round_index: int) -> Progress:
@@ -35,9 +48,5 @@ def planned_steps(run: Run, round_index: int) -> int:
 
 def read_outcome(run: Run, round_index: int) -> Outcome:
     """What a round ended with. Raises OpdError when that is missing or damaged."""
-    path = run.phase(f"round-{round_index}").outcome
-    try:
-        return Outcome.model_validate_json(path.read_text())
-    except (FileNotFoundError, ValueError) as error:
-        what = "missing" if isinstance(error, FileNotFoundError) else "damaged"
-        raise OpdError(f"{path}: {what}; run `python -m stages.train --round {round_index}` again") from error
+    phase = run.phase(f"round-{round_index}")
+    return phase.record(phase.outcome, Outcome, "train")

@@ -13,21 +13,24 @@ given, which is `base` then and is evaluated too.
 
 import math
 import os
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from pipeline.store.cache import responses_digest
-from pipeline.store.shards import Shard, manifest_path, open_shard, read_manifest, write_text
+from pipeline.models import ModelRef
+from pipeline.store.cache import entry_name, responses_digest
+from pipeline.store.records import Record, read_record
+from pipeline.store.shards import Shard, check_place, manifest_path, open_shard, read_manifest, write_text
 from schemas.config import Config, Rollouts, Sft, load_config
 from schemas.config.reuse import sampled_rounds
 from schemas.decides import decided, settings
-from schemas.errors import OpdError, shown
+from schemas.errors import OpdError, excerpt, shown
+from schemas.manifest import PHASE, Manifest, Signed, differences
+from schemas.records import Provenance, Weighed
 
 KL_ITEMS = 100
 """Prompts that the on-policy reverse KL is measured on, at most, where the config doesn't say."""
@@ -35,10 +38,15 @@ KL_ITEMS = 100
 BASE = -1
 """Number of the checkpoint before 0, the student as given, where `sft` makes 0 of it; by name it is `base`."""
 
-PHASE = re.compile(r"sft|eval-(?P<of_eval>base|\d{1,9})|round-(?P<of_round>\d{1,9})(@(?P<replayed>\d{1,9}))?", re.ASCII)
-
 MADE_FROM = {"policy": ("rollouts",), "units": ("rollouts", "scores"), "weights": ("rollouts", "units")}
 """Tables whose digests a table's manifest has among its inputs. Scores name the responses instead, which other runs share."""
+
+IDS = {
+    "rollouts": ("prompt_ids", "response_ids", "top_id"),
+    "scores": ("token_id", "cand_id"),
+    "units": ("cand_id",),
+}
+"""Columns of token ids: of scores the teacher's, else the student's."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,15 @@ class Run:
         """What of the config decides the result of the stage at work (`schemas.decides`)."""
         return decided(self.config, self.stage, self.phase_name)
 
+    def check(self, path: Path, made: Signed, stage: str, phase: str = "") -> None:
+        """Raise OpdError where a stage made `path` for another config than this one, with the keys that decide it."""
+        if made.decided is None:
+            return
+        if different := list(differences(decided(self.config, stage, phase), made.decided)):
+            raise OpdError(
+                f"{path}: made for another config: {excerpt('; '.join(different))}; run `{command(stage, phase)}` again"
+            )
+
     @property
     def cache(self) -> Path:
         """The cache that runs share."""
@@ -118,9 +135,11 @@ class Run:
         tuned = number == 0 and self.config.sft.prompts
         return self.phase("sft").checkpoint.with_suffix(".json") if tuned else self.model_file("student")
 
-    def policy_stage(self, number: int) -> str:
-        """The stage that writes it."""
-        return "models" if self.policy_file(number) == self.model_file("student") else "train" if number else "sft"
+    def policy_stage(self, number: int) -> tuple[str, str]:
+        """The stage that writes it, and of which phase."""
+        if self.policy_file(number) == self.model_file("student"):
+            return "models student", ""
+        return ("train", f"round-{number - 1}") if number else ("sft", "sft")
 
     def phase(self, name: str) -> "Phase":
         """A phase by name. Raises OpdError for what is no phase's name."""
@@ -276,6 +295,27 @@ class Phase:
         return self.folder / "weights.json"
 
     @property
+    def result(self) -> Path:
+        """What was measured of its checkpoint, where it is one of evaluation."""
+        return self.folder / "result.json"
+
+    @property
+    def answers(self) -> Path:
+        """The answers that it was measured by, a shard."""
+        return self.folder / "answers.parquet"
+
+    @property
+    def metrics(self) -> Path:
+        """Figures of the steps that its training took, a line each."""
+        return self.states / "metrics.jsonl"
+
+    def record(self, path: Path, kind: type[Record], stage: str) -> Record:
+        """What a stage left of the phase. Raises OpdError when it is missing, damaged, or of another config."""
+        found = read_record(path, kind, command(stage, self.name))
+        self.run.check(path, found, stage, self.name)
+        return found
+
+    @property
     def diagnostics(self) -> Path:
         """Its figures."""
         return self.folder / "diagnostics.json"
@@ -318,41 +358,107 @@ class Place:
             made_from.append("policy")
         return {name: read_manifest(self.path(name)).sha256 for name in made_from}
 
+    def check(self, table: str, manifest: Manifest) -> None:
+        """Raise OpdError where a table was made for another config, from other prompts or by another policy than lie here."""
+        check_place(self.path(table), manifest)
+        home = self.phase if table in ("policy", "weights") else self.phase.sampled_in
+        stage = table
+        if table == "rollouts":
+            stage = "reuse" if home.source else {"sft": "retokenise"}.get(home.kind, "rollouts")
+            prompts = home.source.run / "prompts.parquet" if home.source else home.run.prompts
+            again = f"; run `{command(stage, home.name)} --shard {self.number}` again"
+            if "prompts" in manifest.inputs and manifest_path(prompts).exists():
+                self._same(manifest.inputs["prompts"], read_manifest(prompts).sha256, f"prompts than {prompts}", again)
+            if stage == "rollouts" and "policy" in manifest.identity:
+                policy = home.run.policy_file(home.number)
+                if policy.exists():
+                    found = read_record(policy, ModelRef, command(*home.run.policy_stage(home.number))).identity()
+                    self._same(manifest.identity["policy"], found, f"policy than that of {policy}", again)
+        home.run.check(self.path(table), manifest, stage, home.name)
+
+    def _same(self, told: Any, found: Any, of: str, again: str) -> None:
+        if told != found:
+            raise OpdError(f"{self.path('rollouts')}: made with another {of}{again}")
+
     @cached_property
     def rollouts(self) -> Shard:
         """The responses; of `sft` in the student's tokens."""
         made_from = {"answers": read_manifest(self.path("answers")).sha256} if self.phase.kind == "sft" else {}
-        return open_shard(self.path("rollouts"), "rollouts", inputs=made_from)
+        return self._opened("rollouts", made_from)
+
+    def _opened(self, table: str, inputs: dict[str, str]) -> Shard:
+        shard = open_shard(self.path(table), table, inputs=inputs)
+        self.check(table, shard.manifest)
+        return self._bounded(shard, IDS.get(table, ()), "student")
+
+    def _bounded(self, shard: Shard, columns: Sequence[str], role: str) -> Shard:
+        """With as many ids as a model's vocabulary has."""
+        path = self.phase.run.vocabulary(role)
+        if not manifest_path(path).exists():
+            return shard
+        return replace(shard, ends=dict.fromkeys(columns, read_manifest(path).rows))
 
     @cached_property
     def answers(self) -> Shard:
         """Of `sft`: the teacher's answers, rollouts in its own tokens."""
-        return open_shard(self.path("answers"), "rollouts")
+        self.linked("answers")
+        return self._bounded(open_shard(self.path("answers"), "rollouts"), IDS["rollouts"], "teacher")
 
     @cached_property
     def scores(self) -> Shard:
         """What the teacher said of these responses."""
-        return open_shard(self.path("scores"), "scores", inputs={"responses": responses_digest(self.rollouts)})
+        self.linked("scores")
+        shard = open_shard(self.path("scores"), "scores", inputs={"responses": responses_digest(self.rollouts)})
+        return self._bounded(shard, IDS["scores"], "teacher")
 
     @cached_property
     def units(self) -> Shard:
         """Their aligned units."""
-        return open_shard(self.path("units"), "units", inputs=self.inputs("units"))
+        return self._opened("units", self.inputs("units"))
 
     @cached_property
     def policy(self) -> Shard:
         """Log-probs of the phase's policy, where another one sampled."""
-        return open_shard(self.path("policy"), "policy", inputs=self.inputs("policy"))
+        return self._opened("policy", self.inputs("policy"))
 
     @cached_property
     def weights(self) -> Shard:
-        """Weights of their units."""
-        return open_shard(self.path("weights"), "weights", inputs=self.inputs("weights"))
+        """Weights of their units, as the phase's figures have them on record."""
+        path, phase = self.path("weights"), self.phase
+        shard = open_shard(path, "weights", inputs=self.inputs("weights"))
+        told = phase.record(phase.weights, Weighed, "weights").shards.get(path.stem)
+        if told != shard.manifest.sha256:
+            again = command("weights", phase.name)
+            raise OpdError(f"{path}: not the weights that {phase.weights} tells of; run `{again}` again")
+        return shard
 
-    @property
-    def provenance(self) -> Path:
-        """How the run came by the scores that its link points at."""
-        return self.path("scores").with_suffix(".origin")
+    def provenance(self, table: str) -> Path:
+        """How the run came by what its link to scores or answers points at."""
+        return self.path(table).with_suffix(".origin")
+
+    def linked(self, table: str) -> Provenance:
+        """That note. Raises OpdError when it is missing or damaged, or of another config, place or entry than lie here."""
+        home, path = self.phase.sampled_in, self.provenance(table)
+        stage = "reuse" if home.source else table
+        again = f"{command(stage, home.name)} --shard {self.number}"
+        found = read_record(path, Provenance, again)
+        home.run.check(path, found, stage, home.name)
+        entry = read_manifest(self.path(table))
+        here = {"phase": home.name, "shard": self.number, "entry": entry_name(entry.identity, entry.inputs)}
+        if different := list(differences(here, found.model_dump(include=set(here)))):
+            raise OpdError(f"{path}: not of the {table} that lie here ({'; '.join(different)}); run `{again}` again")
+        return found
+
+
+def command(stage: str, phase: str = "") -> str:
+    """How a stage is run by hand, of a phase."""
+    name, _, role = stage.partition(" ")
+    of = {"train": "--round", "sft": "", "evaluate": "--checkpoint", "retokenise": "", "answers": ""}.get(
+        name, "--phase"
+    )
+    told = phase.partition("-")[2] if of in ("--round", "--checkpoint") else phase
+    options = f" --role {role}" if role else f" {of} {told}" if phase and of else ""
+    return f"python -m stages.{name}{options}"
 
 
 def run_of(config: Config, stage: str = "", phase: str = "") -> Run:

@@ -15,11 +15,12 @@ from filelock import FileLock
 
 from pipeline.infer.forward import check_head
 from pipeline.prepared import PreparedModel
-from pipeline.store.shards import write_text
+from pipeline.store.records import write_record
+from pipeline.store.shards import file_digest
 from schemas.config import Config
 from schemas.outcome import Outcome
 from stages.run import console
-from stages.run.context import read_ref
+from stages.run.context import prepared
 from stages.run.run import Phase
 from train.adapters import attach
 from train.checkpoint import export, final_state, trained
@@ -134,7 +135,8 @@ def train(
             console.say,
         )
     if rank() == 0:
-        write_text(job.phase.outcome, outcome.model_dump_json(indent=1) + "\n")
+        told = {"decided": run.decided, "metrics": file_digest(job.phase.metrics)}
+        write_record(job.phase.outcome, outcome.model_copy(update=told))
     return outcome, last
 
 
@@ -146,9 +148,9 @@ def publish_checkpoint(job: Training, card: str, source: str) -> None:
         source: what the model is called.
     """
     model = trained(job.base.load(device="cpu"), final_state(job.phase.states)[0], job.config.train)
-    teacher = read_ref(job.phase.run.model_file("teacher"), "models", weights=False)
+    teacher = prepared(job.phase.run, "teacher", weights=False)
     ref = export(model, job.student.tokenizer, job.phase.checkpoint, card, source, teacher.origin)
-    write_text(job.phase.checkpoint.with_suffix(".json"), ref.model_dump_json(indent=1) + "\n")
+    write_record(job.phase.checkpoint.with_suffix(".json"), ref.model_copy(update={"decided": job.phase.run.decided}))
 
 
 @contextmanager

@@ -1,15 +1,20 @@
 """Cache: what the shared store of teachers' scores and answers holds, whether it is intact, and who still uses it."""
 
 import json
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
+from pipeline.models import ModelRef, reference
 from pipeline.store import cache as store
+from pipeline.store.shards import file_digest
 from schemas.config import Config
-from schemas.errors import OpdError
+from schemas.errors import OpdError, one_line
+from schemas.manifest import stated
 from stages.run import console
 from stages.run.run import cache_root
 
@@ -64,34 +69,73 @@ def _row(entry: store.Entry) -> dict[str, Any]:
 
 
 def verify(
-    paths: Annotated[
-        list[Path] | None, typer.Argument(help="run folders or shards; the whole cache by default")
-    ] = None,
+    paths: Annotated[list[Path] | None, typer.Argument(help="run folders or files; the whole cache by default")] = None,
     cache: FolderOption = None,
 ) -> None:
-    """Read every byte of every entry (or of the shards below the paths) and compare it with its manifest."""
+    """Read every byte of every entry, or of all that runs below the paths hold, and compare it with its digest."""
     if paths:
         for path in paths:
             if not path.exists():
                 raise OpdError(f"{path}: no such file or folder")
-        files = sorted(
-            {f for p in paths for f in (p.rglob("*.parquet") if p.is_dir() else [p]) if f.name != "answers.parquet"}
-        )
-        found = [store.Entry(file, None, []) for file in files]
-        check = store.damage
+        files = sorted({file for path in paths for file in (held(path) if path.is_dir() else [path])})
+        checks = {file: partial(damage, file) for file in files}
+        size = sum(file.stat().st_size for file in files if file.exists())
     else:
-        found, check = list(store.entries(_folder(cache))), store.verify
+        found = list(store.entries(_folder(cache)))
+        checks = {entry.path: partial(store.verify, entry) for entry in found}
+        size = sum(entry.bytes for entry in found)
     broken = []
-    with console.progress("verify", len(found), "shards") as advance:
-        for entry in found:
-            if problem := check(entry):
+    with console.progress("verify", len(checks), "files") as advance:
+        for check in checks.values():
+            if problem := check():
                 broken.append(problem)
                 console.say(problem)
             advance(1)
-    size = sum(entry.bytes for entry in found) / MEGABYTE
     if broken:
-        raise OpdError(f"{len(broken)} of {len(found)} shards are damaged; delete each and its manifest and run again")
-    console.out.print(f"{len(found)} shards, {size:.1f} MB: every byte is as it was written")
+        raise OpdError(f"{len(broken)} of {len(checks)} files are damaged; delete each and its manifest and run again")
+    what = "shards" if all(file.suffix == ".parquet" for file in checks) else "files"
+    console.out.print(f"{len(checks)} {what}, {size / MEGABYTE:.1f} MB: every byte is as it was written")
+
+
+def held(folder: Path) -> Iterator[Path]:
+    """All below a folder that can be verified: shards, records, notes, metrics, training states.
+
+    A checkpoint's files are its reference's, `checkpoint.json`; a shard's manifest is the shard's.
+    """
+    for path in folder.rglob("*"):
+        of_itself = path.suffix in (".parquet", ".origin") or path.match("state-*.safetensors")
+        is_record = (
+            path.suffix == ".json" and path.parent.name != "checkpoint" and not path.with_suffix(".parquet").exists()
+        )
+        if of_itself or is_record or path.name == "metrics.jsonl":
+            yield path
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a file of a run, after reading every byte of it; None when nothing is."""
+    if path.suffix == ".parquet":
+        return store.damage(store.Entry(path, None, []))
+    try:
+        if path.suffix == ".safetensors":
+            from train.checkpoint import load_state  # noqa: PLC0415 - seconds to import
+
+            load_state(path)
+        elif path.name == "metrics.jsonl":
+            outcome = path.with_name("result.json")
+            if outcome.exists() and stated(outcome.read_text())["metrics"] not in (None, file_digest(path)):
+                return f"{path}: damaged, its bytes are not those that {outcome.name} tells of"
+        else:
+            told = stated(path.read_text())
+            if "weights" in told and "tokenizer" in told:  # a model's reference
+                model = ModelRef.model_validate(told)
+                found = reference(model.source, Path(model.path))
+                if (found.identity(), found.tuned_on) != (model.identity(), model.tuned_on):
+                    return f"{model.path}: the model's files are not those that {path} tells of"
+    except (ValueError, OSError, KeyError) as error:
+        return f"{path}: damaged or edited: {one_line(error)}"
+    except OpdError as error:
+        return str(error)
+    return None
 
 
 def collect(
