@@ -9,12 +9,14 @@ rate retrains but samples and scores nothing anew.
 """
 
 import sys
+from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import min_version
 
 from pipeline.store.cache import relink
 from schemas.config import consistency, declared, overridden, parse_config
+from schemas.config.strict_yaml import read_yaml
 from schemas.errors import OpdError
 from stages.run import console
 from stages.run.run import run_of, write_config
@@ -40,6 +42,10 @@ if not workflow.config_settings.configfiles:
 
 
 try:
+    # Snakemake has read them already, less strictly: of a key that is there twice the last.
+    for given in map(Path, workflow.configfiles):
+        if given.suffix != ".json":
+            read_yaml(given)
     RUN = run_of(parse_config(config, " ".join(map(str, workflow.configfiles))))
     REUSED, TAKEN = reused_phases(RUN, scored=True), reused_phases(RUN, scored=False)
     SAMPLED, SCORED = sampled_phases(RUN), scored_phases(RUN)

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from schemas.errors import OpdError
+from pipeline import strict_json
+from schemas.errors import OpdError, listed, shown
 
 Message = dict[str, Any]
 
@@ -71,39 +72,46 @@ def asked(value: Any, tools: Any, where: str) -> Asked:
             "with at most one assistant's message after it"
         )
     alone = len(messages) == 1 and messages[0].keys() == {"role", "content"}
-    return Asked(users[-1], None if alone else messages, schemas, reference(answer) if answer else None)
+    return Asked(users[-1], None if alone else messages, schemas, reference(answer, where) if answer else None)
 
 
 def messages_of(value: Any, where: str) -> list[Message]:
     """Messages in one form, as `asked` reads them. Raises OpdError when one is malformed."""
     if isinstance(value, str) or not isinstance(value, Sequence) or not value:
-        raise OpdError(f"{where} must be non-empty text or a list of messages, found {value!r}")
+        raise OpdError(f"{where} must be non-empty text or a list of messages, found {shown(value)}")
     return [_message(message, f"{where}, message {number}") for number, message in enumerate(value)]
 
 
-def reference(answer: Any) -> str | None:
-    """A reference answer as text: of messages, the last one's content, or its tool calls as JSON where it has none."""
+def reference(answer: Any, where: str) -> str | None:
+    """A reference answer as text: of messages, the last one's content, or its tool calls as JSON where it has none.
+
+    Raises OpdError, beginning with `where`, when a message is malformed.
+    """
     if answer is None:
         return None
     last = answer[-1] if isinstance(answer, list) and answer else answer
     if not isinstance(last, Mapping) or "role" not in last:
         return str(answer)
-    calls = [call.get("function", call) for call in last.get("tool_calls") or ()]
-    if text := _text(last.get("content"), "answer"):
+    if text := _text(last.get("content"), where):
         return text
+    given = last.get("tool_calls") or []
+    calls = given if isinstance(given, list | tuple) else [given]
+    for call in calls:
+        _call(call, where)  # refuses what is none
+    calls = [call.get("function", call) for call in calls]
     return json.dumps(calls, ensure_ascii=False) if calls else ""
 
 
 def _message(given: Any, where: str) -> Message:
     if not isinstance(given, Mapping):
-        raise OpdError(f"{where}: expected an object with `role` and `content`, found {given!r}")
+        raise OpdError(f"{where}: expected an object with `role` and `content`, found {shown(given)}")
     fields = _without_null(given)
     named = fields.get("role", fields.get("from"))
     if named is None:
-        raise OpdError(f"{where}: no `role` (or `from`); it has {', '.join(map(repr, fields)) or 'nothing'}")
+        raise OpdError(f"{where}: no `role` (or `from`); it has {listed(fields) or 'nothing'}")
     role = ROLES.get(named) if isinstance(named, str) else None
     if role is None:
-        raise OpdError(f"{where}: unknown role {named!r}; known are {', '.join(ROLES)}")
+        raise OpdError(f"{where}: unknown role {shown(named)}; known are {', '.join(ROLES)}")
     content = _text(fields.get("content", fields.get("value")), where)
     calls = fields.get("tool_calls")
     if named == "function_call":
@@ -117,7 +125,7 @@ def _message(given: Any, where: str) -> Message:
         if not content and len(message) == 2:
             raise OpdError(f"{where}: the assistant neither says, thinks nor calls anything")
     elif calls:
-        raise OpdError(f"{where}: only the assistant has `tool_calls`, found them with role {named!r}")
+        raise OpdError(f"{where}: only the assistant has `tool_calls`, found them with role {shown(named)}")
     elif content is None or (role == "user" and not content.strip()):
         raise OpdError(f"{where}: no text in its `content` (or `value`)")
     return message | {name: str(fields[name]) for name in ("tool_call_id", "name") if name in fields}
@@ -128,13 +136,15 @@ def _text(content: Any, where: str) -> str | None:
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, Sequence):
-        raise OpdError(f"{where}: content must be text or a list of text parts, found {content!r}")
+        raise OpdError(f"{where}: content must be text or a list of text parts, found {shown(content)}")
     texts = []
     for part in content:
         text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else part
         if not isinstance(text, str):
             kind = part.get("type") if isinstance(part, Mapping) else part
-            raise OpdError(f"{where}: content has a part of type {kind!r}; only text can be read, no images or audio")
+            raise OpdError(
+                f"{where}: content has a part of type {shown(kind)}; only text can be read, no images or audio"
+            )
         texts.append(text)
     return "".join(texts)
 
@@ -143,12 +153,14 @@ def _call(given: Any, where: str) -> dict[str, Any]:
     """A tool call in OpenAI's form, its arguments as an object where they are one."""
     function = given.get("function", given) if isinstance(given, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise OpdError(f"{where}: a tool call needs a `name` and `arguments`, found {given!r}")
+        raise OpdError(f"{where}: a tool call needs a `name` and `arguments`, found {shown(given)}")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
-        arguments = _json(arguments, where, f"the arguments of {function['name']!r}") if arguments.strip() else {}
+        arguments = _json(arguments, where, f"the arguments of {shown(function['name'])}") if arguments.strip() else {}
     if not isinstance(arguments, Mapping):
-        raise OpdError(f"{where}: the arguments of {function['name']!r} must be an object, found {arguments!r}")
+        raise OpdError(
+            f"{where}: the arguments of {shown(function['name'])} must be an object, found {shown(arguments)}"
+        )
     call = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     return call | ({"id": str(given["id"])} if "id" in given else {})
 
@@ -158,21 +170,21 @@ def _tools(given: Any, where: str) -> list[dict[str, Any]] | None:
     if not tools:
         return None
     if not isinstance(tools, Sequence) or isinstance(tools, str):
-        raise OpdError(f"{where}: `tools` must be a list of JSON schemas, found {tools!r}")
+        raise OpdError(f"{where}: `tools` must be a list of JSON schemas, found {shown(tools)}")
     out = []
     for tool in tools:
         schema = _without_null(_json(tool, where, "a tool") if isinstance(tool, str) else tool)
         function = schema.get("function", schema) if isinstance(schema, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise OpdError(f"{where}: a tool is a JSON schema with a `name`, found {tool!r}")
+            raise OpdError(f"{where}: a tool is a JSON schema with a `name`, found {shown(tool)}")
         out.append({**schema, "type": "function"} if "function" in schema else {"type": "function", "function": schema})
     return out
 
 
 def _json(text: str, where: str, what: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return strict_json.parse(text)
+    except ValueError as error:
         raise OpdError(f"{where}: {what} is not JSON: {error}, found {text[:80]!r}") from error
 
 

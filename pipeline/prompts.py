@@ -12,7 +12,7 @@ import pyarrow as pa
 from pipeline.conversations import Asked, asked, reference
 from pipeline.sources import is_shuffled, kind_of
 from schemas.config import HeldOut, Prompts, PromptSource, Splits
-from schemas.errors import OpdError
+from schemas.errors import OpdError, listed, shown
 from schemas.tables import arrow_schema
 
 RESERVED = ("prompt", "answer", "examples")
@@ -97,7 +97,8 @@ def _distinct(rows: Iterable[tuple[int, Row]], config: Prompts) -> Iterator[tupl
     """Of rows that ask the same, the first."""
     seen: set[bytes] = set()
     for number, row in rows:
-        key = hashlib.blake2b(_asked(row, number, config).key.encode(), digest_size=KEY_BYTES).digest()
+        asks = _encoded(_asked(row, number, config).key, f"prompts: {config.source}, row {number}")
+        key = hashlib.blake2b(asks, digest_size=KEY_BYTES).digest()
         if key not in seen:
             seen.add(key)
             yield number, row
@@ -139,7 +140,7 @@ def _prompt_field(row: Row, number: int, config: Prompts) -> str:
 
 def _no_field(field: str, row: Row, number: int, config: Prompts) -> OpdError:
     return OpdError(
-        f"prompts: {config.source}, row {number}: has no field {field!r}; it has {', '.join(map(repr, row))} "
+        f"prompts: {config.source}, row {number}: has no field {field!r}; it has {listed(row)} "
         "(set prompts.prompt_field and prompts.answer_field)"
     )
 
@@ -148,19 +149,30 @@ def _item(row: Row, number: int, config: Prompts) -> dict[str, Any]:
     one = _asked(row, number, config)
     answer = None
     if field := config.answer_field:
-        answer = reference(row.get(field))
+        answer = reference(row.get(field), f"prompts: {config.source}, row {number}, field {field!r}")
         if answer is None:
             answer = one.answer
         if answer is None and field not in row:
             raise _no_field(field, row, number, config)
     used = (_prompt_field(row, number, config), config.answer_field, config.tools_field)
-    return {
+    columns = {
         "prompt": one.prompt,
         "messages": json_text(one.messages),
         "tools": json_text(one.tools),
         "answer": answer,
         "fields": json_text({name: value for name, value in row.items() if name not in used}),
     }
+    for column, text in columns.items():
+        _encoded(text or "", f"prompts: {config.source}, row {number}, for column {column!r}")
+    return columns
+
+
+def _encoded(text: str, where: str) -> bytes:
+    """As UTF-8, which text from one's own code may not be. Raises OpdError, beginning with `where`."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise OpdError(f"{where}: text with a lone surrogate, half a character: {shown(text)}") from error
 
 
 def json_text(value: Any) -> str | None:

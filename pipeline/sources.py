@@ -10,15 +10,16 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
 import zstandard
 
-from pipeline import own_code
+from pipeline import own_code, strict_json
 from schemas.config.options import OWN_CODE
-from schemas.errors import OpdError, one_line
+from schemas.errors import OpdError, excerpt, one_line, shown
 
 GENERATED_SEED_SPACING = 1_000_003
 """reasoning-gym seeds item i with seed + i, so neighbouring seeds would share items."""
@@ -28,8 +29,12 @@ SHUFFLE_BUFFER = 10_000
 BATCH = 1_000
 """Rows that are Python objects at once where a file is read by columns."""
 CHUNK = 1 << 20
+LONGEST = 1 << 26
+"""Characters of a row at most: what has no end in sight is no row, and must not fill the memory (64 MB, hundreds of books)."""
+COMPRESSED = 1 << 12
+"""Bytes that are decompressed at once: at most 128 MB of text, as zstandard writes a run of one byte in 4."""
 SEPARATORS = tuple(" \t\r\n,")
-csv.field_size_limit(2**31 - 1)  # the module's own limit, 128 kB, is shorter than long documents
+csv.field_size_limit(LONGEST)  # the module's own limit, 128 kB, is shorter than long documents
 
 SAVED_MARKS = ("dataset_dict.json", "state.json")
 """By which one tells a folder of several splits or of one that `datasets.save_to_disk` wrote,"""
@@ -141,11 +146,41 @@ def gym_metadata(row: Row) -> dict[str, Any]:
 
 def _file(source: str, options: dict[str, Any]) -> Path:
     path = Path(source).expanduser()
+    if path.is_dir():
+        raise OpdError(f"prompts: {source}: a folder, expected a file")
     if not path.is_file():
         raise OpdError(f"prompts: {source}: no such file")
     if options:
-        raise OpdError(f"prompts: {source} is a file, which takes no prompts.options, found {options}")
+        raise OpdError(f"prompts: {source} is a file, which takes no prompts.options, found {shown(options)}")
     return path
+
+
+class _Zstandard(io.RawIOBase):
+    """What a zstandard file says, frame by frame. `zstandard` itself takes a file that ends within a frame for a whole one."""
+
+    def __init__(self, raw: io.BufferedReader) -> None:
+        self._pieces = self._decompressed(raw)
+        self._left = memoryview(b"")
+
+    @staticmethod
+    def _decompressed(raw: io.BufferedReader) -> Iterator[bytes]:
+        decompressor, frame, given = zstandard.ZstdDecompressor(), None, b""
+        while given := given or raw.read(COMPRESSED):
+            frame = frame or decompressor.decompressobj()
+            yield frame.decompress(given)
+            given, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+        if frame is not None:
+            raise zstandard.ZstdError("it ends within a frame: it was cut")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._left and (piece := next(self._pieces, None)) is not None:
+            self._left = memoryview(piece)
+        taken = min(len(buffer), len(self._left))
+        buffer[:taken], self._left = self._left[:taken], self._left[taken:]
+        return taken
 
 
 @contextmanager
@@ -155,14 +190,14 @@ def _text(path: Path) -> Iterator[io.TextIOWrapper]:
         with path.open("rb") as raw:
             stream: Any = raw
             if path.suffix == ".zst":
-                stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+                stream = io.BufferedReader(_Zstandard(raw))
             elif path.suffix == ".gz":
                 stream = gzip.GzipFile(fileobj=raw)
             yield io.TextIOWrapper(stream, encoding="utf-8-sig", newline="" if _CSV.fullmatch(path.name) else None)
     except UnicodeDecodeError as error:
         raise OpdError(f"prompts: {path}: not UTF-8: {error}") from error
     except zstandard.ZstdError as error:
-        raise OpdError(f"prompts: {path}: not zstandard data: {error}") from error
+        raise OpdError(f"prompts: {path}: not zstandard data, or cut: {error}") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise OpdError(f"prompts: {path}: not gzip data, or cut: {error}") from error
 
@@ -173,13 +208,22 @@ def _jsonl(source: str, options: dict[str, Any], seed: int, need: int) -> Iterat
         yield from _rows_of_lines(lines, path)
 
 
-def _rows_of_lines(lines: io.TextIOWrapper, path: Path) -> Iterator[Row]:
-    for number, line in enumerate(lines, 1):
+def _lines(text: io.TextIOWrapper, path: Path) -> Iterator[str]:
+    for number, line in enumerate(iter(partial(text.readline, LONGEST), ""), 1):
+        if len(line) == LONGEST:
+            raise OpdError(
+                f"prompts: {path}, line {number}: longer than {LONGEST:,} characters; is there a row a line?"
+            )
+        yield line
+
+
+def _rows_of_lines(text: io.TextIOWrapper, path: Path) -> Iterator[Row]:
+    for number, line in enumerate(_lines(text, path), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = strict_json.parse(line)
+        except ValueError as error:
             raise OpdError(f"prompts: {path}, line {number}: not JSON: {error}") from error
         if not isinstance(row, dict):
             raise OpdError(f"prompts: {path}, line {number}: expected an object, found {type(row).__name__}")
@@ -199,40 +243,50 @@ def _json(source: str, options: dict[str, Any], seed: int, need: int) -> Iterato
 
 def _elements(buffer: str, text: io.TextIOWrapper, path: Path) -> Iterator[Row]:
     """The objects of a JSON list whose bracket has been read, without ever holding all of its text."""
-    decoder, at, number, ended = json.JSONDecoder(), 0, 0, False
+    at, number, ended, commas = 0, 0, False, 0
     while True:
-        while buffer[at : at + 1] in SEPARATORS:
-            at += 1
-        if buffer[at : at + 1] == "]":
+        while (sign := buffer[at : at + 1]) in SEPARATORS:
+            at, commas = at + 1, commas + (sign == ",")
+        if sign and commas != (number > 0 and sign != "]"):
+            raise OpdError(
+                f"prompts: {path}, row {number}: not JSON: {commas} commas before {shown(buffer[at : at + 20])}"
+            )
+        if sign == "]":
+            if buffer[at + 1 :].strip() or any(more.strip() for more in iter(partial(text.read, CHUNK), "")):
+                raise OpdError(f"prompts: {path}: not JSON: there is more after the list of {number} rows")
             return
         try:
-            row, at = decoder.raw_decode(buffer, at)
+            row, at = strict_json.parse_at(buffer, at)
         except json.JSONDecodeError as error:
             if ended:
                 raise OpdError(f"prompts: {path}, row {number}: not JSON: {error.msg}") from error
+            if len(buffer) - at > LONGEST:
+                raise OpdError(f"prompts: {path}, row {number}: longer than {LONGEST:,} characters") from error
             more = text.read(max(CHUNK, len(buffer) - at))  # twice as much, should one row be long
             buffer, at, ended = buffer[at:] + more, 0, not more
             continue
+        except ValueError as error:
+            raise OpdError(f"prompts: {path}, row {number}: not JSON: {error}") from error
         if not isinstance(row, dict):
             raise OpdError(f"prompts: {path}, row {number}: expected an object, found {type(row).__name__}")
         yield row
-        number += 1
+        number, commas = number + 1, 0
 
 
 def _csv(source: str, options: dict[str, Any], seed: int, need: int) -> Iterator[Row]:
     """Cells are text; an empty one is None."""
     path = _file(source, options)
     with _text(path) as text:
-        reader = csv.reader(text, strict=True)
+        reader = csv.reader(_lines(text, path), strict=True)
         try:
             header = next(reader, [])
             if len(set(header)) < len(header):
-                raise OpdError(f"prompts: {path}: two columns have the same name: {', '.join(header)}")
+                raise OpdError(f"prompts: {path}: two columns have the same name: {excerpt(', '.join(header))}")
             for cells in reader:
                 if cells and len(cells) != len(header):
                     raise OpdError(
                         f"prompts: {path}, line {reader.line_num}: {len(cells)} cells, but the header has {len(header)}: "
-                        f"{', '.join(header)}"
+                        f"{excerpt(', '.join(header))}"
                     )
                 if cells:
                     yield {name: cell or None for name, cell in zip(header, cells, strict=True)}
@@ -248,8 +302,8 @@ def _parquet(source: str, options: dict[str, Any], seed: int, need: int) -> Iter
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(BATCH):
                 yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise OpdError(f"prompts: {path}: not readable as Parquet: {error}") from error
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise OpdError(f"prompts: {path}: not readable as Parquet: {one_line(error)}") from error
 
 
 def _own(source: str, options: dict[str, Any], seed: int, need: int) -> Iterator[Row]:
@@ -279,7 +333,8 @@ def _saved(source: str, options: dict[str, Any], seed: int, need: int) -> Iterat
         raise OpdError(f"prompts: {source} is a saved data set, whose only option is `split`, found {', '.join(rest)}")
     try:
         found = datasets.load_from_disk(Path(source).expanduser())
-    except (OSError, ValueError, KeyError) as error:
+    # Its JSON files may hold anything, and it looks at none before it uses them.
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException) as error:
         raise OpdError(f"prompts: {source}: not readable as a saved data set: {one_line(error)}") from error
     if isinstance(found, datasets.DatasetDict):
         split = options.get("split", "train")

@@ -194,7 +194,7 @@ def decided(config: Config, stage: str, phase: str = "") -> dict[str, Any]:
 
 def _of_phase(config: Config, phase: str) -> Config:
     """The config with one horizon, that of the round which the phase's rollouts are of; of evaluation the longest."""
-    options, numbers = config.rollouts, re.findall(r"\d+", phase)
+    options, numbers = config.rollouts, re.findall(r"\d{1,9}", phase)
     if phase.startswith("eval"):
         horizon = options.longest
     elif phase == "sft":

@@ -1,5 +1,7 @@
 """The exceptions whose message is written for the person at the terminal."""
 
+from collections.abc import Iterable
+
 
 class OpdError(Exception):
     """What was given, what was expected, which file or key, and what to do, in one line.
@@ -19,6 +21,16 @@ class Stopped(OpdError):
 def one_line(error: BaseException, length: int = 300) -> str:
     """An exception in one line of bounded length, for the message of another."""
     return excerpt(str(error), length) or type(error).__name__
+
+
+def shown(value: object, length: int = 120) -> str:
+    """A value that was found, as Python writes it, in one line of bounded length."""
+    return excerpt(repr(value), length)
+
+
+def listed(names: Iterable[object], length: int = 300) -> str:
+    """Names as Python writes them, parted by commas, in one line of bounded length."""
+    return excerpt(", ".join(map(repr, names)), length)
 
 
 def excerpt(text: str, length: int = 300) -> str:

@@ -76,6 +76,12 @@ def test_costs_count_what_each_rounds_horizon_leaves() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rate", ["-3", "0", "nan", "inf", "fast"])
+def test_a_rate_is_a_number_of_a_size(rate: str) -> None:
+    result = CliRunner().invoke(app, ["plan", "--train-rate", rate])
+    assert result.exit_code == 2 and "--train-rate" in result.output
+
+
 def test_a_plan_of_a_real_run(smollm2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = yaml.safe_load((Path(__file__).parents[1] / "config/config.yaml").read_text())
     config["prompts"]["splits"] = {"examples": 0, "train": 160, "dev": 0, "test": 1}

@@ -11,7 +11,7 @@ from pipeline.conversations import Asked, Message, asked, messages_of, reference
 from pipeline.prepared import PreparedModel
 from pipeline.prompts import json_text
 from pipeline.rendering import Renderer
-from schemas.errors import OpdError
+from schemas.errors import OpdError, listed, shown
 
 PROMPTS = ("prompt", "messages", "conversations")
 RESPONSES = ("response", "completion")
@@ -71,7 +71,7 @@ def read(row: Mapping[str, Any], where: str, spans: Spans) -> Logged:
     if response is None and ids is None:  # else the conversation may hold it
         prompt = next((name for name in PROMPTS if name in given and not isinstance(given[name], str)), prompt)
     if prompt is None:
-        raise OpdError(f"{where}: has neither of {', '.join(PROMPTS)}; it has {', '.join(map(repr, row))}")
+        raise OpdError(f"{where}: has neither of {', '.join(PROMPTS)}; it has {listed(row)}")
     value, turns, text = given[prompt], None, None
     if ids is None and response is not None and isinstance(given[response], str):
         text = given[response]
@@ -87,7 +87,8 @@ def read(row: Mapping[str, Any], where: str, spans: Spans) -> Logged:
     finish = given.get("finish_reason")
     if finish is not None and finish not in STOPPED + CUT:
         raise OpdError(
-            f"{where}: `finish_reason` is {finish!r}; a response ends by {', '.join(STOPPED)}, or is cut by {', '.join(CUT)}; "
+            f"{where}: `finish_reason` is {shown(finish)}; a response ends by {', '.join(STOPPED)}, or is cut by "
+            f"{', '.join(CUT)}; "
             "leave out the row, or the field where the student ended it all the same"
         )
     cut = None if finish is None else finish in CUT
@@ -95,7 +96,7 @@ def read(row: Mapping[str, Any], where: str, spans: Spans) -> Logged:
         "prompt": question.prompt,
         "messages": json_text(question.messages),
         "tools": json_text(question.tools),
-        "answer": reference(given.get("answer")),
+        "answer": reference(given.get("answer"), f"{where}, field 'answer'"),
         "fields": json_text({name: value for name, value in row.items() if name not in OURS}),
     }
     if ids is None:
@@ -131,6 +132,9 @@ def _no_response(where: str) -> OpdError:
     )
 
 
+_NUMBERS = {np.int64: "whole numbers", np.bool_: "0 and 1", np.float32: "numbers"}
+
+
 def _numbers(given: Mapping[str, Any], name: str, kind: Any, where: str, count: int | None = None) -> np.ndarray:
     """A list of numbers; log-probs at most 0 and finite."""
     try:
@@ -138,9 +142,14 @@ def _numbers(given: Mapping[str, Any], name: str, kind: Any, where: str, count: 
         kinds = {np.int64: "iu", np.bool_: "iub"}.get(kind, "iuf")
         if values.ndim != 1 or (values.size and values.dtype.kind not in kinds):
             raise ValueError
-        found = values.astype(kind)
+        with np.errstate(over="ignore"):  # what is infinite then is refused below
+            found = values.astype(kind)
+        if kind is not np.float32 and not np.array_equal(found, values):  # beyond 64 bits, or neither 0 nor 1
+            raise ValueError
     except (ValueError, TypeError, OverflowError) as error:
-        raise OpdError(f"{where}: `{name}` must be a list of numbers, found {str(given[name])[:80]}") from error
+        raise OpdError(
+            f"{where}: `{name}` must be a list of {_NUMBERS[kind]}, found {str(given[name])[:80]}"
+        ) from error
     if count is not None and len(found) != count:
         raise OpdError(f"{where}: `{name}` has {len(found)} numbers, but there are {count} response ids")
     if kind is np.float32 and not (np.isfinite(found) & (found <= 1e-3)).all():

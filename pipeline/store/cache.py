@@ -186,7 +186,7 @@ class Entry:
     @property
     def days(self) -> float:
         """Since it was written."""
-        return (time.time() - self.path.stat().st_mtime) / 86400
+        return (time.time() - self.path.lstat().st_mtime) / 86400
 
 
 def entries(cache: Path) -> Iterator[Entry]:
@@ -201,7 +201,9 @@ def entries(cache: Path) -> Iterator[Entry]:
 
 def users(cache: Path, entry: Path) -> list[Path]:
     """The links of runs that still point at an entry."""
-    noted = (Path(note.read_text().rstrip("\n")) for note in sorted((cache / "users" / entry.stem).glob("*")))
+    noted = (
+        Path(os.fsdecode(note.read_bytes()).rstrip("\n")) for note in sorted((cache / "users" / entry.stem).glob("*"))
+    )
     return [link for link in noted if link.is_symlink() and link.resolve() == entry.resolve()]
 
 

@@ -240,6 +240,8 @@ def read_manifest(path: Path) -> Manifest:
         raise OpdError(
             f"{path}: this shard {state} (no manifest {where.name}); run the stage that writes it"
         ) from error
+    except OSError as error:
+        raise OpdError(f"{where}: cannot read: {error.strerror}; delete it and its shard and run again") from error
     except UnicodeDecodeError as error:
         raise OpdError(f"{where}: this manifest is damaged; delete it and its shard and run again") from error
     try:

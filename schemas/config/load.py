@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from schemas.config.objective import recipe_of
@@ -11,7 +10,8 @@ from schemas.config.presets import presets_of
 from schemas.config.reuse import INHERITED, inherit, stored_config
 from schemas.config.root import Config
 from schemas.config.section import Section, section, variants
-from schemas.errors import OpdError
+from schemas.config.strict_yaml import read_yaml
+from schemas.errors import OpdError, excerpt, shown
 
 
 def parse_config(values: Any, where: str) -> Config:
@@ -25,38 +25,36 @@ def parse_config(values: Any, where: str) -> Config:
     try:
         return Config.model_validate(whole)
     except ValidationError as error:
-        wrong = [_explain(e) for e in error.errors()]
+        errors = error.errors()
+        wrong = [_explain(e) for e in errors[:MOST_ERRORS]]
         taken = [name for name in INHERITED if name not in values and any(f"`{name}" in text for text in wrong)]
         if taken and (stored := stored_config(values)):
             gone = "" if stored.is_file() else ", which isn't there"
             wrong.append(f"what a run with `reuse` doesn't name comes from {stored}{gone}")
         wrong.extend(_presets_in(wrong, whole))
+        if len(errors) > MOST_ERRORS:
+            wrong.append(f"and {len(errors) - MOST_ERRORS} more")
         raise OpdError(f"{where}: " + "; ".join(wrong)) from error
 
 
 def load_config(path: str | Path) -> Config:
     """Read a YAML file. Raises OpdError naming the file, and the line or key that is wrong."""
-    path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise OpdError(f"{path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise OpdError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-    return parse_config(values, str(path))
+    return parse_config(read_yaml(Path(path)), str(path))
 
 
 def _presets_in(wrong: list[str], values: dict[str, Any]) -> list[str]:
     """Whose the values are that an error names and the file doesn't."""
-    shown = [
+    applied = [
         f"{place}: {value}"
         for place, value in presets_of(values).items()
         if any(f"`{name}: {value}`" in text for text in wrong for name in (place, place.rpartition(".")[2]))
     ]
     recipe = recipe_of(values.get("objective", {}))
-    return [f"`{', '.join(shown)}` is what `objective.recipe: {recipe}` presets"] if shown else []
+    return [f"`{', '.join(applied)}` is what `objective.recipe: {recipe}` presets"] if applied else []
 
 
+MOST_ERRORS = 5
+"""Wrong keys that are named; who has more begins with these."""
 RENAMED = {"objective.support": "tail"}
 """Keys of earlier versions, and what they are called in the same section now."""
 
@@ -67,7 +65,7 @@ def _explain(error: Any) -> str:
         name = RENAMED.get(key)
         now = f", which is `{name}` now" if name in holder.model_fields else ""
         here = f"here, with `recipe: {recipe}`" if recipe else "here"
-        return f"unknown key `{key}`{now}; known keys {here}: {', '.join(holder.model_fields)}"
+        return f"unknown key `{excerpt(key, 80)}`{now}; known keys {here}: {', '.join(holder.model_fields)}"
     if error["type"] == "missing":
         return f"`{key}` is missing"
     message, found = error["msg"].removeprefix("Value error, "), error["input"]
@@ -79,7 +77,7 @@ def _explain(error: Any) -> str:
         )
     if not key:
         return message
-    return f"`{key}`: {message[:1].lower()}{message[1:]}, found {found!r}"
+    return f"`{key}`: {message[:1].lower()}{message[1:]}, found {shown(found)}"
 
 
 def _place(loc: tuple[Any, ...]) -> tuple[str, type[Section], str | None]:

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from schemas.config.strict_yaml import read_yaml
 from schemas.errors import OpdError
 
 INHERITED = ("seed", "prompts", "teacher", "rollouts", "scores", "evaluate")
@@ -42,9 +41,9 @@ def inherit(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     if path is None or not missing or not path.is_file():
         return dict(values)
     try:
-        stored = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise OpdError(f"{where}: reuse: {path}: not readable as YAML: {' '.join(str(error).split())}") from error
+        stored = read_yaml(path)
+    except OpdError as error:
+        raise OpdError(f"{where}: reuse: {error}") from error
     sections = ("prompts", "teacher", "rollouts", "scores", "evaluate")
     if not isinstance(stored, dict) or not all(isinstance(stored.get(name, {}), dict) for name in sections):
         raise OpdError(

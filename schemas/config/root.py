@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -19,12 +20,19 @@ from schemas.config.sft import Sft
 from schemas.config.train import Train
 from schemas.config.weights import Weights
 
+RUN_NAME = r"^\w[\w.-]*$"
+"""A folder's name that leads nowhere else, is not hidden, and is no option of a command."""
+
 
 class Config(Section):
     """The whole file."""
 
     run: str = Field(
-        "default", pattern=r"^[\w.-]*\w[\w.-]*$", description="name of the run; results are under runs/<run>"
+        "default",
+        pattern=RUN_NAME,
+        max_length=100,
+        description="name of the run: letters, digits, `_`, `.` and `-`, the first a letter, a digit or `_`; results are under "
+        "runs/<run>",
     )
     seed: int = Field(1, ge=0, description="seed of prompts, sampling and order")
     cache: Text = Field(
@@ -77,6 +85,17 @@ class Config(Section):
                 f"`evaluate.kl_items: {self.evaluate.kl_items}` is more than `{split}` holds, which is {self.held_out}; lower "
                 "it, or leave it out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _no_run_reuses_itself(self) -> "Config":
+        own = Path("runs", self.run).resolve()
+        for given in self.reuse:
+            there = Path(given).expanduser().resolve()
+            if own in (there, *there.parents):
+                raise ValueError(
+                    f"`reuse: {given}` is this run's own folder, `run: {self.run}`; give the run another name"
+                )
         return self
 
     @model_validator(mode="after")

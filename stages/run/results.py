@@ -1,9 +1,11 @@
 """What stages left that others read: figures of a phase, times of jobs."""
 
+from pathlib import Path
+
 import polars as pl
 
 from schemas.diagnostics import Diagnostics
-from schemas.errors import OpdError
+from schemas.errors import OpdError, one_line
 from stages.run.run import Phase, Run
 
 
@@ -23,6 +25,11 @@ def read_diagnostics(phase: Phase) -> Diagnostics:
 def timings(run: Run, *prefixes: str) -> dict[str, float]:
     """Wall seconds of the jobs whose names start so, from Snakemake's benchmark files; empty when run by hand."""
     files = sorted((run.root / "timings").glob("*.tsv"))
-    return {
-        path.stem: float(pl.read_csv(path, separator="\t")["s"][0]) for path in files if path.stem.startswith(prefixes)
-    }
+    return {path.stem: _seconds(path) for path in files if path.stem.startswith(prefixes)}
+
+
+def _seconds(path: Path) -> float:
+    try:
+        return float(pl.read_csv(path, separator="\t")["s"][0])
+    except (pl.exceptions.PolarsError, LookupError, ValueError, TypeError) as error:
+        raise OpdError(f"{path}: no times of Snakemake's: {one_line(error)}; delete it") from error

@@ -27,7 +27,7 @@ from pipeline.store.shards import Shard, manifest_path, open_shard, read_manifes
 from schemas.config import Config, Rollouts, Sft, load_config
 from schemas.config.reuse import sampled_rounds
 from schemas.decides import decided, settings
-from schemas.errors import OpdError
+from schemas.errors import OpdError, shown
 
 KL_ITEMS = 100
 """Prompts that the on-policy reverse KL is measured on, at most, where the config doesn't say."""
@@ -35,7 +35,7 @@ KL_ITEMS = 100
 BASE = -1
 """Number of the checkpoint before 0, the student as given, where `sft` makes 0 of it; by name it is `base`."""
 
-PHASE = re.compile(r"sft|eval-(?P<of_eval>base|\d+)|round-(?P<of_round>\d+)(@(?P<replayed>\d+))?")
+PHASE = re.compile(r"sft|eval-(?P<of_eval>base|\d{1,9})|round-(?P<of_round>\d{1,9})(@(?P<replayed>\d{1,9}))?", re.ASCII)
 
 MADE_FROM = {"policy": ("rollouts",), "units": ("rollouts", "scores"), "weights": ("rollouts", "units")}
 """Tables whose digests a table's manifest has among its inputs. Scores name the responses instead, which other runs share."""
@@ -192,7 +192,7 @@ class Phase:
     def __post_init__(self) -> None:
         if not PHASE.fullmatch(self.name):
             raise OpdError(
-                f"--phase {self.name!r}: expected round-<number>, eval-<number>, round-<number>@<earlier round>, or, with "
+                f"--phase {shown(self.name)}: expected round-<number>, eval-<number>, round-<number>@<earlier round>, or, with "
                 "`sft.prompts`, sft or eval-base"
             )
 

@@ -10,6 +10,7 @@ from pipeline.models import model_config
 from pipeline.prompts import collect, collect_also
 from schemas.config import Config, Section, load_config, overridden, section, variants
 from schemas.config.objective import RECIPES
+from schemas.errors import OpdError
 from stages.run import console
 from stages.run.limits import check_limits
 from stages.run.run import run_of
@@ -26,10 +27,14 @@ def main(
     """List every config key with its default and meaning (Markdown), or check a file."""
     if check:
         config = load_config(check)
-        check_at_hand(config)
-        for reference in own_code_in(config.model_dump(mode="json")):
-            own_code.source_digest(reference)
-        if problem := _of_references(config):
+        try:
+            check_at_hand(config)
+            for reference in own_code_in(config.model_dump(mode="json")):
+                own_code.source_digest(reference)
+            problem = _of_references(config)
+        except OpdError as error:
+            raise OpdError(f"{check}: {error}") from error
+        if problem:
             console.warn(f"{check}: {problem}")
         console.say(f"{check}: valid")
         for otherwise in overridden(config):

@@ -1,9 +1,10 @@
 """Import: rollouts that were made elsewhere, as a folder whose rollouts a run scores and trains on."""
 
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,7 @@ from pipeline.rendering import Renderer
 from pipeline.sources import kind_of
 from pipeline.store.shards import file_digest, open_shard, open_writer, write_text
 from schemas.config.load import load_config
+from schemas.config.root import RUN_NAME
 from schemas.errors import OpdError
 from schemas.tables import arrow_schema
 from stages import models
@@ -51,6 +53,10 @@ def main(
     """
     if into.parent != Path("runs") or not into.name:
         raise OpdError(f"--as {into}: expected runs/<name>, beside other runs")
+    if not re.fullmatch(RUN_NAME, into.name):
+        raise OpdError(
+            f"--as {into}: a run's name has letters, digits, `_`, `.` and `-`, the first a letter, a digit or `_`"
+        )
     if (into / "round-0").exists():
         raise OpdError(f"--as {into}: holds rollouts already; give another name, or delete it")
     if spans not in ("all", "last"):
@@ -58,6 +64,8 @@ def main(
     given = load_config(config_file)
     run = run_of(given.model_copy(update={"run": into.name}))
     held_out = _held_out(run)
+    for _ in chain.from_iterable(islice(_logged([file], spans), 1) for file in files):
+        pass  # a file that isn't there or is something else is told before the student is prepared
     write_config(run)
     models.main("student", run.root / "config.yaml")
     student = policy(run, 0)

@@ -43,11 +43,15 @@ VARIANTS = (1, 2, 5)
 def main(
     config_file: ConfigOption = DEFAULT_CONFIG,
     responses: Annotated[int, typer.Option(min=2, help="prompts to measure on")] = 32,
-    rollout_rate: Annotated[float | None, typer.Option(min=0.1, help="student tokens sampled per second there")] = None,
-    score_rate: Annotated[
-        float | None, typer.Option(min=0.1, help="teacher tokens per second there, prompts too")
+    rollout_rate: Annotated[
+        float | None, typer.Option(min=0.1, max=1e12, help="student tokens sampled per second there")
     ] = None,
-    train_rate: Annotated[float | None, typer.Option(min=0.1, help="student tokens trained per second there")] = None,
+    score_rate: Annotated[
+        float | None, typer.Option(min=0.1, max=1e12, help="teacher tokens per second there, prompts too")
+    ] = None,
+    train_rate: Annotated[
+        float | None, typer.Option(min=0.1, max=1e12, help="student tokens trained per second there")
+    ] = None,
     gradients: Annotated[
         bool,
         typer.Option(
