@@ -155,7 +155,7 @@ STAGES: dict[str, Keys] = {
             "rollouts.rounds",
             "rollouts.replay",
         ),
-        tuple(f"train.{key}" for key in sorted(TRAIN_OPERATION)),
+        ("audit.required", *(f"train.{key}" for key in sorted(TRAIN_OPERATION))),
     ),
     "diagnostics": Keys(("objective", "weights", "teacher.model", "student.tuned_on")),
     "evaluate": _computes("student")

@@ -1,6 +1,10 @@
 """The exceptions whose message is written for the person at the terminal."""
 
+import re
 from collections.abc import Iterable
+
+CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
+"""User and password of an address."""
 
 
 class OpdError(Exception):
@@ -37,3 +41,8 @@ def excerpt(text: str, length: int = 300) -> str:
     """A text in one line of bounded length."""
     text = " ".join(text.split())
     return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def masked(text: str) -> str:
+    """A text without the credentials of the addresses in it, for what is shown or kept."""
+    return CREDENTIALS.sub("***@", text)

@@ -1,11 +1,16 @@
 """Train: one round on its shards, from the last checkpoint to the next."""
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
+from pipeline.infer.audit import UNAUDITED
+from pipeline.store.shards import manifest_path, read_manifest
 from schemas.config import Config
+from schemas.errors import OpdError
 from schemas.outcome import Outcome
 from stages.run import console
 from stages.run.card import model_card
@@ -41,6 +46,9 @@ def main(
     """
     run = open_run(config_file, "train")
     config, part = run.settings, run.phase(f"round-{round_index}")
+    if config.audit.required:
+        for phase in run.trained_on(round_index):
+            check_audited(phase.paths("scores"))
     torch.manual_seed(config.seed)
     with only_trainer(part, threads):
         shards = [triple for phase in run.trained_on(round_index) for triple in open_shards(phase)]
@@ -102,6 +110,16 @@ def detail(figures: dict[str, float]) -> str:
             f"data wait {100 * figures['data_wait']:.0f} %",
         ]
     )
+
+
+def check_audited(scores: Iterable[Path]) -> None:
+    """Raise OpdError for a shard of scores that is there and could not be audited."""
+    for path in scores:
+        if manifest_path(path).exists() and (why := read_manifest(path).figures.get(UNAUDITED)):
+            raise OpdError(
+                f"{path}: these scores could not be audited ({why}); delete their entry in the cache and score them where "
+                "there is more memory, or train on them with `audit.required: false`"
+            )
 
 
 if __name__ == "__main__":

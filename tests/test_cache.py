@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import tiny
+import torch
 import yaml
 from typer.testing import CliRunner
 
@@ -23,8 +24,9 @@ from pipeline.store import cache
 from pipeline.store.shards import manifest_path, open_shard, open_writer
 from schemas.errors import OpdError
 from schemas.tables import arrow_schema
-from stages import models, prompts, rollouts, scores, units
+from stages import models, prompts, rollouts, scores, train, units
 from stages.tools.cli import app
+from stages.train import check_audited
 
 ROOT = Path(__file__).parents[1]
 IDENTITY, INPUTS = {"teacher": {"weights": "w"}}, {"responses": "r"}
@@ -231,6 +233,39 @@ def test_the_audit_is_in_the_manifest_and_stops_what_differs(
     with pytest.raises(OpdError, match=r"differs by 0\.\d+ nats on average"):
         scores.main("round-0", 0, scored.config, None)
     assert not [p for p in (tmp_path / "scores").iterdir() if p.suffix != ".lock"]
+
+
+@pytest.mark.parametrize("fits", ["bfloat16", "nothing"])
+def test_an_audit_without_memory_loses_no_scores(
+    scored: ScoredRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], fits: str
+) -> None:
+    """It is done in the teacher's own dtype, or left out, which is said and told where the scores are trained on."""
+    from pipeline.infer import shard_scores
+
+    right = shard_scores.deltas
+
+    def short(model: Any, *arguments: Any) -> Any:
+        if str(model.dtype) != f"torch.{fits}":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
+        return right(model, *arguments)
+
+    monkeypatch.setattr(shard_scores, "deltas", short)
+    monkeypatch.setenv("OPD_CACHE", str(tmp_path))
+    before = scored.shard(0).readlink()
+    try:
+        scores.main("round-0", 0, scored.config, None)
+        said, manifest = " ".join(capsys.readouterr().err.split()), open_shard(scored.shard(0), "scores").manifest
+        assert "doesn't fit into memory in float32: CUDA out of memory." in said
+        if fits == "bfloat16":
+            assert manifest.figures["audit_dtype"] == "bfloat16" and manifest.figures["audit_responses"] == 1
+            check_audited([scored.shard(0)])
+        else:
+            assert manifest.figures["unaudited"] == "out of memory" and "`audit.required: false`" in said
+            with pytest.raises(OpdError, match=r"000\.parquet: these scores could not be audited \(out of memory\)"):
+                train.main(0, scored.config)
+    finally:
+        cache.link_shard(before, scored.shard(0))
+    check_audited([scored.shard(0), tmp_path / "none.parquet"])
 
 
 def test_two_thousand_flipped_bytes_are_found(scored: ScoredRun, monkeypatch: pytest.MonkeyPatch) -> None:

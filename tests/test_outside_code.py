@@ -18,7 +18,7 @@ import tiny
 from pipeline.gguf_package import _fetch, _gguf_of
 from pipeline.models import ModelRef, load_model, load_tokenizer, prepare, reference
 from pipeline.rendering import Renderer
-from pipeline.store.cache import download
+from pipeline.store.cache import download, upload
 from schemas.config import Model
 from schemas.errors import OpdError
 
@@ -275,3 +275,11 @@ def test_nothing_of_a_remote_cache_is_written_outside_of_the_cache(tmp_path: Pat
     assert {path.name for path in entry.parent.glob("*")} <= {"abc.parquet", "abc.json"}
     assert all(path.is_file() and not path.is_symlink() for path in entry.parent.glob("*"))
     assert {path.name for path in tmp_path.iterdir()} <= {"cache", "outside", "remote"}
+
+
+@pytest.mark.parametrize("move", [upload, download])
+def test_credentials_of_a_remote_cache_are_not_in_its_errors(move: Callable[[Path, str], Any], tmp_path: Path) -> None:
+    entry = tmp_path / "scores" / "abc.parquet"
+    with pytest.raises(OpdError, match=r"cache_remote nosuch://\*\*\*@host/x: cannot") as error:
+        move(entry, "nosuch://me:hunter2@host/x")
+    assert "hunter2" not in str(error.value)

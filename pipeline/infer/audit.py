@@ -11,6 +11,15 @@ import torch
 LIKELY = -4.0
 """nats; candidates below it are not compared, for they are stored with fewer digits than the comparison needs."""
 
+UNAUDITED = "unaudited"
+"""Figure of a scores shard's manifest that says why its audit could not be done."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error is for want of memory, of the GPU or of the machine."""
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(said in str(error) for said in words)
+
 
 def choose(total: int, count: int, seed: str) -> np.ndarray:
     """Which of `total` responses to look at, ascending: drawn without replacement, the same for the same seed (hex)."""

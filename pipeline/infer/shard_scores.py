@@ -16,7 +16,7 @@ from pipeline.align.segments import Segments, read_by, sampled_tokens
 from pipeline.align.student_candidates import requested_ids
 from pipeline.align.tokens import Spelling
 from pipeline.align.vocabularies import pair_ids, same_ids
-from pipeline.infer.audit import Deltas, choose, deltas, figures
+from pipeline.infer.audit import UNAUDITED, Deltas, choose, deltas, figures, out_of_memory
 from pipeline.infer.engines import open_teacher
 from pipeline.infer.score import Candidates
 from pipeline.infer.score_table import score_table
@@ -25,7 +25,7 @@ from pipeline.rendering import Renderer
 from pipeline.store.cache import lists_digest, responses_digest
 from pipeline.store.shards import Shard, open_writer
 from schemas.config import Config
-from schemas.errors import OpdError
+from schemas.errors import OpdError, one_line
 
 Progress = Callable[[int, str], AbstractContextManager[Callable[[int], None]]]
 """Opened with how much there is to do, and of what; yields a function to call with the amount just done."""
@@ -173,14 +173,24 @@ class ShardScores:
     def _audit(self, kept: list[tuple[np.ndarray, np.ndarray, pa.Table]], say: Callable[[str], None]) -> dict[str, Any]:
         """Score (prompt, response, rows of the shard) again and compare: figures for the manifest.
 
-        Raises OpdError when they differ by more than the config allows.
+        Where `audit.dtype` doesn't fit into memory it is done in the teacher's own, and where that doesn't fit either the shard
+        is kept, UNAUDITED. Raises OpdError when they differ by more than the config allows.
         """
-        limits = self.config.audit
-        model = self.teacher.take_model().to(getattr(torch, limits.dtype))
-        found = figures((deltas(model, *sample[:2], self.teacher.stop, sample[2]) for sample in kept), limits.dtype)
+        limits, found = self.config.audit, None
+        for dtype in dict.fromkeys((limits.dtype, self.teacher.dtype)):
+            try:
+                found = self._compared(kept, dtype)
+                break
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError, OpdError) as error:
+                if not out_of_memory(error):
+                    raise
+                say(f"audit: {self.teacher.ref.source} doesn't fit into memory in {dtype}: {one_line(error, 100)}")
+        if found is None:
+            say("audit: none; the scores are kept, and trained on only with `audit.required: false`")
+            return {UNAUDITED: "out of memory"}
         largest, mean = found["audit_max_delta"], found["audit_mean_delta"]
         say(
-            f"audit: {found['audit_logps']:,} log-probs of {len(kept)} responses in {limits.dtype}: "
+            f"audit: {found['audit_logps']:,} log-probs of {len(kept)} responses in {found['audit_dtype']}: "
             f"mean difference {mean:.3f}, max {largest:.3f} nats"
         )
         if largest > limits.max_delta or mean > limits.max_mean_delta:
@@ -189,6 +199,10 @@ class ShardScores:
                 f"most; audit.max_mean_delta is {limits.max_mean_delta}, audit.max_delta {limits.max_delta}"
             )
         return found
+
+    def _compared(self, kept: list[tuple[np.ndarray, np.ndarray, pa.Table]], dtype: str) -> dict[str, Any]:
+        model = self.teacher.take_model().to(getattr(torch, dtype))
+        return figures((deltas(model, *sample[:2], self.teacher.stop, sample[2]) for sample in kept), dtype)
 
     def stored_deltas(self, model: Any, scores: Shard, count: int, seed: str) -> list[Deltas]:
         """Score `count` responses again that a finished shard holds.

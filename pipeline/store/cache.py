@@ -31,7 +31,7 @@ from pipeline.store.shards import (
     temporary_name,
     write_text,
 )
-from schemas.errors import OpdError
+from schemas.errors import OpdError, masked
 from schemas.manifest import Manifest, digest
 
 
@@ -274,7 +274,7 @@ def upload(entry: Path, remote: str) -> None:
             fs.put_file(str(file), part)
             fs.mv(part, f"{folder}/{file.name}")
     except (OSError, ValueError, ImportError) as error:
-        raise OpdError(f"cache_remote {remote}: cannot write: {error}") from error
+        raise OpdError(masked(f"cache_remote {remote}: cannot write: {error}")) from error
 
 
 def download(entry: Path, remote: str) -> bool:
@@ -287,5 +287,5 @@ def download(entry: Path, remote: str) -> bool:
             with publish(file) as temporary:
                 fs.get_file(f"{folder}/{file.name}", str(temporary))
     except (OSError, ValueError, ImportError) as error:
-        raise OpdError(f"cache_remote {remote}: cannot read: {error}") from error
+        raise OpdError(masked(f"cache_remote {remote}: cannot read: {error}")) from error
     return True

@@ -30,7 +30,11 @@ class Audit(Section):
 
     responses: int = Field(4, ge=0, description="responses per shard that are scored again, one by one; 0: none")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="precision of the audit; choose the teacher's own where memory is short"
+        "float32",
+        description="precision of the audit; the teacher's own takes its place where it doesn't fit into memory",
+    )
+    required: bool = Field(
+        True, description="train on no scores that could not be audited for want of memory; false: train on them too"
     )
     max_delta: float = Field(5.0, gt=0, description="nats; a log-prob that differs by more stops the run")
     max_mean_delta: float = Field(0.3, gt=0, description="nats; differences that are larger on average stop the run")
