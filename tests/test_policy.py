@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -13,11 +14,21 @@ import pytest
 import tiny
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
 from schemas.tables import STOP_ID
-from train import policy
+from train import layers, policy
 from train.batch import Batch, Response, collate
+from train.packing import pack, packed
 from train.policy import UnitLogps, unit_logps
 from train.recipes import losses
 
@@ -33,6 +44,13 @@ SHAPE = {
     "head_dim": 8,
     "initializer_range": 0.35,
     "max_position_embeddings": 64,
+}
+
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"],
+    **{f"linear_{key}_head_dim": 8 for key in ("key", "value")},
+    **{f"linear_num_{key}_heads": 2 for key in ("key", "value")},
+    **{"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
 }
 
 
@@ -266,6 +284,53 @@ def test_loss_and_gradients_are_those_of_all_logits_at_once(
         torch.testing.assert_close(
             a, b, atol=2e-6 * scale, rtol=0
         )  # dpca's ratio is the exponential of what is rounded
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", ["llama", "bias"])
+def test_packed_is_padded(name: str, recompute: bool) -> None:
+    """Loss and gradients, of four responses of 2 to 12 tokens; the body sees real tokens alone."""
+    model, batch, config = copy.deepcopy(model_of(name)), batch_of(TOLD), tiny.objective(recipe="hybrid")
+    theirs = (batch.weight * losses(unit_logps(model, batch, STOP), batch, config).loss).sum()
+    slopes = gradients(model, theirs)
+    assert pack(model) is None
+    if recompute:
+        layers.recompute(model)
+    seen: list[torch.Size] = []
+    model.base_model.layers[0].mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+    ours = (batch.weight * losses(unit_logps(model, batch, STOP), batch, config).loss).sum()
+    torch.testing.assert_close(ours, theirs, atol=0, rtol=1e-6)
+    a, b = (torch.cat([slope.flatten() for slope in every]).double() for every in (gradients(model, ours), slopes))
+    assert float((a - b).norm() / b.norm()) < 1e-6
+    assert set(seen) == {(1, int(batch.mask.sum()), SHAPE["hidden_size"])} and len(seen) == 1 + recompute
+
+
+class MixesTokens(LlamaForCausalLM):
+    """A Llama whose embeddings run over the row, as a recurrent layer would."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.model.embed_tokens.register_forward_hook(lambda _, __, out: out.cumsum(1))
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (lambda: model_of("gemma2"), "Gemma2ForCausalLM has layers of sliding_attention"),
+        (lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=4)), "sliding window of 4 tokens"),
+        (lambda: MixesTokens(LlamaConfig(**SHAPE)), "MixesTokens mixes tokens by more than attention"),
+        (lambda: Qwen3NextForCausalLM(Qwen3NextConfig(**SHAPE, **LINEAR)), "layers of linear_attention"),
+        (lambda: LlamaForCausalLM._from_config(LlamaConfig(**SHAPE), attn_implementation="eager"), "own .eager"),
+    ],
+)
+def test_what_cannot_be_packed_is_told_and_stays_padded(model: Callable[[], Any], why: str) -> None:
+    made = model().eval()
+    assert re.search(why, pack(made) or "")
+    assert not packed(made)
+    batch = batch_of(TOLD)
+    compared = batch.token_unit < len(batch.unit_row)
+    found, expected = (way(made, batch).token[compared] for way in (lambda *x: unit_logps(*x, STOP), whole))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_body_that_recomputes_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """AdamW on float32 master weights under a low-precision model, and the learning-rate schedule."""
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,24 +14,29 @@ from train.distributed import full, like, rank, sum_gradients
 class MasterAdamW:
     """AdamW whose parameters are float32 copies of the model's; the model gets them back rounded after each step.
 
-    In bf16 an update below 1/256 of a weight would vanish; the masters keep it. With `train.ema` an exponential moving
-    average of the masters runs along, starting at them. Of a sharded model (FSDP2), each rank has its part of all of it.
+    In bf16 an update below 1/256 of a weight would vanish; the masters keep it. For the same reason gradients are summed on
+    the masters: as soon as a backward pass has a parameter's, it is added there in float32 and taken off the model. With
+    `train.ema` an exponential moving average of the masters runs along, starting at them. Of a sharded model (FSDP2), each
+    rank has its part of all of it.
     """
 
     def __init__(self, model: Any, config: Train) -> None:
         self._params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._masters = {name: p.detach().clone().float() for name, p in self._params.items()}
         self._average = {name: master.clone() for name, master in self._masters.items()} if config.ema else {}
+        for name, param in self._params.items():
+            param.register_post_accumulate_grad_hook(partial(_hand_over, self._masters[name]))
         self._config = config
+        # Fused: one pass over memory instead of one for each operation, with the same arithmetic but for its last bits.
         self._adam = torch.optim.AdamW(
-            self._masters.values(), lr=0.0, betas=config.betas, weight_decay=config.weight_decay
+            self._masters.values(), lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
 
     def step(self, learning_rate: float) -> float:
-        """Sum the gradients that lie on the ranks' models, clip, update, clear them. Returns the norm before clipping."""
-        for name, param in self._params.items():
-            self._masters[name].grad = None if param.grad is None else param.grad.float()
-            param.grad = None
+        """Sum the gradients of backward passes since the last step over ranks, clip, update, clear them.
+
+        Returns the norm before clipping.
+        """
         masters = list(self._masters.values())
         sum_gradients(masters)
         norm = full(torch.nn.utils.get_total_norm([m.grad for m in masters if m.grad is not None]))
@@ -38,6 +44,7 @@ class MasterAdamW:
         for group in self._adam.param_groups:
             group["lr"] = learning_rate
         self._adam.step()
+        self._adam.zero_grad()
         for name, average in self._average.items():
             average.lerp_(self._masters[name], 1 - self._config.ema)  # type: ignore[operator]
         self._publish()
@@ -76,9 +83,9 @@ class MasterAdamW:
                 key: tensors[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors
             }
             if moments:
-                # Copies: what is loaded must not change with what goes on. AdamW keeps `step` on the CPU.
+                # Copies: what is loaded must not change with what goes on. Of `step` every rank has all.
                 self._adam.state[master] = {
-                    k: v.clone() if k == "step" else like(v, master) for k, v in moments.items()
+                    k: v.to(master.device, copy=True) if k == "step" else like(v, master) for k, v in moments.items()
                 }
         self._publish()
 
@@ -86,6 +93,15 @@ class MasterAdamW:
     def _publish(self) -> None:
         for name, param in self._params.items():
             param.copy_(self._masters[name])
+
+
+def _hand_over(master: torch.Tensor, param: torch.Tensor) -> None:
+    """Add the gradient of a backward pass to its master's, in float32, and clear it; both sharded alike, or neither."""
+    grad, param.grad = param.grad, None
+    if master.grad is None:
+        master.grad = grad.float()  # type: ignore[union-attr]
+    else:
+        master.grad += grad  # type: ignore[arg-type]
 
 
 def learning_rate(config: Train, step: int, total: int) -> float:

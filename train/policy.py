@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from pipeline.infer.forward import head
 from schemas.tables import STOP_ID
 from train.batch import Batch
+from train.packing import packed, packed_body
 
 CHUNK_BYTES = 256 << 20
 """Logits held at once, bytes of float32; backward holds three times as much, and twice the head's weight gradient. Each chunk
@@ -35,14 +36,18 @@ def unit_logps(model: Any, batch: Batch, stop: torch.Tensor) -> UnitLogps:
     Args:
         stop: int64, the student's stop ids; stopping is one event with the log-sum-exp of their log-probs.
     """
-    hidden = model.base_model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).last_hidden_state
+    if packed(model):
+        hidden, rows = packed_body(model, batch.ids, batch.mask), (batch.mask.flatten().cumsum(0) - 1)[batch.rows]
+    else:
+        passed = model.base_model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+        hidden, rows = passed.last_hidden_state.flatten(0, 1), batch.rows
     units, slots = batch.cand_id.shape
     compared = (batch.token_unit < units).nonzero()[:, 0]
     # Requested ids of each response token: its own, and at a unit's start the candidates too (elsewhere id 0, unread).
     requested = batch.cand_id.new_zeros(len(batch.targets), 1 + slots)
     requested[:, 0] = batch.targets
     requested[batch.unit_row, 1:] = batch.cand_id
-    logps, log_z = _chunked(model, hidden.flatten(0, 1)[batch.rows[compared]], requested[compared], stop)
+    logps, log_z = _chunked(model, hidden[rows[compared]], requested[compared], stop)
     found = logps.new_zeros(requested.shape).index_copy(0, compared, logps)
     unit = logps.new_zeros(units).index_add(0, batch.token_unit[compared], logps[:, 0])
     of_tokens = logps.new_zeros(len(requested)).index_copy(0, compared, log_z)

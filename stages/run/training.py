@@ -27,6 +27,7 @@ from train.checkpoint import export, final_state, trained
 from train.distributed import processes, rank, ranks_here, shard, wait_for_all
 from train.layers import recompute
 from train.loop import Progress, train_round
+from train.packing import pack
 from train.stream import Tables
 from train.trackers import trackers
 
@@ -99,6 +100,8 @@ def train(
     check_head(model, job.base.ref.source)
     if config.train.lora:
         attach(model, config.train.lora)
+    if (why := pack(model)) and rank() == 0:
+        console.say(f"{job.phase.name} train: micro-batches are padded, for {why}")
     if config.train.gradient_checkpointing:
         recompute(model)
     if parallel is Parallel.fsdp:
