@@ -16,7 +16,7 @@ from stages.run import console
 from stages.run.card import model_card
 from stages.run.context import DEFAULT_CONFIG, ConfigOption, ThreadsOption, policy
 from stages.run.rounds import open_shards, progress_of
-from stages.run.run import open_run
+from stages.run.run import Run, open_run
 from stages.run.training import (
     Parallel,
     ParallelOption,
@@ -27,6 +27,7 @@ from stages.run.training import (
     train,
 )
 from train import recipes
+from train.checkpoint import newest_state, states
 from train.distributed import rank
 
 
@@ -49,32 +50,54 @@ def main(
     if config.audit.required:
         for phase in run.trained_on(round_index):
             check_audited(phase.paths("scores"))
-    torch.manual_seed(config.seed)
     with only_trainer(part, threads):
-        shards = [triple for phase in run.trained_on(round_index) for triple in open_shards(phase)]
-        student = policy(run, round_index)
-        progress = progress_of(run, round_index)
-        identity = {
-            "student": student.ref.identity(),
-            "dtype": student.dtype,
-            "weights": [weights.manifest.sha256 for _, _, weights in shards],
-            "budget": progress.budget,
-            **{key: value for key, value in run.decided.items() if key != "student"},
-            "objective": recipes.identity(config.objective),  # one's own by its source too
-        }
-        # Adapters belong to the weights that the rounds began with: those of a checkpoint, where they are merged, are rounded.
-        base = policy(run, 0) if config.train.lora else student
-        start_from = run.phase(f"round-{round_index - 1}").states if round_index else None
-        job = Training(part, config, student, base, shards, progress, start_from, identity)
+        job = job_of(run, round_index)
+        for number in dropped(run, job):
+            console.say(f"round-{number} train: again, for its optimiser's state, which was dropped")
+            torch.manual_seed(config.seed)
+            train(job_of(run, number), detail, workers, parallel)
+        torch.manual_seed(config.seed)
         outcome, last = train(job, detail, workers, parallel)
         if rank():
             return
-        card = model_card(run, round_index, student, shards, part.states / "metrics.jsonl")
+        card = model_card(run, round_index, job.student, job.shards, part.metrics)
         publish_checkpoint(job, card, f"{run.config.run} round {round_index}")
+        for number in range(round_index):  # what this round began with is of no more use than to begin it anew
+            for path in states(run.phase(f"round-{number}").states):
+                path.unlink(missing_ok=True)
     if last:
         console.say(f"round-{round_index} train: {nats(last)}, in {part.checkpoint}")
     if reason := ended(config, round_index, outcome):
         console.say(reason)
+
+
+def job_of(run: Run, round_index: int) -> Training:
+    """What a round trains."""
+    config, part = run.settings, run.phase(f"round-{round_index}")
+    shards = [triple for phase in run.trained_on(round_index) for triple in open_shards(phase)]
+    student = policy(run, round_index)
+    progress = progress_of(run, round_index)
+    identity = {
+        "student": student.ref.identity(),
+        "dtype": student.dtype,
+        "weights": [weights.manifest.sha256 for _, _, weights in shards],
+        "budget": progress.budget,
+        **{key: value for key, value in run.decided.items() if key != "student"},
+        "objective": recipes.identity(config.objective),  # one's own by its source too
+    }
+    # Adapters belong to the weights that the rounds began with: those of a checkpoint, where they are merged, are rounded.
+    base = policy(run, 0) if config.train.lora else student
+    start_from = run.phase(f"round-{round_index - 1}").states if round_index else None
+    return Training(part, config, student, base, shards, progress, start_from, identity)
+
+
+def dropped(run: Run, job: Training) -> range:
+    """The rounds whose optimiser state a round needs to begin, but which was dropped when a later one had its own."""
+    end = first = job.phase.number
+    while first and not states(run.phase(f"round-{first - 1}").states):
+        first -= 1
+    begins = first < end and newest_state(job.phase.states, job.identity) is None
+    return range(first if begins else end, end)
 
 
 def ended(config: Config, round_index: int, outcome: Outcome) -> str | None:

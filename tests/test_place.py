@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import small
 import tiny
 from typer.testing import CliRunner
 
-from pipeline.store.shards import METADATA_KEY, file_digest, manifest_path, open_shard, open_writer, read_manifest
+from pipeline.store.shards import HOST, METADATA_KEY, file_digest, manifest_path, open_shard, open_writer, read_manifest
 from schemas.errors import OpdError
 from schemas.manifest import Manifest, place_of
 from schemas.records import Weighed
@@ -172,7 +173,7 @@ RECORDS = (
     "round-0/scores/000.origin",
     "round-0/train/result.json",
     "round-0/train/metrics.jsonl",
-    "round-0/train/state-00000002.safetensors",
+    "round-1/train/state-00000002.safetensors",
     "round-0/checkpoint/model.safetensors",
     "round-0/checkpoint/teacher.json",
     "eval-2/result.json",
@@ -260,3 +261,20 @@ def test_values_that_no_writer_makes_are_refused_by_column(place: Path, table: s
     with pytest.raises(OpdError, match=rf"{table}/000\.parquet: columns? `{column}`") as caught:
         train.main(0, small.written(train={"save_every": 2}))
     assert "\n" not in str(caught.value)
+
+
+def test_finished_rounds_keep_no_state_and_a_stale_round_is_trained_again_to_the_same_bytes(place: Path) -> None:
+    assert not list(Path("runs/a/round-0/train").glob("state-*"))
+    round_1 = Path("runs/a/round-1")
+    weights_file = round_1 / "checkpoint/model.safetensors"
+    before = weights_file.read_bytes()
+    for path in round_1.glob("train/*"):
+        path.unlink()
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left = round_1 / f".checkpoint.{HOST}.{dead.pid}.1.tmp"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(before)
+    train.main(1, small.written())
+    assert weights_file.read_bytes() == before and not list(round_1.glob(".checkpoint*"))
+    assert not list(Path("runs/a/round-0/train").glob("state-*")) and len(list(round_1.glob("train/state-*"))) >= 1

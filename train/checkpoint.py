@@ -1,7 +1,6 @@
 """Checkpoints: a `save_pretrained` folder for users, the training states beside it for us. All safetensors, all atomic."""
 
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from pipeline.models import ORIGIN, ModelRef, Origin, reference
-from pipeline.store.shards import publish, sync_folder
+from pipeline.store.shards import publish, sweep, sync_folder, temporary_name
 from schemas.config import Train
 from schemas.errors import OpdError
 from train.adapters import attach
@@ -141,7 +140,8 @@ def trained(model: Any, tensors: dict[str, torch.Tensor], settings: Train) -> An
 
 def export(model: Any, tokenizer: Any, folder: Path, card: str, source: str, teacher: Origin | None = None) -> ModelRef:
     """Publish a folder that `from_pretrained` loads: weights, tokenizer, generation config, a model card and its teacher."""
-    work = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    sweep(folder)
+    work = temporary_name(folder)
     shutil.rmtree(work, ignore_errors=True)
     try:
         work.mkdir(parents=True)

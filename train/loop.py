@@ -80,7 +80,7 @@ def train_round(
     done, steps, told = 0, progress.budget, None
     recent: list[float] = []
     if found := newest_state(folder, identity, say):
-        done, steps, recent, told = (found[1][name] for name in ("step", "steps", "recent_ess", "metrics"))
+        done, steps, recent, told = (found[1].get(name) for name in ("step", "steps", "recent_ess", "metrics"))
     elif start_from is not None:
         found = final_state(start_from)
     if found:
@@ -89,7 +89,7 @@ def train_round(
         del found  # as large as the optimiser
     metrics_path = folder / "metrics.jsonl" if rank() == 0 else Path(os.devnull)
     if rank() == 0:
-        keep_lines(metrics_path, done, told)
+        go_on(folder, identity, done, told, config.train.keep_states)
 
     # The model stays in evaluation mode: what is trained is the policy that was sampled, and dropout would differ from it.
     stream = batches(
@@ -155,6 +155,13 @@ def train_round(
         ended="min_ess" if steps < progress.budget else "budget",
         ess=sum(recent) / len(recent) if recent else None,
     )
+
+
+def go_on(folder: Path, identity: dict[str, Any], done: int, told: str | None, keep: int) -> None:
+    """Leave of a folder what belongs to the steps that are done: a killed process may have left more."""
+    keep_lines(folder / "metrics.jsonl", done, told)
+    if done:
+        forget_states(folder, identity, done, keep)
 
 
 def keep_lines(metrics: Path, done: int, told: str | None) -> None:

@@ -28,6 +28,7 @@ from pipeline.store.shards import (
     open_shard,
     publish,
     read_manifest,
+    sweep,
     temporary_name,
     write_text,
 )
@@ -146,6 +147,7 @@ def publish_link(target: Path, name: Path) -> None:
     """Point `name` at `target`, replacing what was there at once."""
     try:
         name.parent.mkdir(parents=True, exist_ok=True)
+        sweep(name)
         temporary = temporary_name(name)
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(target)

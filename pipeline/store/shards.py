@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,7 +40,7 @@ def publish(path: Path) -> Iterator[Path]:
     """Give a temporary name in `path`'s folder; on success fsync it and rename it to `path`, else remove it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
+        sweep(path)
         temporary = temporary_name(path)
         temporary.touch()
     except OSError as error:
@@ -61,11 +62,15 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{HOST}.{os.getpid()}.{threading.get_ident()}.tmp")
 
 
-def _sweep(path: Path) -> None:
-    """Remove what killed writers of `path` left; only of this machine, whose processes we can tell dead from alive."""
+def sweep(path: Path) -> None:
+    """Remove what killed writers of `path`, a file or a folder, left; only of this machine, whose processes we can tell dead
+    from alive."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.{HOST}.*.tmp"):
         if not _alive(int(leftover.name.split(".")[-3])):
-            leftover.unlink(missing_ok=True)
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
 
 
 def _alive(process: int) -> bool:

@@ -14,6 +14,7 @@ import typer
 from filelock import FileLock
 
 from pipeline.infer.forward import check_head
+from pipeline.models import model_config
 from pipeline.prepared import PreparedModel
 from pipeline.store.records import write_record
 from pipeline.store.shards import file_digest
@@ -151,6 +152,9 @@ def publish_checkpoint(job: Training, card: str, source: str) -> None:
         source: what the model is called.
     """
     model = trained(job.base.load(device="cpu"), final_state(job.phase.states)[0], job.config.train)
+    given = model_config(job.base.ref.path)
+    if dtype := given.get("dtype") or given.get("torch_dtype"):
+        model = model.to(getattr(torch, dtype))  # as the source has it, whatever it was trained in
     teacher = prepared(job.phase.run, "teacher", weights=False)
     ref = export(model, job.student.tokenizer, job.phase.checkpoint, card, source, teacher.origin)
     write_record(job.phase.checkpoint.with_suffix(".json"), ref.model_copy(update={"decided": job.phase.run.decided}))
