@@ -58,7 +58,7 @@ def main() -> None:
 def run(writer: int, stage: str, arguments: list[Any], fault: str | None, at: int) -> int:
     """In the child: 0 when the stage ended well, 2 after one line, 1 after a traceback, 9 when it was killed."""
     torch.set_num_threads(1)
-    here, count = os.getcwd(), 0
+    here, count = str(Path.cwd()), 0
 
     def hook(event: str, values: tuple[Any, ...]) -> None:
         nonlocal count

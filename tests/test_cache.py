@@ -168,7 +168,7 @@ def test_ls_verify_and_gc(tmp_path: Path) -> None:
     assert not cache.remove(folder, entry)  # in use
     entry.path.write_bytes(entry.path.read_bytes()[:-1])
     broken = opd("verify")
-    assert broken.exit_code == 2 and "1 of 1 shards are damaged" in broken.output.replace("\n", " ")
+    assert broken.exit_code == 2 and "1 of 1 files are damaged" in broken.output.replace("\n", " ")
     assert runner.invoke(app, ["cache", "ls", "--cache", str(tmp_path / "none")]).exit_code == 2
 
 

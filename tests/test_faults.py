@@ -14,10 +14,13 @@ from typing import Any
 
 import pytest
 import small
+import torch
 from typer.testing import CliRunner
 
 from pipeline.store.cache import entries, verify
+from schemas.errors import OpdError
 from stages.tools.cache import app, damage, held
+from train.checkpoint import load_state, save_state, state_path
 
 pytestmark = pytest.mark.faults
 WHOLE = os.environ.get("FAULTS") == "all"
@@ -158,3 +161,16 @@ def test_a_flipped_byte_anywhere_is_found(made: tuple[Path, Forks]) -> None:
     print(f"{sum(done.values())} flips: {dict(done)}; {len(silent)} silent")
     assert not silent, silent[:8]
     assert CliRunner().invoke(app, ["verify", "runs/a"]).exit_code == 0
+
+
+def test_every_flipped_bit_of_a_state_is_found(tmp_path: Path) -> None:
+    """Of its header too: the description, and the tensors' kinds and shapes."""
+    path = state_path(tmp_path, 1)
+    about = {"identity": {"x": 1}, "step": 1, "steps": 2, "recent_ess": [0.125], "metrics": "ab"}
+    save_state(path, {"a": torch.arange(12.0).reshape(3, 4), "b": torch.ones(2)}, about)
+    good = path.read_bytes()
+    for at in range(len(good)):
+        for bit in range(8):
+            path.write_bytes(good[:at] + bytes([good[at] ^ (1 << bit)]) + good[at + 1 :])
+            with pytest.raises(OpdError, match="this training state is damaged"):
+                load_state(path)

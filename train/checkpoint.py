@@ -24,7 +24,7 @@ State = tuple[dict[str, torch.Tensor], dict[str, Any]]
 def save_state(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
     """Write tensors, their checksums and a JSON-able description to one safetensors file, atomically."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    metadata = {"opd": json.dumps(about, sort_keys=True), "crc32": json.dumps(_checksums(contiguous))}
+    metadata = {"opd": json.dumps(about, sort_keys=True), "crc32": json.dumps(_checksums(contiguous, about))}
     with publish(path) as temporary:
         try:
             save_file(contiguous, temporary, metadata)
@@ -37,7 +37,7 @@ def load_state(path: Path) -> State:
     try:
         about, sums = _header(path)
         tensors = load_file(path)
-        if sums != _checksums(tensors):
+        if sums != _checksums(tensors, about):
             raise ValueError("checksums differ")
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise OpdError(f"{path}: this training state is damaged; delete it to train the round again") from error
@@ -51,12 +51,14 @@ def _header(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     return json.loads(metadata["opd"]), json.loads(metadata["crc32"])
 
 
-def _checksums(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
-    """CRC-32 of each tensor's bytes: finds damage at memory speed; nothing here guards against malice."""
-    return {
-        name: zlib.crc32(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
-        for name, tensor in tensors.items()
-    }
+def _checksums(tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> dict[str, int]:
+    """CRC-32 of each tensor's kind, shape and bytes, and of the description: finds damage at memory speed; nothing here guards
+    against malice."""
+    sums = {"": zlib.crc32(json.dumps(about, sort_keys=True).encode())}
+    for name, tensor in tensors.items():
+        what = zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        sums[name] = zlib.crc32(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data, what)
+    return sums
 
 
 def state_path(folder: Path, step: int) -> Path:

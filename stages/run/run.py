@@ -439,7 +439,7 @@ class Place:
     def linked(self, table: str) -> Provenance:
         """That note. Raises OpdError when it is missing or damaged, or of another config, place or entry than lie here."""
         home, path = self.phase.sampled_in, self.provenance(table)
-        stage = "reuse" if home.source else table
+        stage = "reuse" if home.source and home.source.is_scored else table
         again = f"{command(stage, home.name)} --shard {self.number}"
         found = read_record(path, Provenance, again)
         home.run.check(path, found, stage, home.name)
