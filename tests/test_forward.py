@@ -160,7 +160,7 @@ def test_check_head_refuses_logits_that_are_changed_otherwise() -> None:
 def test_the_head_without_the_layers(name: str, tmp_path: Path) -> None:
     whole = model_of(name)
     whole.save_pretrained(tmp_path)
-    bare = load_model(reference_to(tmp_path), "float32", layers=False)
+    bare = load_model(reference_to(tmp_path), "float32", layers=False, device="cpu")
     assert len(list(bare.parameters())) < len(list(whole.parameters()))
     check_head(bare, name)
     hidden = torch.randn(5, 32)
@@ -169,7 +169,7 @@ def test_the_head_without_the_layers(name: str, tmp_path: Path) -> None:
 
 def test_changed_logits_are_refused_without_the_layers_too(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     model_of("llama").save_pretrained(tmp_path)
-    bare = load_model(reference_to(tmp_path), "float32", layers=False)
+    bare = load_model(reference_to(tmp_path), "float32", layers=False, device="cpu")
     check_head(bare, "llama-tiny")
     request.getfixturevalue("squashed")
     with pytest.raises(OpdError, match=r"llama-tiny.*LlamaForCausalLM"):
@@ -545,6 +545,21 @@ def test_the_outermost_uniforms_draw_tokens_that_have_mass(uniform: float, top_p
     logp[:, [0, -1]] = -torch.inf
     token, sampler = _draw(logp.log_softmax(-1), torch.full((200,), uniform, dtype=torch.float64), 1.0, top_p)
     assert (sampler.gather(1, token[:, None]) > -torch.inf).all()
+
+
+def test_sampling_leaves_out_the_kernel_that_plans_for_each_length() -> None:
+    model, seen = model_of("llama"), []
+    hook = model.base_model.register_forward_pre_hook(
+        lambda *_: seen.append(
+            (torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled())  # of CPUs too
+        )
+    )
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        sample(model, [np.array([3, 4])], [1], STOP, 2)
+    finally:
+        hook.remove()
+    assert set(seen) == {(False, True)} and torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
 def test_seeds_depend_on_every_part() -> None:

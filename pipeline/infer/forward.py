@@ -26,9 +26,11 @@ def head(model: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _cache_name(kind: Any) -> str:
-    """What a model's class calls the keys and values of earlier positions: `cache` since transformers 5.24, which drops
-    `past_key_values` in 5.40; that name alone in what vLLM runs with (below 5.20), where `cache` would be ignored."""
-    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
+    """What a model's class calls what it keeps of earlier positions: `cache` since transformers 5.24, which drops
+    `past_key_values` in 5.40; that name alone in what vLLM runs with (below 5.20), where `cache` would be ignored, and
+    `cache_params` there in a model of recurrent layers alone."""
+    known = inspect.signature(kind.forward).parameters
+    return next((name for name in ("cache", "past_key_values", "cache_params") if name in known), "past_key_values")
 
 
 def body(model: Any, ids: torch.Tensor, kept: Any = None, **inputs: Any) -> tuple[torch.Tensor, Any]:

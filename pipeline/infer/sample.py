@@ -7,9 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.infer.forward import body, halving, has_keys, head, pad, select_rows
 from pipeline.infer.forward import top_k as likeliest
+
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""All of PyTorch's attention but cuDNN's, which plans anew for each number of keys: once a token, 70 ms on an H200 where the
+step itself takes 26."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,8 @@ def sample(
 
     def work(rows: np.ndarray) -> list[Response]:
         texts, own_seeds = [prompts[i] for i in rows], [seeds[i] for i in rows]
-        return _sample_batch(model, texts, own_seeds, stop, max_new_tokens, temperature, top_p, top_k)
+        with sdpa_kernel(KERNELS):
+            return _sample_batch(model, texts, own_seeds, stop, max_new_tokens, temperature, top_p, top_k)
 
     cuts = (order[start : start + batch_size] for start in range(0, len(order), batch_size))
     for rows, batch in halving(cuts, work):
