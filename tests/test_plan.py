@@ -82,6 +82,7 @@ def test_a_rate_is_a_number_of_a_size(rate: str) -> None:
     assert result.exit_code == 2 and "--train-rate" in result.output
 
 
+@pytest.mark.slow
 def test_a_plan_of_a_real_run(smollm2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = yaml.safe_load((Path(__file__).parents[1] / "config/config.yaml").read_text())
     config["prompts"]["splits"] = {"examples": 0, "train": 160, "dev": 0, "test": 1}
