@@ -75,7 +75,6 @@ def test_costs_count_what_each_rounds_horizon_leaves() -> None:
     assert found["hours"]["scores"] == pytest.approx(expected["scores"] / 2 / 3600)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("rate", ["-3", "0", "nan", "inf", "fast"])
 def test_a_rate_is_a_number_of_a_size(rate: str) -> None:
     result = CliRunner().invoke(app, ["plan", "--train-rate", rate])
