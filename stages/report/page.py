@@ -187,7 +187,7 @@ def charts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
                         r["accuracy"],
                         *(r["accuracy_95"] or (None, None)),
                         r["reverse_kl"],
-                        *r.get("reverse_kl_95", (None, None)),
+                        *(r["reverse_kl_95"] or (None, None)),
                     ),
                     strict=True,
                 )
