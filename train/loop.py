@@ -80,7 +80,8 @@ def train_round(
     done, steps, told = 0, progress.budget, None
     recent: list[float] = []
     if found := newest_state(folder, identity, say):
-        done, steps, recent, told = (found[1].get(name) for name in ("step", "steps", "recent_ess", "metrics"))
+        about = found[1]
+        done, steps, recent, told = about["step"], about["steps"], about["recent_ess"], about.get("metrics")
     elif start_from is not None:
         found = final_state(start_from)
     if found:
