@@ -40,6 +40,13 @@ class Progress:
     """Steps of the whole run, for the learning-rate schedule."""
 
 
+def _reached(
+    *, step: int, steps: int, recent_ess: list[float], metrics: str | None = None, **_: Any
+) -> tuple[int, int, list[float], str | None]:
+    """What a state says of how far its round was: steps, its budget, the last effective sample sizes, the metrics' digest."""
+    return step, steps, recent_ess, metrics
+
+
 def train_round(
     model: Any,
     stop: torch.Tensor,
@@ -80,8 +87,7 @@ def train_round(
     done, steps, told = 0, progress.budget, None
     recent: list[float] = []
     if found := newest_state(folder, identity, say):
-        about = found[1]
-        done, steps, recent, told = about["step"], about["steps"], about["recent_ess"], about.get("metrics")
+        done, steps, recent, told = _reached(**found[1])
     elif start_from is not None:
         found = final_state(start_from)
     if found:
