@@ -124,6 +124,7 @@ def _opened(wheel: Path) -> Iterator[zipfile.ZipFile]:
                 if entry.file_size > DENSEST * max(entry.compress_size, 1 << 16):
                     raise OpdError(f"{wheel}: {entry.filename} is more than {DENSEST} times its size in the archive")
             yield archive
+    # Of a member that is encrypted zipfile says so in a RuntimeError.
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise OpdError(f"{wheel}: not a wheel, or a damaged one: {one_line(error)}") from error
 

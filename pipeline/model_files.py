@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from schemas.errors import OpdError, excerpt, one_line
+from schemas.errors import OpdError, one_line, shown
 
 CONFIG, WEIGHTS, INDEX, GENERATION = (
     "config.json",
@@ -39,7 +39,7 @@ def model_config(folder: str | Path) -> dict[str, Any]:
             value = section.get(key)
             if value is not None and (type(value) is not int or value < 1):
                 raise OpdError(
-                    f"{path}: `{key}` is a whole number of at least 1, found {excerpt(repr(value), 60)}; repair it, or "
+                    f"{path}: `{key}` is a whole number of at least 1, found {shown(value, 60)}; repair it, or "
                     "fetch the model again"
                 )
     return found
@@ -134,15 +134,12 @@ def check_generation(folder: Path) -> None:
     ends = json_object(path).get("eos_token_id") if path.is_file() else None
     for value in ends if isinstance(ends, list) else [ends]:
         if value is not None and (type(value) is not int or value < 0):
-            raise OpdError(
-                f"{path}: `eos_token_id` is an id or a list of ids, found {excerpt(repr(ends), 60)}; repair it"
-            )
+            raise OpdError(f"{path}: `eos_token_id` is an id or a list of ids, found {shown(ends, 60)}; repair it")
 
 
 def _named(keys: Collection[str], most: int = 3) -> str:
-    shown = sorted(keys)[:most]
     more = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return ", ".join(shown) + more
+    return ", ".join(sorted(keys)[:most]) + more
 
 
 def _shape(sizes: Iterable[int]) -> str:

@@ -147,6 +147,12 @@ def reference(source: str, folder: Path) -> ModelRef:
     )
 
 
+def is_unchanged(ref: ModelRef) -> bool:
+    """Whether the files of a model are still those that its reference was made of. Raises OpdError as `reference` does."""
+    found = reference(ref.source, Path(ref.path))
+    return (found.identity(), found.tuned_on) == (ref.identity(), ref.tuned_on)
+
+
 def _origin(source: str, path: Path) -> Origin | None:
     try:
         return Origin.model_validate_json(path.read_text()) if path.is_file() else None

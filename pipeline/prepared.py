@@ -4,7 +4,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from tokenizers import Tokenizer
 
 from pipeline.align.roles import Roles, roles_of
 from pipeline.align.tokens import TokenBytes, from_table, text_tokenizer
-from pipeline.models import ModelRef, context, load_model, load_tokenizer, model_config, native_dtype, reference
+from pipeline.models import ModelRef, context, is_unchanged, load_model, load_tokenizer, model_config, native_dtype
 from pipeline.rendering import Renderer
 from pipeline.store.shards import Shard
 from schemas.config import Model
@@ -132,8 +131,7 @@ class PreparedModel:
 
     def check(self) -> None:
         """Raise OpdError when the model's files are no longer those that were prepared."""
-        found = reference(self.ref.source, Path(self.ref.path))
-        if (found.identity(), found.tuned_on) != (self.ref.identity(), self.ref.tuned_on):
+        if not is_unchanged(self.ref):
             raise OpdError(
                 f"model {self.ref.source!r}: the files in {self.ref.path} are no longer those that were prepared; run "
                 f"`{self.again}` again, or look at what changed them"

@@ -16,7 +16,7 @@ from stages.run.context import (
     open_prompts,
     policy,
 )
-from stages.run.provenance import write_provenance
+from stages.run.provenance import scored_tokens, write_provenance
 from stages.run.run import BASE, Place, Run, Source, open_run
 
 
@@ -35,8 +35,8 @@ def main(phase: PhaseOption, shard: ShardOption = 0, config_file: ConfigOption =
     scores = open_shard(source.shard("scores", shard), "scores", inputs={"responses": responses_digest(given)})
     write_rollouts(place, source, given)
     link_shard(scores.path.resolve(), place.path("scores"))
-    # Every response has one row more than tokens, its end.
-    write_provenance(place, "scores", scores.rows - given.rows, f"reused from {source.folder}")
+    tokens = scored_tokens(scores.manifest, given.rows)
+    write_provenance(place, "scores", tokens, f"reused from {source.folder}")
 
 
 def write_rollouts(place: Place, source: Source, given: Shard) -> None:

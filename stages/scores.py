@@ -18,7 +18,7 @@ from stages.run.context import (
     prompts_of,
     teacher,
 )
-from stages.run.provenance import write_provenance
+from stages.run.provenance import scored_tokens, write_provenance
 from stages.run.run import BASE, open_run
 
 
@@ -43,8 +43,7 @@ def main(
     found = fetch_or_make(run.cache, wanted.identity, wanted.inputs, make, link, run.settings.cache_remote)
     if found:
         console.say(f"{phase} scores: found in the cache, no teacher token scored ({link.resolve().name})")
-    # Every response has one row more than tokens, its end.
-    tokens = read_manifest(link).rows - place.rollouts.rows
+    tokens = scored_tokens(read_manifest(link), place.rollouts.rows)
     write_provenance(place, "scores", tokens, "cache" if found else "scored")
 
 

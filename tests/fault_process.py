@@ -17,26 +17,13 @@ from typing import Any
 
 import torch
 
-import stages.report.page
 from schemas.errors import OpdError
 from stages.run import console
+from stages.tools.cli import MODULES
+from stages.tools.cli import STAGES as NAMES
 
 CHANGES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink"}
-NAMES = (
-    "prompts",
-    "models",
-    "fit",
-    "rollouts",
-    "scores",
-    "units",
-    "policy",
-    "weights",
-    "coverage",
-    "train",
-    "evaluate",
-)
-STAGES: dict[str, Any] = {name: importlib.import_module(f"stages.{name}") for name in (*NAMES, "diagnostics")}
-STAGES["report"] = stages.report.page
+STAGES: dict[str, Any] = {name: importlib.import_module(MODULES[name]) for name in NAMES}
 
 
 def main() -> None:

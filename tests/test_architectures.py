@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import transformers
 
@@ -20,14 +21,8 @@ VOCAB = 1300
 STOP = np.arange(7, VOCAB, 5)  # many, so that responses end at different lengths
 SHAPE = {
     "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
+    **tiny.SHAPE,
     "max_position_embeddings": 256,
-    "initializer_range": 0.35,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,

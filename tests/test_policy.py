@@ -36,13 +36,7 @@ VOCAB = 90
 STOP = torch.tensor([3, 50, 71])
 SHAPE = {
     "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.35,
+    **tiny.SHAPE,
     "max_position_embeddings": 64,
 }
 

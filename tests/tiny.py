@@ -15,6 +15,16 @@ from schemas.config import Objective
 from schemas.tables import STOP_ID, arrow_schema
 from train.stream import Triple
 
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "initializer_range": 0.35,
+}
+"""Of architectures that are compared with themselves."""
 VOCAB, STOP = 97, np.array([2, 3], np.int32)
 
 

@@ -22,7 +22,7 @@ from stages.report import checklist
 from stages.run import console
 from stages.run.card import counts
 from stages.run.context import DEFAULT_CONFIG, ConfigOption, tuning
-from stages.run.results import read_diagnostics, read_evaluation, read_metrics, timings
+from stages.run.results import read_diagnostics, read_evaluation, steps_of, timings
 from stages.run.run import Run, command, config_text, open_run
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -128,7 +128,7 @@ def changed(found: dict[str, Any] | None) -> str:
 def sft(run: Run, result: dict[str, Any]) -> dict[str, Any]:
     """What the fine-tuning left: counts of the answers, cross-entropy by epoch, and the evaluation after it."""
     phase = run.phase("sft")
-    steps = pl.DataFrame(read_metrics(phase), infer_schema_length=None)
+    steps = steps_of(phase)
     per_epoch = len(steps) // run.config.sft.epochs
     epochs = steps.group_by(epoch=pl.col("step") // per_epoch).agg(
         (pl.col("loss") * pl.col("units")).sum() / pl.col("units").sum()
@@ -155,7 +155,7 @@ def examples(before: pl.DataFrame, after: pl.DataFrame, split: str, count: int =
 def charts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
     """Inline SVG of each plot, by name; none of what was not measured."""
     config = run.config
-    rounds = [pl.DataFrame(read_metrics(run.phase(f"round-{r}")), infer_schema_length=None) for r in run.rounds]
+    rounds = [steps_of(run.phase(f"round-{r}")) for r in run.rounds]
     # A round none of whose units had a part of the loss has no column of it.
     steps = pl.concat(rounds, how="diagonal_relaxed").with_row_index("at")
     told = {"sampled, all units": "sampled_kl", "over candidates": "divergence"}
@@ -252,7 +252,7 @@ def charts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
         "credit": by_tenth.properties(width=330, height=180),
     }
     if summary["sft"]:
-        losses = pl.DataFrame(read_metrics(run.phase("sft")), infer_schema_length=None)
+        losses = steps_of(run.phase("sft"))
         per_epoch = summary["sft"]["steps"] // config.sft.epochs
         by_epoch = losses.select(at=pl.col("step"), round=pl.col("step") // per_epoch, loss="loss")
         drawn["sft"] = _lines(by_epoch, {"answers": "loss"}, "cross-entropy, nats per token", of="epoch").properties(

@@ -17,7 +17,7 @@ from schemas.config import Model, consistency
 from stages.run.context import prepared, tuning
 from stages.run.results import gate_of
 from stages.run.run import Run
-from train.stream import Triple
+from train.stream import Tables
 
 TEMPLATES = Path(__file__).parent
 FRONT = {
@@ -40,7 +40,7 @@ SFT_FIGURES = {
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def model_card(run: Run, round_index: int, student: PreparedModel, shards: list[Triple], metrics: Path) -> str:
+def model_card(run: Run, round_index: int, student: PreparedModel, shards: Sequence[Tables], metrics: Path) -> str:
     """The folder's README.md, in the hub's format.
 
     Args:

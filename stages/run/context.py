@@ -54,10 +54,7 @@ def read_ref(path: Path, again: str, weights: bool = True) -> ModelRef:
 
 def prepared(run: Run, role: str, weights: bool = True) -> ModelRef:
     """The reference of a model that the config names. Raises OpdError as `read_ref`, and where it is of another config."""
-    path, stage = run.model_file(role), f"models {role}"
-    ref = read_ref(path, command(stage), weights)
-    run.check(path, ref, stage)
-    return ref
+    return _of_config(run, run.model_file(role), (f"models {role}", ""), weights)
 
 
 def teacher(run: Run) -> PreparedModel:
@@ -85,7 +82,10 @@ def tuning(run: Run) -> Tuning | None:
 
 def policy_ref(run: Run, number: int, weights: bool = True) -> ModelRef:
     """The reference of checkpoint `number` of the student; BASE is the one as given."""
-    path, made_by = run.policy_file(number), run.policy_stage(number)
+    return _of_config(run, run.policy_file(number), run.policy_stage(number), weights)
+
+
+def _of_config(run: Run, path: Path, made_by: tuple[str, str], weights: bool) -> ModelRef:
     ref = read_ref(path, command(*made_by), weights)
     run.check(path, ref, *made_by)
     return ref

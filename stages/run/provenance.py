@@ -3,8 +3,14 @@
 from pipeline.store.cache import entry_name
 from pipeline.store.records import write_record
 from pipeline.store.shards import read_manifest
+from schemas.manifest import Manifest
 from schemas.records import Provenance
 from stages.run.run import Place
+
+
+def scored_tokens(scores: Manifest, responses: int) -> int:
+    """Tokens that the teacher scored: every response has one row more, its end."""
+    return scores.rows - responses
 
 
 def write_provenance(place: Place, table: str, teacher_tokens: int, origin: str) -> None:

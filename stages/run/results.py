@@ -54,6 +54,11 @@ def read_metrics(phase: Phase) -> list[dict[str, Any]]:
         raise OpdError(f"{phase.metrics}: damaged; run `{again}` again") from error
 
 
+def steps_of(phase: Phase) -> pl.DataFrame:
+    """The same, a row a step; a column that some steps lack is null there."""
+    return pl.DataFrame(read_metrics(phase), infer_schema_length=None)
+
+
 def _own(phase: Phase, path: Path, found: Found) -> Found:
     if found.phase != phase.name:
         raise OpdError(f"{path}: of phase {found.phase}, expected {phase.name}; delete it and run its stage again")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from pipeline.models import ModelRef, reference
+from pipeline.models import ModelRef, is_unchanged
 from pipeline.store import cache as store
 from pipeline.store.shards import file_digest
 from schemas.config import Config
@@ -128,8 +128,7 @@ def damage(path: Path) -> str | None:
             told = stated(path.read_text())
             if "weights" in told and "tokenizer" in told:  # a model's reference
                 model = ModelRef.model_validate(told)
-                found = reference(model.source, Path(model.path))
-                if (found.identity(), found.tuned_on) != (model.identity(), model.tuned_on):
+                if not is_unchanged(model):
                     return f"{model.path}: the model's files are not those that {path} tells of"
     except (ValueError, OSError, KeyError) as error:
         return f"{path}: damaged or edited: {one_line(error)}"

@@ -25,7 +25,7 @@ from schemas.tables import arrow_schema, writer_options
 from stages import models, prompts, rollouts, scores, train, units, weights
 from stages.run import console
 from stages.run.context import DEFAULT_CONFIG, ConfigOption, ThreadsOption, open_prompts, policy, teacher
-from stages.run.results import read_metrics
+from stages.run.results import steps_of
 from stages.run.run import open_run, run_of
 from stages.tools.choices import RECORDED, SUGGESTED, Choice, compare
 from train.recipes import identity
@@ -167,7 +167,7 @@ def _measure(config: Config, where: Path, horizons: list[int]) -> dict[str, Any]
         "teacher_prompt": teacher_prompts / rows,
         "teacher_response": len(table) / rows - 1,
     }
-    steps = pl.DataFrame(read_metrics(place.phase), infer_schema_length=None)
+    steps = steps_of(place.phase)
     # The first step warms the allocator up.
     rate = steps.tail(max(1, len(steps) - 1)).select(pl.col("tokens").sum() / pl.col("seconds").sum()).item()
     return {
