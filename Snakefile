@@ -516,8 +516,8 @@ rule report:
         [RUN.policy_file(r + 1) for r in RUN.rounds],
         [phase.diagnostics for phase in RUN.phases],
     output:
-        FOLDER / "report.html",
-        FOLDER / "summary.json",
+        report(FOLDER / "report.html", caption="stages/report/report.rst", category="Report"),
+        report(FOLDER / "summary.json", caption="stages/report/summary.rst", category="Report"),
     log:
         FOLDER / "logs/report.log",
     conda:
