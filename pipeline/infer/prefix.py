@@ -25,8 +25,12 @@ def shared_start(prompts: Sequence[np.ndarray], beside: int = 0) -> int:
         beside: tokens that are computed beside those of the prompts.
     """
     shared = min(common_start(prompts), min(map(len, prompts)) - 1)
-    every = sum(map(len, prompts)) + beside
-    return shared if shared * (len(prompts) - 1) >= SHARED_PART * every else 0
+    return shared if pays(shared, len(prompts), sum(map(len, prompts)) + beside) else 0
+
+
+def pays(shared: int, rows: int, tokens: int) -> bool:
+    """Whether a start of `shared` tokens is to be computed once for all rows, which have so many tokens."""
+    return shared * (rows - 1) >= SHARED_PART * tokens
 
 
 @torch.inference_mode()
