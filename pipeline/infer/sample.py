@@ -183,10 +183,25 @@ def _draw(
         return token, sampled
     sampled = logp if temperature == 1 else torch.log_softmax(logp / temperature, -1)
     if top_p < 1:
-        ordered, index = sampled.sort(dim=-1, descending=True)
-        beyond = ordered.exp().cumsum(-1) - ordered.exp() >= top_p
-        sampled = sampled.masked_fill(beyond.gather(1, index.argsort(-1)), -torch.inf).log_softmax(-1)
+        sampled = _nucleus(sampled, top_p)
     cdf = sampled.double().exp().cumsum(-1)
     # Scaled to the row's own total, so rounding can't leave the draw past the last token that has mass.
     token = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0]
     return token.clamp(max=logp.shape[1] - 1), sampled
+
+
+def _nucleus(logp: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Log-probs (rows, vocab) of the likeliest tokens until they hold `top_p`, normalised; -inf elsewhere.
+
+    A sort of the whole vocabulary takes longer than the model's own step, and most nuclei are small: the likeliest 128 are
+    looked at first, and all only where these hold less in some row.
+    """
+    vocab = logp.shape[1]
+    for k in sorted({min(128, vocab), vocab}):
+        values, index = likeliest(logp, k)
+        share = values.exp()
+        before = share.cumsum(-1) - share
+        if k == vocab or bool((before[:, -1] + share[:, -1] >= top_p).all()):
+            break
+    kept = values.masked_fill(before >= top_p, -torch.inf)
+    return torch.full_like(logp, -torch.inf).scatter_(1, index, kept).log_softmax(-1)
