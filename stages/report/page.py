@@ -31,6 +31,7 @@ from stages.run.card import counts
 from stages.run.context import DEFAULT_CONFIG, ConfigOption, tuning, vocabulary
 from stages.run.results import read_diagnostics, read_evaluation, steps_of, timings
 from stages.run.run import Run, command, config_text, open_run
+from train.checkpoint import drop_states
 
 NOT_MEASURED = "not measured"
 ANSWER_BYTES, LONG = 700_000, 1_000
@@ -38,7 +39,7 @@ ANSWER_BYTES, LONG = 700_000, 1_000
 
 
 def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
-    """Write report.html and summary.json from what the run left."""
+    """Write report.html and summary.json from what the run left; the optimiser's state isn't, unless `train.keep_last_state`."""
     run = open_run(config_file, "report")
     config = run.config
     measured = [read_evaluation(run.phase(f"eval-{c}")) for c in run.checkpoints]
@@ -77,6 +78,8 @@ def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
     )
     write_text(run.root / "report.html", page)
     write_record(run.root / "summary.json", RunSummary(decided=run.decided, **summary))
+    if not config.train.keep_last_state:  # every job before this one is done, and none will be asked for what it ended with
+        drop_states(run.phase(f"round-{run.rounds[-1]}").states)
     console.say(f"report: {run.root / 'report.html'}")
 
 
