@@ -78,7 +78,9 @@ def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
     )
     write_text(run.root / "report.html", page)
     write_record(run.root / "summary.json", RunSummary(decided=run.decided, **summary))
-    if not config.train.keep_last_state:  # every job before this one is done, and none will be asked for what it ended with
+    if (
+        not config.train.keep_last_state
+    ):  # every job before this one is done, and none will be asked for what it ended with
         drop_states(run.phase(f"round-{run.rounds[-1]}").states)
     console.say(f"report: {run.root / 'report.html'}")
 
