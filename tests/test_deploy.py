@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from stages.tools.cli import app
 from stages.tools.run import snakemake
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("README.md", "LICENSE", "pyproject.toml", "Snakefile", "config", "examples", "profiles", "offline_opd.py")
+CONTAINER = (ROOT / "Containerfile").read_text()
 MODELS = {"answers", "sft", "rollouts", "scores", "policy", "train", "evaluate"}
 """Rules that run a model."""
 
@@ -123,6 +124,14 @@ def test_the_wheel_is_told_of_all_that_ships() -> None:
     assert shipped() == ROOT
 
 
+def test_the_container_installs_extras_that_there_are() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    installed = re.search(r"pip install .*'\.\[(.*)\]'", CONTAINER)
+    assert installed and set(installed[1].split(",")) <= project["optional-dependencies"].keys()
+    version = re.search(r"^FROM .*/python:([\d.]+)-slim$", CONTAINER, re.MULTILINE)
+    assert version and project["requires-python"] == f">={version[1]}"
+
+
 @pytest.mark.parametrize("name", ["slurm", "gpu"])
 def test_profiles_are_told_of_every_rule_that_runs_a_model(name: str) -> None:
     profile = yaml.safe_load((ROOT / f"profiles/{name}/config.yaml").read_text())
@@ -158,10 +167,10 @@ def one_round(where: Path, **changes: Any) -> None:
 
 @pytest.fixture
 def opd(tmp_path: Path) -> Path:
-    """The command, from a wheel in an environment of its own; what we depend on is lent by this one."""
+    """The command, in an environment of its own, from a wheel of the sources that the container has; what we depend on is lent."""
     source, environment = tmp_path / "source", tmp_path / "environment"
     source.mkdir()
-    for name in (*SOURCES, "pipeline", "schemas", "stages", "train"):
+    for name in (name for line in re.findall(r"^COPY (.*) \./", CONTAINER, re.MULTILINE) for name in line.split()):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, source / name)
     pip = [sys.executable, "-m", "pip", "--quiet"]
