@@ -155,17 +155,6 @@ def test_the_readmes_python_lines_import_what_its_install_line_installs() -> Non
     assert [m for before, m in lines if m not in installed and f"pip install {m} && " not in before] == []
 
 
-def test_the_printed_slurm_profile_gives_a_gpu_to_every_rule_that_runs_a_model() -> None:
-    """By the plugin's own resource: it refuses to submit a job whose `slurm_extra` says what it manages itself."""
-    printed = re.search(r"```yaml\n(executor: slurm\n.*?)```", Path("config/README.md").read_text(), re.DOTALL)
-    assert printed
-    profile = yaml.safe_load(printed[1])
-    rules = re.split(r"^rule (\w+):", Path("Snakefile").read_text(), flags=re.MULTILINE)
-    models = {name for name, body in zip(rules[1::2], rules[2::2], strict=True) if "model=1," in body}
-    assert {"rollouts", "train"} < models and set(profile["set-threads"]) == models
-    assert profile["set-resources"] == {name: {"slurm_partition": "gpu", "gpu": 1} for name in models}
-
-
 def test_the_conda_environment_lists_the_projects_dependencies() -> None:
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
     listed = yaml.safe_load(Path("config/environment.yaml").read_text())["dependencies"][-1]["pip"]

@@ -31,7 +31,20 @@ STAGES = (
     "evaluate",
     "report",
 )
-TOOLS = ("import", "align", "support", "audit", "plan", "cache", "schema", "config", "recipes", "summary")
+TOOLS = (
+    "init",
+    "run",
+    "import",
+    "align",
+    "support",
+    "audit",
+    "plan",
+    "cache",
+    "schema",
+    "config",
+    "recipes",
+    "summary",
+)
 PANELS = {
     **dict.fromkeys(STAGES, "Stages (the Snakefile runs them in order)"),
     **dict.fromkeys(TOOLS, "Ask"),
