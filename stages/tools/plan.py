@@ -116,6 +116,7 @@ def _small(config: Config, responses: int) -> Config:
     for role in ("student", "teacher"):
         values[role]["model"] = here(values[role]["model"])
     values["rollouts"] |= {"rounds": 1, "prompts": responses, "samples": 1, "shard_size": responses}
+    values["rollouts"]["shard_tokens"] = responses * config.rollouts.longest
     if values["weights"]["credit"] == "group":  # which takes several responses to a prompt
         values["weights"]["credit"] = "immediate"
     values["rollouts"]["max_new_tokens"] = config.rollouts.longest
