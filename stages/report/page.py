@@ -16,7 +16,6 @@ from pipeline.measure.accuracy import gain
 from pipeline.store.records import read_record, write_record
 from pipeline.store.shards import write_text
 from schemas.config import consistency
-from schemas.errors import masked
 from schemas.records import RunSummary
 from stages.report import checklist
 from stages.run import console
@@ -42,7 +41,7 @@ def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
     environment.filters |= {"percent": checklist.percent, "number": checklist.number}
     page = environment.from_string(TEMPLATE.read_text()).render(
         config=config,
-        config_text=masked(config_text(config)),
+        config_text=config_text(config),
         summary=summary,
         ends=evaluations(summary),
         examples=examples(answers[0], answers[-1], config.evaluate.split),
