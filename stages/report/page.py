@@ -19,7 +19,6 @@ from pipeline.measure.token_view import STOP_TEXT
 from pipeline.store.records import read_record, write_record
 from pipeline.store.shards import write_text
 from schemas.config import consistency
-from schemas.errors import masked
 from schemas.records import RunSummary
 from stages.report import charts as plots
 from stages.report import checklist, costs
@@ -57,7 +56,7 @@ def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
         .get_template("report.html.jinja")
         .render(
             config=config,
-            config_text=masked(config_text(config)),
+            config_text=config_text(config),
             summary=summary,
             verdict=verdict(summary, flipped),
             reason=found and reason(found, summary),
