@@ -31,7 +31,7 @@ STAGES = (
     "evaluate",
     "report",
 )
-TOOLS = ("import", "align", "support", "audit", "plan", "cache", "schema", "config", "recipes", "summary")
+TOOLS = ("import", "align", "support", "audit", "plan", "cache", "schema", "config", "recipes", "summary", "compare", "doctor")
 PANELS = {
     **dict.fromkeys(STAGES, "Stages (the Snakefile runs them in order)"),
     **dict.fromkeys(TOOLS, "Ask"),
