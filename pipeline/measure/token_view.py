@@ -34,8 +34,6 @@ def token_view(
     Raises:
         OpdError: the units are of other rollouts.
     """
-    logp, start, end = tokens_of_units(units, rollouts, "behavior_logp")
-    running = np.concatenate([[0.0], np.cumsum(logp, dtype=np.float64)])
     candidates = units.select("cand_id", "cand_logp").with_row_index("at").explode("cand_id", "cand_logp").drop_nulls()
     named = candidates.with_columns(text=token_texts(candidates["cand_id"], student))
     ranked = named.sort("at", "cand_logp", descending=[False, True], maintain_order=True)
@@ -46,7 +44,7 @@ def token_view(
     found = units.with_row_index("at").select(
         *("at", "rollout_id", "unit", "kind", "s_start", "byte_start", "byte_end", "teacher_logp"),
         text=unit_texts(rollouts, units),
-        student_logp=pl.Series(running[end] - running[start], dtype=pl.Float32),
+        student_logp=student_logps(rollouts, units).cast(pl.Float32),
         teacher_elsewhere=pl.when(pl.col("teacher_logp").is_not_null()).then(elsewhere),
     )
     if weights is not None:
@@ -69,14 +67,23 @@ def response_tables(
     """
     for index, names in enumerate(rollouts.row_groups(["rollout_id"])):
         if rollout_id in names["rollout_id"].to_pylist():
-            own = (_of_response(shard, index, rollout_id) for shard in (rollouts, units))
-            return *own, weights and _of_response(weights, index, rollout_id)
+            shards = (rollouts, units, weights)
+            own = (shard and row_group(shard, index).filter(rollout_id=rollout_id) for shard in shards)
+            return tuple(own)  # type: ignore[return-value]
     return None
 
 
-def _of_response(shard: Shard, index: int, rollout_id: str) -> pl.DataFrame:
-    group = pl.DataFrame(shard.row_group(index, [column.name for column in TABLES[shard.manifest.kind]]))
-    return group.with_columns(pl.col(pl.Categorical).cast(pl.String)).filter(rollout_id=rollout_id)
+def row_group(shard: Shard, number: int) -> pl.DataFrame:
+    """All columns of one row group of a shard."""
+    table = shard.row_group(number, [column.name for column in TABLES[shard.manifest.kind]])
+    return pl.DataFrame(table).with_columns(pl.col(pl.Categorical).cast(pl.String))
+
+
+def student_logps(rollouts: pl.DataFrame, units: pl.DataFrame) -> pl.Series:
+    """float64, nats: the log-prob that the policy that sampled gave each unit, at temperature 1."""
+    logp, start, end = tokens_of_units(units, rollouts, "behavior_logp")
+    running = np.concatenate([[0.0], np.cumsum(logp, dtype=np.float64)])
+    return pl.Series("student_logp", running[end] - running[start])
 
 
 def unit_texts(rollouts: pl.DataFrame, units: pl.DataFrame) -> pl.Series:
@@ -100,7 +107,7 @@ def unit_texts(rollouts: pl.DataFrame, units: pl.DataFrame) -> pl.Series:
     spelled = pa.LargeBinaryArray.from_buffers(
         pa.large_binary(), len(size), [None, pa.py_buffer(offsets), pa.py_buffer(np.ascontiguousarray(taken))]
     )
-    text = readable(pl.Series("text", pl.from_arrow(spelled), dtype=pl.Binary))
+    text = readable(spelled)
     is_stop = (units["kind"] == "stop") & (text == "")
     return pl.select(pl.when(is_stop).then(pl.lit(STOP_TEXT)).otherwise(text).alias("text")).to_series()
 
@@ -112,15 +119,16 @@ def token_texts(ids: pl.Series, tokens: TokenBytes) -> pl.Series:
     names = {STOP_ID: STOP_TEXT} | {index: f"<{role}>" for index, role in tokens.roles.items()}
     called = [names.get(index, f"<{index}>") for index in distinct.to_list()]
     is_text = (distinct >= 0) & (distinct < len(tokens))
-    text = readable(pl.Series(pl.from_arrow(spelled), dtype=pl.Binary))
+    text = readable(spelled)
     said = pl.select(pl.when(is_text & text.is_not_null()).then(text).otherwise(pl.Series(called, dtype=pl.String)))
     return ids.replace_strict(distinct, said.to_series(), return_dtype=pl.String)
 
 
-def readable(spelled: pl.Series) -> pl.Series:
-    """Bytes as text; those that are no UTF-8 as `\\xNN`, all of a value's."""
-    escaped = spelled.bin.encode("hex").str.replace_all("(..)", "\\x$1")
-    return pl.select(pl.coalesce(spelled.cast(pl.String, strict=False), escaped).alias(spelled.name)).to_series()
+def readable(spelled: pa.Array) -> pl.Series:
+    """Binary values as text; bytes that are no UTF-8 as `\\xNN`."""
+    coded = spelled.dictionary_encode()
+    texts = [value.decode(errors="backslashreplace") for value in coded.dictionary.to_pylist()]
+    return pl.Series("text", pl.from_arrow(pa.array(texts, pa.large_string()).take(coded.indices)), dtype=pl.String)
 
 
 def _own_candidates(rollouts: pl.DataFrame, units: pl.DataFrame, student: TokenBytes) -> pl.Series:
