@@ -167,7 +167,7 @@ def one_round(where: Path, **changes: Any) -> None:
 
 @pytest.fixture
 def opd(tmp_path: Path) -> Path:
-    """The command, in an environment of its own, from a wheel of the sources that the container has; what we depend on is lent."""
+    """The command in an environment of its own, from a wheel of the container's sources; what it depends on is lent."""
     source, environment = tmp_path / "source", tmp_path / "environment"
     source.mkdir()
     for name in (name for line in re.findall(r"^COPY (.*) \./", CONTAINER, re.MULTILINE) for name in line.split()):

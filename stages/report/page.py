@@ -38,7 +38,7 @@ ANSWER_BYTES, LONG = 700_000, 1_000
 
 
 def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
-    """Write report.html and summary.json from what the run left; the optimiser's state isn't, unless `train.keep_last_state`."""
+    """Write report.html and summary.json from what the run left, and drop the optimiser's state that nothing needs."""
     run = open_run(config_file, "report")
     config = run.config
     measured = [read_evaluation(run.phase(f"eval-{c}")) for c in run.checkpoints]
