@@ -29,7 +29,7 @@ def main(
     place, number = part[shard], part.number
     prompts = open_prompts(run)
     student = policy(run, number)
-    mine = slice(shard * options.shard_size, (shard + 1) * options.shard_size)
+    mine = slice(shard * options.shard_responses, (shard + 1) * options.shard_responses)
     if part.kind == "round":
         wanted = responses_of_round(run.settings, prompts, number, mine)
     else:

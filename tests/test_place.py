@@ -278,3 +278,5 @@ def test_finished_rounds_keep_no_state_and_a_stale_round_is_trained_again_to_the
     train.main(1, small.written())
     assert weights_file.read_bytes() == before and not list(round_1.glob(".checkpoint*"))
     assert not list(Path("runs/a/round-0/train").glob("state-*")) and len(list(round_1.glob("train/state-*"))) >= 1
+    report.main(small.written(train={"keep_last_state": False}))
+    assert not list(Path("runs/a").rglob("state-*"))

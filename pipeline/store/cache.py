@@ -32,8 +32,9 @@ from pipeline.store.shards import (
     temporary_name,
     write_text,
 )
-from schemas.errors import OpdError, masked
+from schemas.errors import OpdError
 from schemas.manifest import Manifest, digest
+from schemas.secrets import resolved
 
 
 def responses_digest(rollouts: Shard) -> str:
@@ -262,7 +263,13 @@ def leftovers(cache: Path, older_than_days: float = 1.0) -> list[Path]:
 
 def _remote(entry: Path, remote: str) -> tuple[Any, str]:
     """A file system and the folder in it that holds entries of this one's kind."""
-    fs, root = fsspec.core.url_to_fs(remote)
+    try:
+        address = resolved(remote)
+    except KeyError as error:
+        raise OpdError(
+            f"cache_remote {remote}: the environment has no variable {error}; set it where stages run"
+        ) from error
+    fs, root = fsspec.core.url_to_fs(address)
     return fs, f"{root}/{entry.parent.name}"
 
 
@@ -276,7 +283,7 @@ def upload(entry: Path, remote: str) -> None:
             fs.put_file(str(file), part)
             fs.mv(part, f"{folder}/{file.name}")
     except (OSError, ValueError, ImportError) as error:
-        raise OpdError(masked(f"cache_remote {remote}: cannot write: {error}")) from error
+        raise OpdError(f"cache_remote {remote}: cannot write: {error}") from error
 
 
 def download(entry: Path, remote: str) -> bool:
@@ -289,5 +296,5 @@ def download(entry: Path, remote: str) -> bool:
             with publish(file) as temporary:
                 fs.get_file(f"{folder}/{file.name}", str(temporary))
     except (OSError, ValueError, ImportError) as error:
-        raise OpdError(masked(f"cache_remote {remote}: cannot read: {error}")) from error
+        raise OpdError(f"cache_remote {remote}: cannot read: {error}") from error
     return True

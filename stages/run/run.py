@@ -27,7 +27,7 @@ from pipeline.store.records import Record, read_record
 from pipeline.store.shards import Shard, check_place, manifest_path, open_shard, read_manifest, write_text
 from schemas.config import Config, Rollouts, Sft, load_config
 from schemas.config.reuse import sampled_rounds
-from schemas.decides import decided, settings
+from schemas.decides import decided, of_phase, settings
 from schemas.errors import OpdError, excerpt, shown
 from schemas.manifest import PHASE, Manifest, Signed, differences
 from schemas.records import Provenance, Weighed
@@ -256,7 +256,7 @@ class Phase:
     def __len__(self) -> int:
         if self.source:
             return self.source.shards
-        return math.ceil(self.planned / self.run.config.rollouts.shard_size)
+        return math.ceil(self.planned / of_phase(self.run.config, self.name).rollouts.shard_responses)
 
     @property
     def planned(self) -> int:

@@ -32,6 +32,8 @@ STAGES = (
     "report",
 )
 TOOLS = (
+    "init",
+    "run",
     "doctor",
     "import",
     "align",

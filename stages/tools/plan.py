@@ -109,6 +109,7 @@ def _small(config: Config, responses: int) -> Config:
         raise OpdError(f"--responses {responses}: prompts.splits.train is {splits['train']}")
     values["run"], values["reuse"] = "plan", []
     values["rollouts"] |= {"rounds": 1, "prompts": responses, "samples": 1, "shard_size": responses}
+    values["rollouts"]["shard_tokens"] = responses * config.rollouts.longest
     if values["weights"]["credit"] == "group":  # which takes several responses to a prompt
         values["weights"]["credit"] = "immediate"
     values["rollouts"]["max_new_tokens"] = config.rollouts.longest
