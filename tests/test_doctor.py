@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -79,15 +80,9 @@ def _rates(told: str) -> list[tuple[str, str]]:
     ]
 
 
-def with_no_token_for_a() -> None:
-    """A tokenizer that can't spell the letter a."""
-    spec = json.loads(Path("teacher/tokenizer.json").read_text())
-    vocab = spec["model"]["vocab"]
-    vocab["zz"] = vocab.pop("q")
-    spec["model"]["merges"] = []
-    for merged in ("ab", "Ġa", "12"):
-        vocab[f"not {merged}"] = vocab.pop(merged)
-    Path("teacher/tokenizer.json").write_text(json.dumps(spec))
+def with_lower_case() -> None:
+    """A tokenizer that reads other bytes than the text's."""
+    changed("teacher", "tokenizer.json", normalizer={"type": "Lowercase"})
 
 
 def with_nan() -> None:
@@ -98,18 +93,18 @@ def with_nan() -> None:
 
 
 def with_a_short_context() -> None:
-    changed("teacher", "config.json", max_position_embeddings=21)
+    changed("teacher", "config.json", max_position_embeddings=18)
 
 
 BAD: list[tuple[str, Any, dict[str, Any], str]] = [
-    ("config", None, {"train": {"lr": 1}}, "unknown key `lr`"),
+    ("config", None, {"train": {"lr": 1}}, "unknown key `train.lr`"),
     ("extras", None, {"train": {"trackers": ["trackio"]}}, "pip install 'offline-opd[trackers]'"),
     ("own code", None, {"evaluate": {"scorer": "mine:judge"}}, "no module 'mine' in the working directory"),
     ("prompts", None, {"prompts": {"source": "p.jsonl", "prompt_field": "question"}}, "no field 'question'"),
     ("scorer", None, {"prompts": {"source": "p.jsonl", "answer_field": "word"}}, "none of the"),
     ("student", None, {"student": {"model": "./nowhere"}}, "no such folder"),
     ("student", with_nan, {}, "NaN"),
-    ("teacher", with_no_token_for_a, {}, "does not spell plain text"),
+    ("teacher", with_lower_case, {}, "does not spell plain text"),
     ("teacher", None, {"teacher": {"model": "teacher", "stop": ["€€"]}}, "no token of"),
     ("teacher's prompt", None, {"teacher": {"model": "teacher", "prompt": "{{ nothing }}"}}, "'nothing' is undefined"),
     ("fit", with_a_short_context, {}, "leaves room for"),
@@ -143,11 +138,11 @@ def test_without_a_config_the_machine_is_looked_at(place: Path) -> None:
 
 
 def test_a_disk_that_is_full_or_not_ours(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     found = examined("--no-measure", status=1)
     told = {check["name"]: check["told"] for check in found["checks"] if check["status"] == "error"}
     assert told.keys() == {"disk, cache", "disk, run"} and "where 0.00 MB are free: make room" in told["disk, run"]
-    monkeypatch.setattr(doctor.os, "access", lambda *_: False)
+    monkeypatch.setattr(doctor, "os", SimpleNamespace(access=lambda *_: False, W_OK=2, cpu_count=lambda: 2))
     assert "can't be written; set OPD_CACHE" in str(examined("--no-measure", status=1))
 
 
@@ -167,7 +162,7 @@ def test_estimates_by_hand(place: Path) -> None:
     parameters = sum(tensor.numel() for tensor in student.values())
     assert sizes["student"] == Sizes(parameters, Path("student/model.safetensors").stat().st_size)
     needs = memory_needs(chosen, sizes, {"student": 2, "teacher": 4}, {"student": 257, "teacher": 260})
-    assert needs["training"] == parameters * (2 + 16) + 3 * 4 * 4096 * 257
+    assert needs["training"] == parameters * (2 + 16) + 3 * 4 * 64 * 257
     assert needs["scoring"] == 4000 + 4 * 1024 * 260
     disk = disk_needs(chosen, tokens, sizes)
     assert disk["cache"] == pytest.approx(tokens["scores"] * (12 + 2.2 * 128))
