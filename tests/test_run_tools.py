@@ -187,7 +187,7 @@ def test_a_response_is_shown_unit_by_unit(runs: Path) -> None:
     assert [len(unit["teacher_candidates"] or []) for unit in found["units"]] == own["cand_id"].list.len().to_list()
     for by in ("gap", "advantage"):
         output = told("inspect", "runs/a/round-0", "--response", name, "--by", by)
-        assert f"coloured by {by}" in output and "the teacher's" in output and name in output
+        assert f"coloured by {by}" in output and name in output and output.count("1:1") >= 1
     wrong = " ".join(told("inspect", "a", "--response", "r9", status=2).split())
     assert "a has none of that name; there are 8, such as 'e0-" in wrong
 
@@ -337,7 +337,8 @@ def test_what_the_hub_is_asked(runs: Path, hub: type[Hub]) -> None:
     told("push", "runs/a/round-0/checkpoint", "hf://user/name", "--private")
     asked = dict(hub.seen)
     made = asked["/api/repos/create"]
-    assert (made["name"], made["organization"], made["private"]) == ("name", "user", True)
+    assert (made["name"], made["organization"]) == ("name", "user")
+    assert made.get("private") or made["visibility"] == "private"
     header, *files = asked["/api/models/user/name/commit/main"]
     sent = {
         file["value"]["path"]: base64.b64decode(file["value"]["content"]) for file in files if file["key"] == "file"

@@ -41,6 +41,8 @@ STEPS = ("answers", "rollouts", "scores", "units", "policy", "weights")
 FULL = 4.0
 """Nats at which a unit's colour is full."""
 CANDIDATES = 4
+WIDE = 110
+"""Columns of a terminal from which on all figures of a unit have room."""
 
 
 def main(
@@ -378,28 +380,22 @@ def _print_response(found: dict[str, Any], by: str) -> None:
     )
     console.out.print(f"{colours}{FULL:g} nats, grey what isn't compared\n", soft_wrap=True)
     console.out.print(Text.assemble(*((unit["text"], style(unit, by)) for unit in units)), soft_wrap=True)
+    told = (
+        _NUMBERS
+        if console.out.width >= WIDE
+        else {name: _NUMBERS[name] for name in ("student_logp", "teacher_logp", by)}
+    )
+    recorded = any(unit["student_candidates"] for unit in units)
     table = Table()
-    for heading in (
-        "unit",
-        "kind",
-        "text",
-        "student",
-        "teacher",
-        "gap",
-        "advantage",
-        "weight",
-        "the teacher's",
-        "the student's",
-    ):
-        table.add_column(heading, justify="right" if heading in ("unit", *_NUMBERS.values()) else "left")
+    for heading in ("unit", "kind", "text", *told.values(), "teacher says", *(["student says"] if recorded else [])):
+        table.add_column(heading, justify="right" if heading in ("unit", *told.values()) else "left", overflow="fold")
     for unit in units:
-        numbers = ("" if unit.get(name) is None else f"{unit[name]:.2f}" for name in _NUMBERS)
-        theirs = [
-            f"{_visible(one['text'])} {_share(one['logp'])}" for one in (unit["teacher_candidates"] or ())[:CANDIDATES]
-        ]
-        own = [_visible(one["text"]) for one in (unit["student_candidates"] or ())[:CANDIDATES]]
+        numbers = ("" if unit.get(name) is None else f"{unit[name]:.2f}" for name in told)
+        theirs = (unit["teacher_candidates"] or ())[:CANDIDATES]
+        said = Text(", ".join(f"{_visible(one['text'])} {100 * math.exp(one['logp']):.0f} %" for one in theirs))
+        own = Text(", ".join(_visible(one["text"]) for one in (unit["student_candidates"] or ())[:CANDIDATES]))
         text = Text(_visible(unit["text"]), style(unit, by))
-        table.add_row(str(unit["unit"]), unit["kind"], text, *numbers, Text(", ".join(theirs)), Text(", ".join(own)))
+        table.add_row(str(unit["unit"]), unit["kind"], text, *numbers, said, *([own] if recorded else []))
     console.out.print(table)
 
 
@@ -428,10 +424,6 @@ def style(unit: dict[str, Any], by: str) -> str:
 def _visible(text: str) -> str:
     """A unit's text with its spaces and line ends in sight."""
     return text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣") if text.strip() != text else text
-
-
-def _share(logp: float) -> str:
-    return f"{100 * math.exp(logp):.0f} %"
 
 
 if __name__ == "__main__":
