@@ -113,6 +113,9 @@ class RunSummary(Signed):
     run: str
     before: dict[str, Any]
     after: dict[str, Any]
+    measured: list[dict[str, Any]] = Field(
+        description="of every checkpoint that was evaluated, in order: these two too"
+    )
     sft: dict[str, Any] | None
     fixed: int | None
     broken: int | None

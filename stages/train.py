@@ -60,8 +60,7 @@ def main(
         outcome, last = train(job, detail, workers, parallel)
         if rank():
             return
-        card = model_card(run, round_index, job.student, job.shards, part.metrics)
-        publish_checkpoint(job, card, f"{run.config.run} round {round_index}")
+        publish_checkpoint(job, model_card(run, round_index), f"{run.config.run} round {round_index}")
         for number in range(round_index):  # what this round began with is of no more use than to begin it anew
             drop_states(run.phase(f"round-{number}").states)
     if last:

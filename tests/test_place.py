@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import small
 import tiny
+import whole_run
+from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 from pipeline.models import ModelRef, load_model
@@ -216,6 +218,42 @@ def test_verify_reads_all_that_a_run_holds(place: Path) -> None:
         problem = [found for file in held(Path("runs/a")) if (found := damage(file))]
         assert len(problem) == 1 and "round-0/checkpoint" in problem[0] if "checkpoint/" in name else problem, name
         path.write_bytes(good)
+
+
+def test_every_round_is_measured_where_asked_and_its_card_tells(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Through the hub's own reader of cards; what a checkpoint is identified by stays."""
+    where = small.written(evaluate={"every_round": True})
+    run = open_run(where)
+    assert run.checkpoints == (0, 1, 2)
+    assert [phase.name for phase in run.phases] == ["eval-0", "round-0", "eval-1", "round-1", "eval-2"]
+    first = Path("runs/a/round-0/checkpoint/README.md")
+    assert "not evaluated" in first.read_text() and "model-index" not in first.read_text()
+    Path("student/README.md").write_text("---\nlicense: apache-2.0\n---\n# A student\n")
+    whole_run.measured(run, {1}, where)
+    diagnostics.main("eval-1", where)
+    report.main(where)
+    found = [json.loads(Path(f"runs/a/eval-{checkpoint}/result.json").read_text()) for checkpoint in run.checkpoints]
+    summary = json.loads(Path("runs/a/summary.json").read_text())
+    assert [each["reverse_kl"] for each in summary["measured"]] == [each["reverse_kl"] for each in found]
+    for number, result in enumerate(found[1:]):
+        folder = run.checkpoint(number)
+        card = ModelCard.load(folder / "README.md")
+        told = {one.metric_type: one for one in card.data.eval_results}
+        for metric in ("accuracy", "reverse_kl"):
+            assert told[metric].metric_value == result[metric] and told[metric].dataset_split == "test"
+            assert told[metric].metric_args["interval_95"] == result[f"{metric}_95"]
+        about = card.data.to_dict()
+        assert about["license"] == "apache-2.0" and "base_model" not in about and about["model-index"][0]["name"] == "a"
+        kl, (low, high) = result["reverse_kl"], result["reverse_kl_95"]
+        assert f"{kl:.3f} ({low:.3f} to {high:.3f})" in card.text and '{"role": "user"' not in card.text
+        assert "In each of 2 rounds the student answered 8 prompts" in card.text and "Undefined" not in card.text
+        assert damage(folder.with_suffix(".json")) is None
+    capsys.readouterr()
+    report.print_summary(run)
+    curve = ", ".join(f"{checkpoint}: {result['reverse_kl']:.3f}" for checkpoint, result in enumerate(found))
+    assert f"reverse KL, nats, by checkpoint: {curve}" in capsys.readouterr().err
 
 
 def test_answers_of_another_checkpoint_are_not_reported(place: Path) -> None:

@@ -185,15 +185,20 @@ class Run:
 
     @property
     def checkpoints(self) -> tuple[int | str, ...]:
-        """The checkpoints that are evaluated: before, with `sft` after that, and after the last round."""
-        return (*(["base"] if self.config.sft.prompts else []), 0, self.config.rollouts.rounds)
+        """The checkpoints that are evaluated: before, with `sft` after that, and after the last round, or every one."""
+        last = self.config.rollouts.rounds
+        after = range(1 if self.config.evaluate.every_round else last, last + 1)
+        return (*(["base"] if self.config.sft.prompts else []), 0, *after)
 
     @cached_property
     def phases(self) -> list["Phase"]:
         """The phases that have tables, in the order of the run."""
-        *before, after = (self.phase(f"eval-{checkpoint}") for checkpoint in self.checkpoints)
-        trained = [phase for number in self.rounds for phase in self.trained_on(number)]
-        return [phase for phase in (*before, *trained, after) if len(phase)]
+        evaluated = [self.phase(f"eval-{checkpoint}") for checkpoint in self.checkpoints]
+        found = [phase for phase in evaluated if phase.number <= 0]
+        for number in self.rounds:
+            found += self.trained_on(number)
+            found += [phase for phase in evaluated if phase.number == number + 1]
+        return [phase for phase in found if len(phase)]
 
     def trained_on(self, round_index: int) -> list["Phase"]:
         """The phases that a round trains on: its own, and the rounds before it that it replays."""
