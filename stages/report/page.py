@@ -26,7 +26,7 @@ from stages.report.disagreements import Read, compared, disagreements, responses
 from stages.report.lineage import lineage
 from stages.report.verdict import endings, reason, verdict, visible
 from stages.run import console
-from stages.run.card import counts
+from stages.run.card import counts, write_cards
 from stages.run.context import DEFAULT_CONFIG, ConfigOption, tuning, vocabulary
 from stages.run.results import read_diagnostics, read_evaluation, steps_of, timings
 from stages.run.run import Run, command, config_text, open_run
@@ -77,9 +77,8 @@ def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
     )
     write_text(run.root / "report.html", page)
     write_record(run.root / "summary.json", RunSummary(decided=run.decided, **summary))
-    if (
-        not config.train.keep_last_state
-    ):  # every job before this one is done, and none will be asked for what it ended with
+    write_cards(run, summary)
+    if not config.train.keep_last_state:  # no job that is to come asks for it
         drop_states(run.phase(f"round-{run.rounds[-1]}").states)
     console.say(f"report: {run.root / 'report.html'}")
 
@@ -118,6 +117,7 @@ def summarise(run: Run, results: Sequence[dict[str, Any]], answers: Sequence[pl.
         "run": run.config.run,
         "before": results[0],
         "after": results[-1],
+        "measured": list(results),
         "sft": sft(run, results[1]) if run.config.sft.prompts else None,
         "fixed": int((~pairs["right"] & pairs["right_after"]).sum()) if greedy else None,
         "broken": int((pairs["right"] & ~pairs["right_after"]).sum()) if greedy else None,
@@ -179,7 +179,7 @@ def sft(run: Run, result: dict[str, Any]) -> dict[str, Any]:
     )
     return {
         "after": result,
-        **counts([place.rollouts for place in phase]),
+        **counts([place.rollouts.manifest for place in phase]),
         "steps": len(steps),
         "cross_entropy": epochs.sort("epoch")["loss"].to_list(),
         "checkpoint": str(phase.checkpoint),
@@ -285,6 +285,20 @@ def evaluations(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {"before": summary["before"], **tuned, "after": summary["after"]}
 
 
+def by_round(run: Run, summary: dict[str, Any]) -> None:
+    """Accuracy and KL of every checkpoint, where more were evaluated than the ends."""
+    if not run.config.evaluate.every_round:
+        return
+    for name, label, digits in (("accuracy", "accuracy", "{:.1%}"), ("reverse_kl", "reverse KL, nats", "{:.3f}")):
+        told = [
+            f"{checkpoint}: {digits.format(result[name])}"
+            for checkpoint, result in zip(run.checkpoints, summary["measured"], strict=True)
+            if result[name] is not None
+        ]
+        if told:
+            console.say(f"{label}, by checkpoint: {', '.join(told)}")
+
+
 def print_summary(run: Run) -> None:
     """Before and after, and where the results are, on the terminal."""
     path = run.root / "summary.json"
@@ -307,6 +321,7 @@ def print_summary(run: Run) -> None:
     table.add_row("on-policy reverse KL, nats per token", *map(nats, ends.values()))
     table.add_row("answers that stop", *(f"{100 * result['stopped']:.0f} %" for result in ends.values()))
     console.console.print(table)
+    by_round(run, summary)
     if summary["fixed"] is not None:
         console.say(f"{summary['fixed']} answers fixed, {summary['broken']} broken")
     by_origin = ", ".join(f"{count:,} {origin}" for origin, count in summary["teacher_tokens"].items())
