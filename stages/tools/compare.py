@@ -22,7 +22,7 @@ from stages.run import console
 from stages.run.results import read_evaluation, stage_seconds
 from stages.run.run import Phase, Run, command
 from stages.tools.cli import STAGES
-from stages.tools.folders import RunsArgument, files_of, megabytes, open_folder, places
+from stages.tools.folders import RunsArgument, files_of, megabytes, open_folder, opened, places
 
 NAMES = ("run", "cache", "cache_remote")
 """Keys that say where things lie, not what they are."""
@@ -91,10 +91,10 @@ def main(runs: RunsArgument, as_json: Annotated[bool, typer.Option("--json", hel
     """
     if len(runs) < 2:
         raise OpdError(f"{runs[0]}: one run; give two or more to compare")
-    opened = [open_folder(path) for path in runs]
-    names = [run.config.run for run in opened]
+    given = [open_folder(path) for path in runs]
+    names = [run.config.run for run in given]
     sides = [
-        Side(name if names.count(name) == 1 else str(run.root), run) for name, run in zip(names, opened, strict=True)
+        Side(name if names.count(name) == 1 else str(run.root), run) for name, run in zip(names, given, strict=True)
     ]
     config = differing([side.run.config.model_dump(mode="json", exclude=set(NAMES)) for side in sides])
     figures = [side.figures() for side in sides]
@@ -169,7 +169,12 @@ def measured_otherwise(first: Phase, second: Phase) -> str | None:
 def kl_of(phase: Phase, answers: pl.DataFrame) -> pl.DataFrame:
     """`sampled_kl` of a phase by prompt, prompts named as by `items`."""
     found = pl.concat(
-        sampled_kl(*(pl.DataFrame(shard.read()) for shard in (place.rollouts, place.units, place.weights)))
+        sampled_kl(
+            *(
+                pl.DataFrame(shard.read())
+                for shard in (opened(place, table) for table in ("rollouts", "units", "weights"))
+            )
+        )
         for place in places(phase, "weights")
     )
     own = answers.filter(pl.col("set") == answers["set"][0])
