@@ -26,7 +26,7 @@ from stages.tools.folders import RunsArgument, files_of, megabytes, open_folder,
 
 NAMES = ("run", "cache", "cache_remote")
 """Keys that say where things lie, not what they are."""
-JUDGED_BY = {"samples", "temperature", "top_p"}
+JUDGED_BY = {"temperature", "top_p"}
 """Fields of an evaluation that two must share beside the scorer's own, so that their accuracies mean the same."""
 
 
@@ -126,7 +126,7 @@ def tested(first: Side, second: Side) -> list[dict[str, Any]]:
                 items(answers.filter(set=name)), items(others.filter(set=name)), first.run.config.seed
             )
         )
-        found.append({**who, **about, "of": "accuracy", "set": name, "samples": one.samples, **result})
+        found.append({**who, **about, "of": "accuracy", "set": name, "samples": [one.samples, other.samples], **result})
     kl: dict[str, Any]
     try:
         problem = measured_otherwise(here, there)
@@ -254,7 +254,7 @@ def in_words(test: dict[str, Any]) -> str:
     here, there = test["items"]
     same = f"{test['common']} items of both" if test["paired"] else f"other items, {here} and {there}"
     if test["paired"] and test["common"] < max(here, there):
-        same += f" ({here} and {there})"
+        same += f", which have {here} and {there}"
     elif not test["paired"] and test["common"]:
         same += f", of which {test['common']} are the same"
     if test["of"] == "sampled_kl":
@@ -270,7 +270,13 @@ def in_words(test: dict[str, Any]) -> str:
     if test["gained"] is not None:
         only = f"{test['gained']} right only in {test['second']}, {test['lost']} only in {test['first']}"
         return f"{line}, {only}; McNemar, exact)"
-    how = f"signs flipped by item, {test['samples']} answers each" if test["paired"] else "by relabelling"
+    one, other = test["samples"]
+    alike = f"signs flipped by item, {one} answers each"
+    how = (
+        (alike if one == other else f"items swapped, {other} and {one} answers each")
+        if test["paired"]
+        else "relabelled"
+    )
     return f"{line}; {how})"
 
 
