@@ -27,7 +27,7 @@ from stages.run.training import (
     train,
 )
 from train import recipes
-from train.checkpoint import newest_state, states
+from train.checkpoint import forget, newest_state, states
 from train.distributed import rank
 
 
@@ -64,7 +64,7 @@ def main(
         publish_checkpoint(job, card, f"{run.config.run} round {round_index}")
         for number in range(round_index):  # what this round began with is of no more use than to begin it anew
             for path in states(run.phase(f"round-{number}").states):
-                path.unlink(missing_ok=True)
+                forget(path)
     if last:
         console.say(f"round-{round_index} train: {nats(last)}, in {part.checkpoint}")
     if reason := ended(config, round_index, outcome):
