@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
-from schemas.config import SFT_OPTIMISER, TRAIN_OPERATION, Config, Judged, Section
+from schemas.config import SFT_OPTIMISER, TRAIN_OPERATION, Config, Evaluate, Judged, Section
 from schemas.config.section import variants
 
 Part = TypeVar("Part", bound=Section)
@@ -164,7 +164,13 @@ STAGES: dict[str, Keys] = {
     + _conversed("student")
     + _on_engine("student")
     + Keys(
-        ("evaluate", "prompts.source", "rollouts.max_new_tokens", "seed"),
+        (
+            # Whether a checkpoint is measured changes nothing of how.
+            *(f"evaluate.{key}" for key in Evaluate.model_fields if key != "every_round"),
+            "prompts.source",
+            "rollouts.max_new_tokens",
+            "seed",
+        ),
         ("rollouts.batch_size", "train.batch_size", "train.micro_batch_tokens"),
     ),
     "report": Keys(tuple(name for name in Config.model_fields if name not in ("cache", "cache_remote"))),

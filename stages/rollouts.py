@@ -13,6 +13,7 @@ from stages.run.context import (
     open_prompts,
     policy,
 )
+from stages.run.room import check_room, shard_bytes
 from stages.run.run import open_run
 
 
@@ -49,6 +50,7 @@ def main(
     }
     inputs, origin = {"prompts": prompts.shard.manifest.sha256}, {"student": student.ref.source}
     longest = max(map(len, ids)) + options.longest
+    check_room(place.phase.folder, shard_bytes(place, "rollouts", len(wanted)), f"{phase} rollouts")
     with (
         open_sampler(student, longest, options.batch_size, console.say) as sampler,
         console.progress(f"{phase} rollouts", len(wanted), "responses") as advance,

@@ -41,14 +41,14 @@ class Tensors(Mapping[str, torch.Tensor]):
     def __init__(self, path: Path) -> None:
         """Open the files. Raises one of DAMAGE when some are missing, cut, or have no header of ours."""
         self._headers: list[tuple[Any, dict[str, str]]] = []
-        self._where: dict[str, list[tuple[Any, list[int] | None]]] = {}
+        self._where: dict[str, list[tuple[Any, list[int]]]] = {}
         for file in _files(path):
             opened = safe_open(file, "pt")
             header = opened.metadata() or {}
             self._headers.append((opened, header))
             begins = json.loads(header[PIECES]) if PIECES in header else {}
             for name in opened.keys():  # noqa: SIM118 - no mapping
-                self._where.setdefault(name, []).append((opened, begins[name][OFFSETS] if begins else None))
+                self._where.setdefault(name, []).append((opened, begins[name][OFFSETS] if begins else []))
         self.about: dict[str, Any] = json.loads(self._headers[0][1]["opd"])
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -267,6 +267,12 @@ def forget_states(folder: Path, identity: dict[str, Any], step: int, keep: int) 
             forget(path)
     for leftover in folder.glob(".state-*.tmp"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
+def drop_states(folder: Path) -> None:
+    """Remove every state in a folder."""
+    for path in states(folder):
+        forget(path)
 
 
 def trained(model: Any, tensors: Mapping[str, torch.Tensor], settings: Train) -> Any:

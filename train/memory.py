@@ -75,6 +75,6 @@ def needs(model: Any, settings: Train, longest: int, parts: int = 1) -> Needs:
 def body(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Last hidden states, with or without padding as the model is set."""
     if packed(model):
-        return packed_body(model, ids, mask)
+        return packed_body(model, ids, mask)[0]
     hidden: torch.Tensor = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     return hidden

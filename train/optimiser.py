@@ -53,7 +53,7 @@ class MasterAdamW:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Masters, moments, step count and average by name, as they lie here; `load` takes them back bit for bit, whole."""
-        out = {}
+        out: dict[str, torch.Tensor] = {}
         for name, master in self._masters.items():
             kept = {"master": master, **self._adam.state.get(master, {})}
             if self._average:

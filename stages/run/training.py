@@ -24,6 +24,7 @@ from schemas.config import Config
 from schemas.outcome import Outcome
 from stages.run import console
 from stages.run.context import prepared
+from stages.run.room import check_room, training_bytes
 from stages.run.run import Phase
 from train.adapters import attach
 from train.checkpoint import export, final_state, trained
@@ -108,6 +109,9 @@ def train(
         console.say(f"{job.phase.name} train: micro-batches are padded, for {why}")
     if recomputes(job, model, parallel):
         recompute(model)
+    if rank() == 0:
+        needed = training_bytes(model, config.train, progress.budget, job.phase.states)
+        check_room(job.phase.folder, needed, f"{job.phase.name} train")
     if parallel is Parallel.fsdp:
         shard(model)
     about = run.config.model_dump(mode="json")
@@ -160,6 +164,8 @@ def recomputes(job: Training, model: Any, parallel: Parallel) -> bool:
     takes = {on: found.total(on) for on in (False, True)}
     chosen = wanted if isinstance(wanted, bool) else takes[False] > FREE_SHARE * left and bool(layers(model))
     chosen = bool(gather([chosen]).any())  # ranks may see other figures
+    if rank():
+        return chosen
     name, free_gb = f"{job.phase.name} train", f"{left / 1e9:.1f} GB are free"
     if takes[chosen] > left:
         console.warn(
@@ -167,7 +173,7 @@ def recomputes(job: Training, model: Any, parallel: Parallel) -> bool:
             f"the optimiser's), and {free_gb}; lower train.micro_batch_tokens, train adapters (train.lora), or spread the "
             "model over more ranks (--parallel fsdp)"
         )
-    elif chosen and not isinstance(wanted, bool) and rank() == 0:
+    elif chosen and not isinstance(wanted, bool):
         console.say(
             f"{name}: layers are computed again in backward: about {takes[True] / 1e9:.1f} GB beside the weights, where "
             f"{takes[False] / 1e9:.1f} would be without and {free_gb}"
@@ -188,7 +194,10 @@ def publish_checkpoint(job: Training, card: str, source: str) -> None:
         model = model.to(getattr(torch, dtype))  # as the source has it, whatever it was trained in
     teacher = prepared(job.phase.run, "teacher", weights=False)
     ref = export(model, job.student.tokenizer, job.phase.checkpoint, card, source, teacher.origin)
-    write_record(job.phase.checkpoint.with_suffix(".json"), ref.model_copy(update={"decided": job.phase.run.decided}))
+    run = job.phase.run
+    phases = [job.phase] if job.phase.kind == "sft" else run.trained_on(job.phase.number)
+    told = {"decided": run.decided, "trained_on": {phase.name: phase.trained_shards() for phase in phases}}
+    write_record(job.phase.checkpoint.with_suffix(".json"), ref.model_copy(update=told))
 
 
 @contextmanager

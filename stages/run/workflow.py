@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,18 @@ OWN_CODE_KEYS = (("prompts", "source"), ("evaluate", "scorer"), ("objective", "r
 def reads(run: Run, stage: str) -> Callable[[Any], str]:
     """A rule's parameter: the digest of what of the config decides the stage's result, by the rule's wildcards.
 
-    Functions of the user's own that it names count by their source.
+    Functions of the user's own that it names count by their source. The thousands of shards of a phase have the same.
     """
+
+    @cache
+    def told(named: str, phase: str) -> str:
+        values = decided(run.config, named, phase)
+        return digest([values, {code: own_code.source_digest(code) for code in own_code_in(values)}])
 
     def of(wildcards: Any) -> str:
         named = f"{stage} {wildcards.role}" if stage == "models" else stage
         checkpoint = getattr(wildcards, "checkpoint", None)
-        phase = getattr(wildcards, "phase", "") if checkpoint is None else f"eval-{checkpoint}"
-        values = decided(run.config, named, phase)
-        return digest([values, {code: own_code.source_digest(code) for code in own_code_in(values)}])
+        return told(named, getattr(wildcards, "phase", "") if checkpoint is None else f"eval-{checkpoint}")
 
     return of
 
@@ -107,6 +111,11 @@ def sampled_phases(run: Run) -> str:
 def scored_phases(run: Run) -> str:
     """Pattern of the phases that the teacher scores."""
     return rf"(?!({reused_phases(run, True)})\b)(round-\d+|eval-(base|\d+))"
+
+
+def caption(name: str) -> str:
+    """The file that says in Snakemake's own report (`snakemake --report`) what an output is."""
+    return str(Path(__file__).parents[1] / "report" / f"{name}.rst")
 
 
 def hold(run: Run) -> FileLock:
