@@ -23,6 +23,7 @@ from stages.run.run import run_of, write_config
 from stages.run.terminal import take_over
 from stages.run.workflow import (
     hold,
+    keep_results,
     local_files,
     policy,
     reads,
@@ -535,6 +536,8 @@ onstart:
     global held
     try:
         held = hold(RUN)
+        if replaced := keep_results(RUN):
+            console.warn(replaced)
         write_config(RUN)
     except OpdError as error:
         sys.exit(f"error: {error}")
