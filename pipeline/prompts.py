@@ -72,6 +72,12 @@ def collect(config: Prompts, seed: int) -> pa.Table:
     return pa.table(columns).select(arrow_schema("prompts").names).cast(arrow_schema("prompts"))
 
 
+def count(source: PromptSource) -> int:
+    """How many different prompts a source without options holds, which ends by itself. Raises OpdError as `collect` does."""
+    rows = kind_of(source.source).rows(source.source, source.options, 0, 0)
+    return sum(1 for _ in _distinct(enumerate(rows), source))
+
+
 def collect_also(sets: Mapping[str, HeldOut], seed: int) -> pa.Table:
     """Draw the prompts of `evaluate.also`, each set as `collect` draws a `train` split.
 
@@ -93,7 +99,7 @@ def collect_also(sets: Mapping[str, HeldOut], seed: int) -> pa.Table:
     return pa.concat_tables(table.cast(arrow_schema("prompts")) for table in tables)
 
 
-def _distinct(rows: Iterable[tuple[int, Row]], config: Prompts) -> Iterator[tuple[int, Row]]:
+def _distinct(rows: Iterable[tuple[int, Row]], config: PromptSource) -> Iterator[tuple[int, Row]]:
     """Of rows that ask the same, the first."""
     seen: set[bytes] = set()
     for number, row in rows:
@@ -121,13 +127,13 @@ def _table(rows: Iterator[tuple[int, Row]], config: Prompts) -> pa.Table:
     return pa.concat_tables(tables)
 
 
-def _asked(row: Row, number: int, config: Prompts) -> Asked:
+def _asked(row: Row, number: int, config: PromptSource) -> Asked:
     field = _prompt_field(row, number, config)
     where = f"prompts: {config.source}, row {number}, field {field!r}"
     return asked(row[field], row.get(config.tools_field) if config.tools_field else None, where)
 
 
-def _prompt_field(row: Row, number: int, config: Prompts) -> str:
+def _prompt_field(row: Row, number: int, config: PromptSource) -> str:
     """The field that holds the question: the configured one, or where it is `prompt` and not there, that of a conversation."""
     if row.get(config.prompt_field) is None and config.prompt_field == "prompt":
         for name in CONVERSATION_FIELDS:
@@ -138,7 +144,7 @@ def _prompt_field(row: Row, number: int, config: Prompts) -> str:
     return config.prompt_field
 
 
-def _no_field(field: str, row: Row, number: int, config: Prompts) -> OpdError:
+def _no_field(field: str, row: Row, number: int, config: PromptSource) -> OpdError:
     return OpdError(
         f"prompts: {config.source}, row {number}: has no field {field!r}; it has {listed(row)} "
         "(set prompts.prompt_field and prompts.answer_field)"

@@ -90,6 +90,7 @@ STAGES: dict[str, Keys] = {
             *(f"sft.{key}" for key in ("prompts", "samples", "temperature", "top_p")),
             "rollouts.max_new_tokens",
             "rollouts.shard_size",
+            "rollouts.shard_tokens",
         ),
         ("teacher.revision", "rollouts.batch_size", "cache_remote"),
     ),
@@ -120,6 +121,7 @@ STAGES: dict[str, Keys] = {
             "rollouts.top_p",
             "rollouts.top_k",
             "rollouts.shard_size",
+            "rollouts.shard_tokens",
         ),
         ("rollouts.batch_size",),
     ),
@@ -190,15 +192,15 @@ def keys(stage: str, phase: str = "") -> Keys:
 def settings(config: Config, stage: str, phase: str = "") -> Config:
     """The config as a stage sees it: only keys that it has declared are there, any other is an AttributeError."""
     declared = keys(stage, phase)
-    return _only(_of_phase(config, phase), {*declared.decide, *declared.operate})
+    return _only(of_phase(config, phase), {*declared.decide, *declared.operate})
 
 
 def decided(config: Config, stage: str, phase: str = "") -> dict[str, Any]:
     """The JSON-able values that decide a stage's result, nested like the config."""
-    return _only(_of_phase(config, phase), set(keys(stage, phase).decide)).model_dump(mode="json", warnings=False)
+    return _only(of_phase(config, phase), set(keys(stage, phase).decide)).model_dump(mode="json", warnings=False)
 
 
-def _of_phase(config: Config, phase: str) -> Config:
+def of_phase(config: Config, phase: str) -> Config:
     """The config with one horizon, that of the round which the phase's rollouts are of; of evaluation the longest."""
     options, numbers = config.rollouts, re.findall(r"\d{1,9}", phase)
     if phase.startswith("eval"):

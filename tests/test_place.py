@@ -16,6 +16,7 @@ import whole_run
 from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
+from pipeline.models import ModelRef, load_model
 from pipeline.store.shards import HOST, METADATA_KEY, file_digest, manifest_path, open_shard, open_writer, read_manifest
 from schemas.errors import OpdError
 from schemas.manifest import Manifest, place_of
@@ -23,9 +24,12 @@ from schemas.records import RunSummary, Weighed
 from schemas.tables import TABLES, arrow_schema
 from stages import coverage, diagnostics, evaluate, models, policy, prompts, rollouts, scores, train, units, weights
 from stages.report import page as report
+from stages.run import room
+from stages.run.room import shard_bytes, training_bytes
 from stages.run.run import open_run
 from stages.run.workflow import keep_results
 from stages.tools.cache import app, damage, held
+from train.checkpoint import states
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +125,8 @@ def test_a_manifest_that_is_none_is_one_line(place: Path, text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+NO_KL = {"evaluate": {"kl_items": 0}}
+"""Evaluation reads the checkpoint alone."""
 STALE: list[tuple[dict[str, Any], Callable[[Path], None], str]] = [
     ({"rollouts": {"temperature": 0.5}}, lambda c: scores.main("round-0", 0, c), "rollouts.temperature: expected 0.5"),
     ({"rollouts": {"temperature": 0.5}}, lambda c: units.main("round-0", 0, c), "rollouts.temperature: expected 0.5"),
@@ -134,6 +140,9 @@ STALE: list[tuple[dict[str, Any], Callable[[Path], None], str]] = [
     ({"teacher": {"stop": ["12"]}}, lambda c: units.main("round-0", 0, c), "teacher.stop"),
     ({"train": {"learning_rate": 0.5}}, lambda c: evaluate.main("2", c), "train.learning_rate: expected 0.5"),
     ({"weights": {"scheme": "signed"}}, lambda c: train.main(0, c), "weights.scheme: expected 'signed'"),
+    (NO_KL | {"weights": {"scheme": "signed"}}, lambda c: evaluate.main("2", c), "weights.scheme: expected 'signed'"),
+    (NO_KL | {"scores": {"k_max": 4}}, lambda c: evaluate.main("2", c), "scores.k_max: expected 4, found 8"),
+    (NO_KL | {"rollouts": {"temperature": 0.5}}, lambda c: evaluate.main("2", c), "rollouts.temperature: expected 0.5"),
     ({"coverage": {"min_compared": 0.1}}, lambda c: diagnostics.main("round-0", c), "coverage.min_compared"),
     ({"evaluate": {"samples": 4}}, report.main, "evaluate.samples: expected 4"),
     ({"train": {"learning_rate": 0.5}}, lambda c: train.main(1, c), "train.learning_rate: expected 0.5"),
@@ -148,6 +157,18 @@ def test_a_stage_called_by_hand_after_a_change_of_the_config_refuses_what_is_sta
     with pytest.raises(OpdError, match=r"made for another config: .*; run `python -m stages\.\w+.*` again") as caught:
         read(where)
     assert named in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_other_weights_than_lie_there_is_refused(place: Path) -> None:
+    """Weighed anew for another config, and the round not trained again."""
+    where = small.written(weights={"scheme": "signed"}, **NO_KL)
+    for phase in ("round-0", "round-1"):
+        weights.main(phase, where)
+    with pytest.raises(
+        OpdError, match=r"checkpoint\.json: not trained on the weights that lie in runs/a/round-1; run `"
+    ) as caught:
+        evaluate.main("2", where)
+    assert "python -m stages.train --round 1" in str(caught.value)
 
 
 def test_prompts_and_policies_that_were_made_anew_make_their_rollouts_stale(place: Path, made: Path) -> None:
@@ -335,3 +356,46 @@ def test_finished_rounds_keep_no_state_and_a_stale_round_is_trained_again_to_the
     train.main(1, small.written())
     assert weights_file.read_bytes() == before and not list(round_1.glob(".checkpoint*"))
     assert not list(Path("runs/a/round-0/train").glob("state-*")) and len(list(round_1.glob("train/state-*"))) >= 1
+    report.main(small.written(train={"keep_last_state": False}))
+    assert not list(Path("runs/a").rglob("state-*"))
+
+
+def test_a_stage_says_what_it_will_write_and_stops_where_the_disk_has_less(
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path_factory: pytest.TempPathFactory,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Forecasts are those of what is there; nothing is written where they don't fit."""
+    where = small.written()
+    run = open_run(where)
+    phase = run.phase("round-1")
+    model = load_model(ModelRef.parse(phase.checkpoint.with_suffix(".json").read_text()), "float32")
+    written = sum(path.stat().st_size for path in (*states(phase.states), phase.checkpoint / "model.safetensors"))
+    nothing = tmp_path_factory.mktemp("nothing")
+    assert training_bytes(model, run.config.train, 2, nothing) == pytest.approx(written, rel=0.15)
+    assert training_bytes(model, run.config.train, 9, nothing) == pytest.approx(
+        written * 1.45, rel=0.15
+    )  # one state more
+    for table in ("rollouts", "scores"):
+        assert 0.5 < shard_bytes(phase[1], table, 4) / phase[1].path(table).stat().st_size < 2
+        assert shard_bytes(phase[1], table, 400) == 100 * shard_bytes(phase[1], table, 4)
+    for path in states(phase.states):
+        path.unlink()
+    monkeypatch.setattr(room, "SAID", 0)
+    monkeypatch.setenv("OPD_CACHE", str(nothing))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
+    before = {path: path.lstat().st_mtime_ns for path in run.root.rglob("*") if path.is_file()}
+    for stage in (
+        lambda: rollouts.main("round-1", 0, where),
+        lambda: scores.main("round-1", 0, where),
+        lambda: train.main(1, where),
+    ):
+        with pytest.raises(
+            OpdError, match=r"round-[01] \w+ takes about [\d.]+ MB, and the disk has 0\.0 MB left; make room"
+        ):
+            stage()
+    assert before == {path: path.lstat().st_mtime_ns for path in before} and not list(nothing.glob("scores/*.parquet"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 10**9))
+    rollouts.main("round-1", 0, where)
+    assert "round-1 rollouts: will write about 0.0 MB" in capsys.readouterr().err

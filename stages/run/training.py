@@ -22,6 +22,7 @@ from schemas.config import Config
 from schemas.outcome import Outcome
 from stages.run import console
 from stages.run.context import prepared
+from stages.run.room import check_room, training_bytes
 from stages.run.run import Phase
 from train.adapters import attach
 from train.checkpoint import export, final_state, trained
@@ -105,6 +106,9 @@ def train(
         console.say(f"{job.phase.name} train: micro-batches are padded, for {why}")
     if config.train.gradient_checkpointing:
         recompute(model)
+    if rank() == 0:
+        needed = training_bytes(model, config.train, progress.budget, job.phase.states)
+        check_room(job.phase.folder, needed, f"{job.phase.name} train")
     if parallel is Parallel.fsdp:
         shard(model)
     about = run.config.model_dump(mode="json")
@@ -157,7 +161,10 @@ def publish_checkpoint(job: Training, card: str, source: str) -> None:
         model = model.to(getattr(torch, dtype))  # as the source has it, whatever it was trained in
     teacher = prepared(job.phase.run, "teacher", weights=False)
     ref = export(model, job.student.tokenizer, job.phase.checkpoint, card, source, teacher.origin)
-    write_record(job.phase.checkpoint.with_suffix(".json"), ref.model_copy(update={"decided": job.phase.run.decided}))
+    run = job.phase.run
+    phases = [job.phase] if job.phase.kind == "sft" else run.trained_on(job.phase.number)
+    told = {"decided": run.decided, "trained_on": {phase.name: phase.trained_shards() for phase in phases}}
+    write_record(job.phase.checkpoint.with_suffix(".json"), ref.model_copy(update=told))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,18 @@ OWN_CODE_KEYS = (("prompts", "source"), ("evaluate", "scorer"), ("objective", "r
 def reads(run: Run, stage: str) -> Callable[[Any], str]:
     """A rule's parameter: the digest of what of the config decides the stage's result, by the rule's wildcards.
 
-    Functions of the user's own that it names count by their source.
+    Functions of the user's own that it names count by their source. The thousands of shards of a phase have the same.
     """
+
+    @cache
+    def told(named: str, phase: str) -> str:
+        values = decided(run.config, named, phase)
+        return digest([values, {code: own_code.source_digest(code) for code in own_code_in(values)}])
 
     def of(wildcards: Any) -> str:
         named = f"{stage} {wildcards.role}" if stage == "models" else stage
         checkpoint = getattr(wildcards, "checkpoint", None)
-        phase = getattr(wildcards, "phase", "") if checkpoint is None else f"eval-{checkpoint}"
-        values = decided(run.config, named, phase)
-        return digest([values, {code: own_code.source_digest(code) for code in own_code_in(values)}])
+        return told(named, getattr(wildcards, "phase", "") if checkpoint is None else f"eval-{checkpoint}")
 
     return of
 

@@ -31,7 +31,24 @@ STAGES = (
     "evaluate",
     "report",
 )
-TOOLS = ("import", "align", "support", "audit", "plan", "cache", "schema", "config", "recipes", "summary")
+TOOLS = (
+    "init",
+    "run",
+    "doctor",
+    "import",
+    "align",
+    "support",
+    "audit",
+    "plan",
+    "cache",
+    "schema",
+    "config",
+    "recipes",
+    "summary",
+    "inspect",
+    "compare",
+    "push",
+)
 PANELS = {
     **dict.fromkeys(STAGES, "Stages (the Snakefile runs them in order)"),
     **dict.fromkeys(TOOLS, "Ask"),
