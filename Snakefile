@@ -22,7 +22,9 @@ from stages.run import console
 from stages.run.run import run_of, write_config
 from stages.run.terminal import take_over
 from stages.run.workflow import (
+    caption,
     hold,
+    keep_results,
     local_files,
     policy,
     reads,
@@ -518,8 +520,8 @@ rule report:
         [RUN.policy_file(r + 1) for r in RUN.rounds],
         [phase.diagnostics for phase in RUN.phases],
     output:
-        FOLDER / "report.html",
-        FOLDER / "summary.json",
+        report(FOLDER / "report.html", caption=caption("report"), category="Report"),
+        report(FOLDER / "summary.json", caption=caption("summary"), category="Report"),
     log:
         FOLDER / "logs/report.log",
     conda:
@@ -535,6 +537,8 @@ onstart:
     global held
     try:
         held = hold(RUN)
+        if replaced := keep_results(RUN):
+            console.warn(replaced)
         write_config(RUN)
     except OpdError as error:
         sys.exit(f"error: {error}")

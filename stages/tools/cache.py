@@ -139,6 +139,7 @@ def held(folder: Path) -> Iterator[Path]:
     """
     for path in folder.rglob("*"):
         of_itself = path.suffix in (".parquet", ".origin") or path.match("state-*.safetensors")
+        of_itself |= path.match("state-*/part-*.safetensors")
         is_record = (
             path.suffix == ".json" and path.parent.name != "checkpoint" and not path.with_suffix(".parquet").exists()
         )
