@@ -22,6 +22,7 @@ from stages.run import console
 from stages.run.run import run_of, write_config
 from stages.run.terminal import take_over
 from stages.run.workflow import (
+    caption,
     hold,
     keep_results,
     local_files,
@@ -519,8 +520,8 @@ rule report:
         [RUN.policy_file(r + 1) for r in RUN.rounds],
         [phase.diagnostics for phase in RUN.phases],
     output:
-        FOLDER / "report.html",
-        FOLDER / "summary.json",
+        report(FOLDER / "report.html", caption=caption("report"), category="Report"),
+        report(FOLDER / "summary.json", caption=caption("summary"), category="Report"),
     log:
         FOLDER / "logs/report.log",
     conda:

@@ -112,6 +112,7 @@ BAD: list[tuple[str, Any, dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "damage", "changes", "message"), BAD, ids=[f"{i}-{bad[0]}" for i, bad in enumerate(BAD)]
 )

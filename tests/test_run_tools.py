@@ -26,6 +26,7 @@ from stages.tools.compare import judged_otherwise, kl_of
 from stages.tools.folders import open_folder
 from stages.tools.inspect import style
 
+pytestmark = pytest.mark.slow
 ROUND = {"rounds": 1, "prompts": 4}
 
 

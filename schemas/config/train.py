@@ -63,8 +63,10 @@ class Train(Section):
         description="train adapters instead of all weights (pip install 'offline-opd[lora]'; `{}`: with the defaults below); "
         "a round's checkpoint has them merged, the next round goes on with the same adapters; null: all weights",
     )
-    gradient_checkpointing: bool = Field(
-        False, description="compute layers again in backward instead of keeping what is in them: less memory, more time"
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        "auto",
+        description="compute layers again in backward instead of keeping what is in them: less memory, a third more compute; "
+        "auto: where the estimate of what training takes without is more than nine tenths of what is free",
     )
     save_every: int = Field(50, ge=1, description="steps between resumable states")
     keep_states: int = Field(2, ge=1, description="newest states of a round that are kept, the final one included")

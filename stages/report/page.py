@@ -201,13 +201,13 @@ def answered(before: pl.DataFrame, after: pl.DataFrame, budget: int = ANSWER_BYT
     rank = pl.when(broken).then(0).when(fixed).then(1).when(~pl.col("right")).then(2).otherwise(3)
     said = ("prompt", "reference", "response", "response_after")
     rows = both.sort(rank, maintain_order=True).select("set", *said, "right", "right_after")
-    longest = max(rows[name].str.len_chars().max() or 0 for name in said)
+    too_long = rows.select(pl.any_horizontal((pl.col(said).str.len_chars() > LONG).any())).item()
     ending = pl.when(pl.col(said).str.len_chars() > LONG).then(pl.lit("…")).otherwise(pl.lit(""))
     size = pl.sum_horizontal(pl.col(said).str.len_bytes().fill_null(0)) + 40
     kept = rows.with_columns(pl.col(said).str.head(LONG) + ending).filter(size.cum_sum() <= budget)
     return {
         "rows": [list(row) for row in kept.rows()],
-        "cut": LONG if longest > LONG else 0,
+        "cut": LONG if too_long else 0,
         "left_out": len(rows) - len(kept),
         "several": rows["set"].n_unique() > 1,
         "unjudged": bool(rows["right"].null_count() or rows["right_after"].null_count()),
