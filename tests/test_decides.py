@@ -37,6 +37,7 @@ OTHERWISE_READ = {
     },  # of a phase without a shard, and of the other kind of phase
     "weights": {"objective.recipe", "weights.alpha", "weights.prefix_share", "weights.discount", "weights.gae_lambda"},
     "diagnostics": {"teacher.model", "student.tuned_on"},
+    "evaluate": {"evaluate.kl_items", *(f"evaluate.{key}" for key in Judged.model_fields)},  # of other scorers
     "train": {"train.ema", "train.lora", "rollouts.prompts", "rollouts.samples", "rollouts.rounds", "rollouts.replay"},
 }
 """Keys that only other settings of the same stage read, or that are read where the run is laid out."""
@@ -190,6 +191,7 @@ def test_rules_and_stages_ask_for_the_same_entries() -> None:
         ("train", "weight_decay", 1.0, {"sft", "train"}),
         ("teacher", "dtype", "bfloat16", {"answers", "scores"}),
         ("evaluate", "extract", "whole", {"retokenise", "evaluate"}),
+        ("evaluate", "every_round", True, set()),
         ("sft", "temperature", 0.5, {"answers"}),
         ("sft", "right_only", True, {"retokenise"}),
         ("sft", "learning_rate", 1.0, {"sft"}),

@@ -89,9 +89,9 @@ def _sample_batch(
     uniforms = torch.from_numpy(np.stack([uniforms_of(seed, steps) for seed in seeds]))
     stop_index = torch.from_numpy(stop.astype(np.int64)).to(device)
     first = {prompt.tobytes(): at for at, prompt in reversed(list(enumerate(prompts)))}
-    read, again = np.unique([first[prompt.tobytes()] for prompt in prompts], return_inverse=True)
+    read, copies = np.unique([first[prompt.tobytes()] for prompt in prompts], return_inverse=True)
     ids, mask, cache = _start(model, [prompts[i] for i in read])
-    again = torch.from_numpy(again).to(device)
+    again = torch.from_numpy(copies).to(device)
     drawn = np.full((rows, steps), -1, np.int64)
     behavior, sampler = np.zeros((rows, steps), np.float32), np.zeros((rows, steps), np.float32)
     top_id = np.zeros((rows, steps, top_k), np.int32)
