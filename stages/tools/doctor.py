@@ -27,13 +27,13 @@ from stages.run import console
 from stages.run.context import DEFAULT_CONFIG, ThreadsOption
 from stages.run.run import Run, cache_root, run_of
 from stages.tools.folders import from_anywhere, megabytes
+from train.memory import HEAD_COPIES
+from train.policy import CHUNK_BYTES
 
 PACKAGE = "offline-opd"
 SHOWN = ("torch", "transformers", "tokenizers", "polars", "pyarrow", "snakemake")
 """Packages whose versions are worth a line."""
 STYLES = {"ok": "green", "warning": "bold yellow", "error": "bold red"}
-LOGITS = 3
-"""Copies of a micro-batch's logits that training holds at once, float32: themselves, their gradient, their log-softmax."""
 ROW, ENTRY, OTHER = 12.0, 2.2, 40.0
 """Bytes on disk of a teacher token without candidates, of a candidate (docs/cache.md), of a token's rollouts and weights."""
 TRIED, DRAWN = 16, 8
@@ -218,7 +218,7 @@ def of_config(found: Findings, config_file: Path, measure: bool, threads: int | 
 
 def extras(config: Config) -> list[str]:
     """Packages that a config needs and that aren't here; what scorers, sources and packages of models need they say."""
-    wanted = {
+    wanted: dict[str, tuple[str, str, bool]] = {
         "peft": ("train.lora", "lora", config.train.lora is not None),
         "vllm": ("engine: vllm", "vllm", "vllm" in (config.student.engine, config.teacher.engine)),
         **{name: (f"train.trackers: {name}", "trackers", True) for name in config.train.trackers},
@@ -371,11 +371,11 @@ def memory_needs(
         `train.ema`), and the logits of a micro-batch; scoring: the teacher's weights and the logits of some rows.
     """
     student = sizes["student"].parameters
-    trained = student * (4 * (4 + (config.train.ema is not None)))
+    trained: float = student * (4 * (4 + (config.train.ema is not None)))
     if config.train.lora:  # a rank-r pair per matrix: a few per cent, whatever the model
         trained *= 0.05
-    logits = LOGITS * 4 * config.train.micro_batch_tokens * vocabulary["student"]
-    found = {"training": student * each["student"] + trained + logits}
+    logits = HEAD_COPIES * min(CHUNK_BYTES, 4 * config.train.micro_batch_tokens * vocabulary["student"])
+    found: dict[str, float] = {"training": student * each["student"] + trained + logits}
     if "teacher" in sizes:
         rows = min(config.scores.batch_tokens, 1024)
         found["scoring"] = sizes["teacher"].parameters * each["teacher"] + 4 * rows * vocabulary["teacher"]
