@@ -20,7 +20,9 @@ from schemas.config.strict_yaml import read_yaml
 from schemas.errors import OpdError
 from stages.run import console
 from stages.run.run import run_of, write_config
+from stages.run.terminal import take_over
 from stages.run.workflow import (
+    caption,
     hold,
     local_files,
     policy,
@@ -56,6 +58,7 @@ CONFIG, FOLDER = RUN.config, RUN.root
 SETTINGS = f"{FOLDER}/config.yaml"  # the resolved config; no input, for its time stamp says nothing: see `reads`
 if workflow.is_main_process:
     relink(RUN.cache, FOLDER)  # the cache may have been moved since
+    TERMINAL = take_over(RUN, workflow)
 try:
     CORES = workflow.cores
 except WorkflowError:  # a cluster run without --cores: its profile sets the threads of these rules
@@ -90,7 +93,7 @@ rule prompts:
         config=SETTINGS,
         reads=reads(RUN, "prompts"),
     shell:
-        "python -m stages.prompts --config {params.config} 2>&1 | tee {log}"
+        "python -m stages.prompts --config {params.config} > {log} 2>&1"
 
 
 rule also:
@@ -109,7 +112,7 @@ rule also:
         config=SETTINGS,
         reads=reads(RUN, "also"),
     shell:
-        "python -m stages.also --config {params.config} 2>&1 | tee {log}"
+        "python -m stages.also --config {params.config} > {log} 2>&1"
 
 
 rule models:
@@ -130,7 +133,7 @@ rule models:
         reads=reads(RUN, "models"),
         prepared=lambda wildcards: wildcards.role == "student" or RUN.needs_teacher,
     shell:
-        "python -m stages.models --config {params.config} --role {wildcards.role} 2>&1 | tee {log}"
+        "python -m stages.models --config {params.config} --role {wildcards.role} > {log} 2>&1"
 
 
 # A gate before anything is sampled.
@@ -152,7 +155,7 @@ rule fit:
         config=SETTINGS,
         reads=reads(RUN, "fit"),
     shell:
-        "python -m stages.fit --config {params.config} 2>&1 | tee {log}"
+        "python -m stages.fit --config {params.config} > {log} 2>&1"
 
 
 # The teacher's answers, told in the student's tokens, and the student that they make: with `sft.prompts`, before round 0.
@@ -179,7 +182,7 @@ rule answers:
         config=SETTINGS,
         reads=reads(RUN, "answers"),
     shell:
-        "python -m stages.answers --config {params.config} --shard {wildcards.shard} --threads {threads} 2>&1 | tee {log}"
+        "python -m stages.answers --config {params.config} --shard {wildcards.shard} --threads {threads} > {log} 2>&1"
 
 
 rule retokenise:
@@ -203,7 +206,7 @@ rule retokenise:
         config=SETTINGS,
         reads=reads(RUN, "retokenise"),
     shell:
-        "python -m stages.retokenise --config {params.config} --shard {wildcards.shard} 2>&1 | tee {log}"
+        "python -m stages.retokenise --config {params.config} --shard {wildcards.shard} > {log} 2>&1"
 
 
 rule sft:
@@ -231,7 +234,7 @@ rule sft:
         reads=reads(RUN, "sft"),
     shell:
         "launcher='{resources.torchrun}'; python -m ${{launcher:+torch.distributed.run $launcher -m}} stages.sft"
-        " --config {params.config} --threads {threads} --parallel {resources.parallel} 2>&1 | tee {log}"
+        " --config {params.config} --threads {threads} --parallel {resources.parallel} > {log} 2>&1"
 
 
 rule reuse:
@@ -256,7 +259,7 @@ rule reuse:
         config=SETTINGS,
         reads=reads(RUN, "reuse"),
     shell:
-        "python -m stages.reuse --config {params.config} --phase {wildcards.phase} --shard {wildcards.shard} 2>&1 | tee {log}"
+        "python -m stages.reuse --config {params.config} --phase {wildcards.phase} --shard {wildcards.shard} > {log} 2>&1"
 
 
 # Rollouts that come without scores, from `opd import` or a run that wasn't scored.
@@ -279,7 +282,7 @@ rule take:
         config=SETTINGS,
         reads=reads(RUN, "reuse"),
     shell:
-        "python -m stages.reuse --config {params.config} --phase {wildcards.phase} --shard {wildcards.shard} 2>&1 | tee {log}"
+        "python -m stages.reuse --config {params.config} --phase {wildcards.phase} --shard {wildcards.shard} > {log} 2>&1"
 
 
 rule rollouts:
@@ -306,7 +309,7 @@ rule rollouts:
         reads=reads(RUN, "rollouts"),
     shell:
         "python -m stages.rollouts --config {params.config} --phase {wildcards.phase} --shard {wildcards.shard}"
-        " --threads {threads} 2>&1 | tee {log}"
+        " --threads {threads} > {log} 2>&1"
 
 
 rule scores:
@@ -334,7 +337,7 @@ rule scores:
         reads=reads(RUN, "scores"),
     shell:
         "python -m stages.scores --config {params.config} --phase {wildcards.phase} --shard {wildcards.shard}"
-        " --threads {threads} 2>&1 | tee {log}"
+        " --threads {threads} > {log} 2>&1"
 
 
 rule units:
@@ -355,7 +358,7 @@ rule units:
         config=SETTINGS,
         reads=reads(RUN, "units"),
     shell:
-        "python -m stages.units --config {params.config} --phase {wildcards.phase} --shard {wildcards.shard} 2>&1 | tee {log}"
+        "python -m stages.units --config {params.config} --phase {wildcards.phase} --shard {wildcards.shard} > {log} 2>&1"
 
 
 rule policy:
@@ -378,7 +381,7 @@ rule policy:
         reads=reads(RUN, "policy"),
     shell:
         "python -m stages.policy --config {params.config} --phase {wildcards.phase} --shard {wildcards.shard}"
-        " --threads {threads} 2>&1 | tee {log}"
+        " --threads {threads} > {log} 2>&1"
 
 
 # One job a phase: estimators may compare all of its responses.
@@ -397,7 +400,7 @@ rule weights:
         config=SETTINGS,
         reads=reads(RUN, "weights"),
     shell:
-        "python -m stages.weights --config {params.config} --phase {wildcards.phase} 2>&1 | tee {log}"
+        "python -m stages.weights --config {params.config} --phase {wildcards.phase} > {log} 2>&1"
 
 
 rule coverage:
@@ -416,7 +419,7 @@ rule coverage:
         config=SETTINGS,
         reads=reads(RUN, "coverage"),
     shell:
-        "python -m stages.coverage --config {params.config} --phase {wildcards.phase} 2>&1 | tee {log}"
+        "python -m stages.coverage --config {params.config} --phase {wildcards.phase} > {log} 2>&1"
 
 
 rule train:
@@ -451,7 +454,7 @@ rule train:
     shell:
         "launcher='{resources.torchrun}'; python -m ${{launcher:+torch.distributed.run $launcher -m}} stages.train"
         " --config {params.config} --round {wildcards.round} --threads {threads} --parallel {resources.parallel}"
-        " 2>&1 | tee {log}"
+        " > {log} 2>&1"
 
 
 rule diagnostics:
@@ -479,7 +482,7 @@ rule diagnostics:
         config=SETTINGS,
         reads=reads(RUN, "diagnostics"),
     shell:
-        "python -m stages.diagnostics --config {params.config} --phase {wildcards.phase} 2>&1 | tee {log}"
+        "python -m stages.diagnostics --config {params.config} --phase {wildcards.phase} > {log} 2>&1"
 
 
 rule evaluate:
@@ -507,7 +510,7 @@ rule evaluate:
         reads=reads(RUN, "evaluate"),
     shell:
         "python -m stages.evaluate --config {params.config} --checkpoint {wildcards.checkpoint} --threads {threads}"
-        " 2>&1 | tee {log}"
+        " > {log} 2>&1"
 
 
 rule report:
@@ -516,8 +519,8 @@ rule report:
         [RUN.policy_file(r + 1) for r in RUN.rounds],
         [phase.diagnostics for phase in RUN.phases],
     output:
-        FOLDER / "report.html",
-        FOLDER / "summary.json",
+        report(FOLDER / "report.html", caption=caption("report"), category="Report"),
+        report(FOLDER / "summary.json", caption=caption("summary"), category="Report"),
     log:
         FOLDER / "logs/report.log",
     conda:
@@ -526,7 +529,7 @@ rule report:
         config=SETTINGS,
         reads=reads(RUN, "report"),
     shell:
-        "python -m stages.report --config {params.config} 2>&1 | tee {log}"
+        "python -m stages.report --config {params.config} > {log} 2>&1"
 
 
 onstart:
@@ -545,6 +548,8 @@ onstart:
 onsuccess:
     from stages.report.page import print_summary
 
+    if TERMINAL:
+        TERMINAL.stop()
     if (FOLDER / "summary.json").exists():
         try:
             print_summary(RUN)

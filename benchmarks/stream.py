@@ -72,7 +72,7 @@ def row_group(rng: np.random.Generator, responses: int, length: int) -> dict[str
 
     prompts, lengths = rng.integers(PROMPT - 10, PROMPT + 11, responses), np.full(responses, length)
     same = {name: pa.array([name] * responses) for name in ("prompt_id", "answer")}
-    none = {name: pa.nulls(responses, arrow_schema("rollouts").field(name).type) for name in ("sampler_logp", "top_id")}
+    none = {field.name: pa.nulls(responses, field.type) for field in arrow_schema("rollouts") if field.nullable}
     number, one = pa.array(np.tile(np.arange(length, dtype=np.int32), responses)), pa.array(np.ones(units, np.int32))
     ids = rng.integers(0, VOCABULARY, (units, CANDIDATES), np.int32)
     ids[:, -1] = STOP_ID
@@ -80,8 +80,8 @@ def row_group(rng: np.random.Generator, responses: int, length: int) -> dict[str
     logp = rounded(np.log(shares[:, :-1].ravel() + 1e-6).astype(np.float32), CANDIDATE_BITS)
     counts = np.full(units, CANDIDATES)
     return {
-        "rollouts": same
-        | none
+        "rollouts": none
+        | same
         | {name: pa.array(np.zeros(responses, np.int32)) for name in ("sample", "round")}
         | {
             "prompt_ids": lists(

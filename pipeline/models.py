@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from tokenizers import Tokenizer
 
 from pipeline.align.tokens import TokenBytes, token_bytes
@@ -72,6 +72,8 @@ class ModelRef(Signed):
     """Name of its `transformers` class; found anew when empty."""
     tuned_on: Origin | None = None
     """The teacher that its folder's ORIGIN names; None: it has no such file."""
+    trained_on: dict[str, dict[str, str]] = Field(default_factory=dict)
+    """Of a checkpoint of a run: sha256 of the shards that it was trained on (`stages.run.run`), by phase and number."""
 
     def identity(self) -> dict[str, str]:
         """What enters manifests: where it lies does not matter."""

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
-from schemas.config import SFT_OPTIMISER, TRAIN_OPERATION, Config, Judged, Section
+from schemas.config import SFT_OPTIMISER, TRAIN_OPERATION, Config, Evaluate, Judged, Section
 from schemas.config.section import variants
 
 Part = TypeVar("Part", bound=Section)
@@ -90,6 +90,7 @@ STAGES: dict[str, Keys] = {
             *(f"sft.{key}" for key in ("prompts", "samples", "temperature", "top_p")),
             "rollouts.max_new_tokens",
             "rollouts.shard_size",
+            "rollouts.shard_tokens",
         ),
         ("teacher.revision", "rollouts.batch_size", "cache_remote"),
     ),
@@ -120,6 +121,7 @@ STAGES: dict[str, Keys] = {
             "rollouts.top_p",
             "rollouts.top_k",
             "rollouts.shard_size",
+            "rollouts.shard_tokens",
         ),
         ("rollouts.batch_size",),
     ),
@@ -162,7 +164,13 @@ STAGES: dict[str, Keys] = {
     + _conversed("student")
     + _on_engine("student")
     + Keys(
-        ("evaluate", "prompts.source", "rollouts.max_new_tokens", "seed"),
+        (
+            # Whether a checkpoint is measured changes nothing of how.
+            *(f"evaluate.{key}" for key in Evaluate.model_fields if key != "every_round"),
+            "prompts.source",
+            "rollouts.max_new_tokens",
+            "seed",
+        ),
         ("rollouts.batch_size", "train.batch_size", "train.micro_batch_tokens"),
     ),
     "report": Keys(tuple(name for name in Config.model_fields if name not in ("cache", "cache_remote"))),
@@ -184,15 +192,15 @@ def keys(stage: str, phase: str = "") -> Keys:
 def settings(config: Config, stage: str, phase: str = "") -> Config:
     """The config as a stage sees it: only keys that it has declared are there, any other is an AttributeError."""
     declared = keys(stage, phase)
-    return _only(_of_phase(config, phase), {*declared.decide, *declared.operate})
+    return _only(of_phase(config, phase), {*declared.decide, *declared.operate})
 
 
 def decided(config: Config, stage: str, phase: str = "") -> dict[str, Any]:
     """The JSON-able values that decide a stage's result, nested like the config."""
-    return _only(_of_phase(config, phase), set(keys(stage, phase).decide)).model_dump(mode="json", warnings=False)
+    return _only(of_phase(config, phase), set(keys(stage, phase).decide)).model_dump(mode="json", warnings=False)
 
 
-def _of_phase(config: Config, phase: str) -> Config:
+def of_phase(config: Config, phase: str) -> Config:
     """The config with one horizon, that of the round which the phase's rollouts are of; of evaluation the longest."""
     options, numbers = config.rollouts, re.findall(r"\d{1,9}", phase)
     if phase.startswith("eval"):

@@ -1,19 +1,20 @@
 """The exceptions whose message is written for the person at the terminal."""
 
-import re
 from collections.abc import Iterable
 
-CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
-"""User and password of an address."""
+from schemas.secrets import masked
 
 
 class OpdError(Exception):
-    """What was given, what was expected, which file or key, and what to do, in one line.
+    """What was given, what was expected, which file or key, and what to do, in one line, without credentials.
 
     Commands print it without a traceback and exit with its `status`.
     """
 
     status = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(masked(message))
 
 
 class Stopped(OpdError):
@@ -41,8 +42,3 @@ def excerpt(text: str, length: int = 300) -> str:
     """A text in one line of bounded length."""
     text = " ".join(text.split())
     return text if len(text) <= length else text[: length - 3] + "..."
-
-
-def masked(text: str) -> str:
-    """A text without the credentials of the addresses in it, for what is shown or kept."""
-    return CREDENTIALS.sub("***@", text)

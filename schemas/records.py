@@ -20,6 +20,15 @@ class Provenance(Signed):
     bytes: int = Field(description="its size")
 
 
+class Audited(Signed):
+    """`<entry>.audit` beside scores whose own audit memory was too small for: what a later one found."""
+
+    scores: str = Field(description="sha256 of the scores")
+    figures: dict[str, Any] = Field(
+        description="as scores that were audited when they were made have them in their manifest"
+    )
+
+
 class Room(Section):
     """What a model is to read, in its tokens."""
 
@@ -104,6 +113,9 @@ class RunSummary(Signed):
     run: str
     before: dict[str, Any]
     after: dict[str, Any]
+    measured: list[dict[str, Any]] = Field(
+        description="of every checkpoint that was evaluated, in order: these two too"
+    )
     sft: dict[str, Any] | None
     fixed: int | None
     broken: int | None

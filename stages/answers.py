@@ -19,7 +19,7 @@ def main(shard: ShardOption = 0, config_file: ConfigOption = DEFAULT_CONFIG, thr
     console.threads(threads)
     place, options, sft = run.phase("sft")[shard], run.settings.rollouts, run.settings.sft
     prompts, model = open_prompts(run), teacher(run)
-    mine = slice(shard * options.shard_size, (shard + 1) * options.shard_size)
+    mine = slice(shard * options.shard_responses, (shard + 1) * options.shard_responses)
     wanted = answers_of_teacher(run.settings, prompts, mine)
     renderer = model.renderer(prompts)
     ids = renderer.ids([one.prompt for one in wanted], model.context - options.longest)

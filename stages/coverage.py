@@ -35,6 +35,11 @@ def main(phase: PhaseOption, config_file: ConfigOption = DEFAULT_CONFIG) -> None
             f"{phase}: too little of the rollouts can be compared with the teacher: {'; '.join(missing)} "
             "(look at the table above and at `opd support`, or lower the threshold)"
         )
+    console.say(
+        f"{phase} coverage: {100 * found['compared']:.1f} % of the student's tokens carry loss, "
+        f"{100 * found['one_to_one']:.1f} % in 1:1 units and stops; the teacher's kept mass is shared to "
+        f"{100 * found['shared_mass']:.1f} %"
+    )
     by_class, n_to_m = measured.to_dicts(), sizes(tables()).to_dicts()
     write_record(part.coverage, Gate(decided=run.decided, phase=phase, **found, by_class=by_class, n_to_m=n_to_m))
 

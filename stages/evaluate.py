@@ -69,9 +69,8 @@ def main(
     write_record(phase.result, Evaluation(decided=run.decided, **result))
     nats = result["reverse_kl"]
     measured = "not measured" if nats is None else f"{nats:.3f} nats per token"
-    console.say(f"{phase.name}: {in_words(result)}, on-policy reverse KL {measured}")
-    for name in options.also:
-        console.say(f"{phase.name}: {name}: {in_words(figures[name])}")
+    others = "".join(f"; {name}: {in_words(figures[name])}" for name in options.also)
+    console.say(f"{phase.name}: {in_words(result)}, on-policy reverse KL {measured}{others}")
 
 
 def in_words(figures: dict[str, Any]) -> str:

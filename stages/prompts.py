@@ -1,5 +1,6 @@
 """Prompts: read the source, split it, see that the scorer can read the references, write prompts.parquet."""
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import sources
@@ -8,7 +9,7 @@ from pipeline.prompts import ROW_GROUP, collect
 from pipeline.store.shards import open_writer
 from stages.run import console
 from stages.run.context import DEFAULT_CONFIG, ConfigOption
-from stages.run.run import open_run
+from stages.run.run import Run, open_run
 
 
 def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
@@ -20,12 +21,17 @@ def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
     held_out = table.filter(pc.equal(table["split"], split)).to_pylist()
     if problem := references_problem(config.evaluate, config.prompts.source, held_out, f"split {split}"):
         console.warn(f"prompts: {problem}")
-    identity = run.decided | sources.identity(config.prompts.source)
+    write(run, table)
+    counts = ", ".join(f"{n['counts']} {n['values']}" for n in table["split"].value_counts().to_pylist())
+    console.say(f"prompts: {counts} from {config.prompts.source}")
+
+
+def write(run: Run, table: pa.Table) -> None:
+    """Prompts, schema `prompts`, as the run's."""
+    identity = run.decided | sources.identity(run.settings.prompts.source)
     with open_writer(run.prompts, "prompts", identity, {}, decided=run.decided) as writer:
         for start in range(0, len(table), ROW_GROUP):
             writer.write(table.slice(start, ROW_GROUP))
-    counts = ", ".join(f"{n['counts']} {n['values']}" for n in table["split"].value_counts().to_pylist())
-    console.say(f"prompts: {counts} from {config.prompts.source}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from stages.run.context import (
     open_prompts,
     policy,
 )
+from stages.run.room import check_room, shard_bytes
 from stages.run.run import open_run
 
 
@@ -29,7 +30,7 @@ def main(
     place, number = part[shard], part.number
     prompts = open_prompts(run)
     student = policy(run, number)
-    mine = slice(shard * options.shard_size, (shard + 1) * options.shard_size)
+    mine = slice(shard * options.shard_responses, (shard + 1) * options.shard_responses)
     if part.kind == "round":
         wanted = responses_of_round(run.settings, prompts, number, mine)
     else:
@@ -49,6 +50,7 @@ def main(
     }
     inputs, origin = {"prompts": prompts.shard.manifest.sha256}, {"student": student.ref.source}
     longest = max(map(len, ids)) + options.longest
+    check_room(place.phase.folder, shard_bytes(place, "rollouts", len(wanted)), f"{phase} rollouts")
     with (
         open_sampler(student, longest, options.batch_size, console.say) as sampler,
         console.progress(f"{phase} rollouts", len(wanted), "responses") as advance,

@@ -19,6 +19,7 @@ from stages.run.context import (
     teacher,
 )
 from stages.run.provenance import scored_tokens, write_provenance
+from stages.run.room import check_room, shard_bytes
 from stages.run.run import BASE, open_run
 
 
@@ -38,6 +39,7 @@ def main(
     link = place.path("scores")
 
     def make(path: Path) -> None:
+        check_room(run.cache, shard_bytes(place, "scores", place.rollouts.rows), f"{phase} scores")
         wanted.write(path, partial(console.progress, f"{phase} scores"), console.say)
 
     found = fetch_or_make(run.cache, wanted.identity, wanted.inputs, make, link, run.settings.cache_remote)

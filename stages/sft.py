@@ -59,8 +59,7 @@ def main(
         _, last = train(job, detail, workers, parallel)
         if rank():
             return
-        card = sft_card(run, student, [rollouts for rollouts, *_ in shards], part.states / "metrics.jsonl")
-        publish_checkpoint(job, card, f"{run.config.run} sft")
+        publish_checkpoint(job, sft_card(run), f"{run.config.run} sft")
     if last:
         console.say(f"sft: cross-entropy {last['loss']:.3f} nats per token, in {part.checkpoint}")
 

@@ -7,8 +7,8 @@ from typing import Annotated
 import torch
 import typer
 
-from pipeline.infer.audit import UNAUDITED
-from pipeline.store.shards import manifest_path, read_manifest
+from pipeline.infer.audit import unaudited
+from pipeline.store.shards import manifest_path
 from schemas.config import Config
 from schemas.errors import OpdError
 from schemas.outcome import Outcome
@@ -27,7 +27,7 @@ from stages.run.training import (
     train,
 )
 from train import recipes
-from train.checkpoint import newest_state, states
+from train.checkpoint import drop_states, newest_state, states
 from train.distributed import rank
 
 
@@ -60,11 +60,9 @@ def main(
         outcome, last = train(job, detail, workers, parallel)
         if rank():
             return
-        card = model_card(run, round_index, job.student, job.shards, part.metrics)
-        publish_checkpoint(job, card, f"{run.config.run} round {round_index}")
+        publish_checkpoint(job, model_card(run, round_index), f"{run.config.run} round {round_index}")
         for number in range(round_index):  # what this round began with is of no more use than to begin it anew
-            for path in states(run.phase(f"round-{number}").states):
-                path.unlink(missing_ok=True)
+            drop_states(run.phase(f"round-{number}").states)
     if last:
         console.say(f"round-{round_index} train: {nats(last)}, in {part.checkpoint}")
     if reason := ended(config, round_index, outcome):
@@ -138,10 +136,10 @@ def detail(figures: dict[str, float]) -> str:
 def check_audited(scores: Iterable[Path]) -> None:
     """Raise OpdError for a shard of scores that is there and could not be audited."""
     for path in scores:
-        if manifest_path(path).exists() and (why := read_manifest(path).figures.get(UNAUDITED)):
+        if manifest_path(path).exists() and (why := unaudited(path)):
             raise OpdError(
-                f"{path}: these scores could not be audited ({why}); delete their entry in the cache and score them where "
-                "there is more memory, or train on them with `audit.required: false`"
+                f"{path}: these scores could not be audited ({why}); run `opd audit` where there is more memory or with a "
+                "smaller `audit.dtype`, or train on them with `audit.required: false`"
             )
 
 

@@ -88,3 +88,15 @@ def place(tmp_path: Path) -> Iterator[Path]:
     """A folder that is gone after the test, also after one that failed: a run takes gigabytes."""
     yield tmp_path
     shutil.rmtree(tmp_path)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How many faults of each class there were, and how many went wrong; also with `pytest -n`."""
+    counted: dict[str, list[int]] = {}
+    for report in (each for kind in ("passed", "failed") for each in terminalreporter.getreports(kind)):
+        for kind, tried, wrong in (told for name, told in getattr(report, "user_properties", ()) if name == "faults"):
+            for one in (kind, kind.partition(",")[0]):
+                before = counted.get(one, [0, 0])
+                counted[one] = [before[0] + tried, before[1] + wrong]
+    for kind, (tried, wrong) in sorted(counted.items()):
+        terminalreporter.write_line(f"{kind}: {tried:,}, {wrong} wrong")

@@ -1,15 +1,19 @@
 """For fault tests: imports everything once, then for each line on stdin forks a process that runs one stage with a fault.
 
-A line is JSON: `stage`, `arguments`, `fault` (`kill`, `full` or none) and `at`, the number of the change to files, from 1, at
-which it comes: an open for writing, a rename, a removal, a link, a folder, anything below the working directory. `kill` ends
-the process as SIGKILL does, `full` raises ENOSPC. Prints the exit status and how many changes there were. Nothing of torch or
-polars runs before a fork.
+A line is JSON: `stage`, `arguments`, `fault` or none, and `at`. With `kill` and `full` that is the number of the change to
+files, from 1, at which it comes: an open for writing, a rename, a removal, a link, a folder, anything below the working
+directory; `kill` ends the process as SIGKILL does, `full` raises ENOSPC. With `kill inside` and `full inside` it is the size
+in bytes that no file grows beyond: the kernel ends the process or refuses the write in the middle of it, whatever code writes.
+Prints the exit status and how many changes there were. Nothing of torch or polars runs before a fork.
 """
 
 import errno
 import importlib
+import io
 import json
 import os
+import resource
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -43,7 +47,10 @@ def main() -> None:
 
 
 def run(writer: int, stage: str, arguments: list[Any], fault: str | None, at: int) -> int:
-    """In the child: 0 when the stage ended well, 2 after one line, 1 after a traceback, 9 when it was killed."""
+    """In the child: 0 when the stage ended well, 2 after one line, 1 after a traceback, 9 when it was killed.
+
+    What it said is in `output`, unless it was killed.
+    """
     torch.set_num_threads(1)
     here, count = str(Path.cwd()), 0
 
@@ -62,8 +69,14 @@ def run(writer: int, stage: str, arguments: list[Any], fault: str | None, at: in
         if fault == "full" and count >= at and event in ("open", "os.mkdir", "os.symlink"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
-    sys.stdout = sys.stderr = open("output", "w")  # noqa: SIM115, PTH123
-    console.console.file = sys.stderr
+    said = sys.stdout = sys.stderr = io.StringIO()
+    console.console.file = console.out.file = said
+    Path("output").unlink(missing_ok=True)
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if fault and fault.endswith("inside"):
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL if fault == "kill inside" else signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (at, most))
     sys.addaudithook(hook)
     try:
         STAGES[stage].main(*(Path(one) if str(one).endswith(".yaml") else one for one in arguments))
@@ -78,8 +91,9 @@ def run(writer: int, stage: str, arguments: list[Any], fault: str | None, at: in
         traceback.print_exc()
         return 1
     finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
         os.write(writer, str(count).encode())
-        sys.stdout.flush()
+        Path("output").write_text(said.getvalue())
     return 0
 
 

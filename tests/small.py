@@ -16,7 +16,7 @@ CONFIG: dict[str, Any] = {
     "scores": {"support": "union", "k_max": 8},
     "weights": {"scheme": "iw_opd"},
     "coverage": {"min_compared": 0, "min_one_to_one": 0, "min_shared_mass": 0},
-    "train": {"batch_size": 4, "warmup_steps": 1, "save_every": 1},
+    "train": {"batch_size": 4, "warmup_steps": 1, "save_every": 1, "keep_last_state": True},
     "evaluate": {"kl_items": 2},
 }
 

@@ -59,7 +59,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     # logits scaled or soft-capped
     "Granite": {"logits_scaling": 8.0},
     "Cohere2": {"logit_scale": 0.25, "sliding_window": 5},
-    "Gemma2": {"final_logit_softcapping": 3.0, "sliding_window": 5},
+    "Gemma2": {
+        "final_logit_softcapping": 3.0,
+        "sliding_window": 15,
+    },  # longer than the start that rows share, shorter than they
     # keys and values shared between layers
     "Gemma4": {
         "sliding_window": 5,
@@ -129,8 +132,10 @@ def test_sampling_gives_the_models_own_logps(name: str) -> None:
     model, (prompts, _) = model_of(name), prompts_and_responses()
     # Nemotron's recurrence step by step and by chunks differ by more: by as much without us, in its own `generate`.
     near = 2e-2 if name == "NemotronH" else 5e-5
-    responses = sample(model, prompts, [1, 2, 3, 4], STOP, 8)
+    prompts += prompts[1:]  # which are read once
+    responses = sample(model, prompts, range(1, 8), STOP, 8)
     assert len({len(response.ids) for response in responses}) > 1  # rows were dropped on the way
+    assert any(one.ids.tolist() != two.ids.tolist() for one, two in zip(responses[1:4], responses[4:], strict=True))
     for prompt, response in zip(prompts, responses, strict=True):
         logps = logps_of(model, np.concatenate([prompt, response.ids]))[len(prompt) - 1 : -1]
         for logp, token, found in zip(logps, response.ids, response.behavior_logp, strict=True):
@@ -188,7 +193,12 @@ def test_a_prefix_is_shared_where_it_pays_and_the_model_can(name: str) -> None:
     try:
         list(hidden_rows(model, prompts, responses, 1000))
         whole = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
-        assert widths == [(1, 12), (4, whole if name == "Qwen3_5" else whole - 12)]
+        assert widths == ([(4, whole)] if name == "Qwen3_5" else [(1, 12), (4, whole - 12)])
+        widths.clear()
+        # Two responses to each prompt, which is read once; the start that all have, once for all.
+        sample(model, [*prompts, *prompts], range(8), STOP, 2)
+        assert widths[:-1] == ([(4, 18)] if name == "Qwen3_5" else [(1, 12), (4, 6)])
+        assert widths[-1][1] == 1 and widths[-1][0] > 4
         widths.clear()
         long = [
             np.resize([*response, 5], 240 - len(prompt)) for prompt, response in zip(prompts, [[3]] * 4, strict=True)

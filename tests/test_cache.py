@@ -25,6 +25,7 @@ from pipeline.store.shards import manifest_path, open_shard, open_writer
 from schemas.errors import OpdError
 from schemas.tables import arrow_schema
 from stages import models, prompts, rollouts, scores, train, units
+from stages.tools import audit
 from stages.tools.cli import app
 from stages.train import check_audited
 
@@ -263,6 +264,16 @@ def test_an_audit_without_memory_loses_no_scores(
             assert manifest.figures["unaudited"] == "out of memory" and "`audit.required: false`" in said
             with pytest.raises(OpdError, match=r"000\.parquet: these scores could not be audited \(out of memory\)"):
                 train.main(0, scored.config)
+            monkeypatch.setattr(shard_scores, "deltas", right)
+            audit.main(scored.config, 1)  # where there is more memory; the scores stay as they are
+            check_audited([scored.shard(0)])
+            assert open_shard(scored.shard(0), "scores").manifest == manifest
+            note = cache.audit_note(scored.shard(0))
+            note.write_text(note.read_text().replace("float32", "float31"))
+            with pytest.raises(OpdError, match=r"\.audit: damaged or edited; delete it and run `opd audit` again"):
+                check_audited([scored.shard(0)])
+            (entry,) = (one for one in cache.entries(tmp_path) if one.path == note.with_suffix(".parquet"))
+            assert "damaged or edited" in (cache.verify(entry) or "")
     finally:
         cache.link_shard(before, scored.shard(0))
     check_audited([scored.shard(0), tmp_path / "none.parquet"])

@@ -94,7 +94,7 @@ def test_the_papers_that_are_named_are_cited_and_the_licence_is_there() -> None:
     cited = {
         paper["url"].rpartition("/")[2] for paper in yaml.safe_load(Path("CITATION.cff").read_text())["references"]
     }
-    named = set(re.findall(r"arxiv\.org/abs/([\d.]+\d)", Path("README.md").read_text()))
+    named = set(re.findall(r"arxiv\.org/abs/([\d.]+\d)", Path("docs/how.md").read_text()))
     named |= set(re.findall(r"arXiv (\d{4}\.\d{5})", Path("config/README.md").read_text()))
     assert cited == named and len(cited) == 12
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]

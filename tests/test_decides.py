@@ -27,10 +27,11 @@ OTHERWISE_READ = {
     "fit": {"reuse", "evaluate.kl_items"},
     "models teacher": {"reuse"},
     "reuse": {"reuse"},
-    "answers": {"rollouts.shard_size"},
+    "answers": {"rollouts.shard_size", "rollouts.shard_tokens"},
     "retokenise": {"prompts.source", *(f"evaluate.{key}" for key in Judged.model_fields)},  # of `sft.right_only`
     "rollouts": {
         "rollouts.shard_size",
+        "rollouts.shard_tokens",
         "evaluate.split",
         "evaluate.kl_items",
     },  # of a phase without a shard, and of the other kind of phase

@@ -85,8 +85,8 @@ def test_the_examples_say_what_is_so(module: ModuleType, example: dict[str, Any]
     assert found.attempted and not found.failed
 
 
-def test_the_readmes_recipe_of_ones_own_is_the_sampled_path(example: dict[str, Any]) -> None:
-    code = (Path(__file__).parents[1] / "README.md").read_text().split("# my_recipes.py,")[1].split("```")[0]
+def test_the_printed_recipe_of_ones_own_is_the_sampled_path(example: dict[str, Any]) -> None:
+    code = (Path(__file__).parents[1] / "docs/how.md").read_text().split("# my_recipes.py,")[1].split("```")[0]
     names: dict[str, Any] = {}
     exec("#" + code, names)
     ours = names["loss"](example["log_probs"], example["made"], {"clip": 0.5})

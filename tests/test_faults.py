@@ -1,14 +1,20 @@
-"""Faults: a kill at any change to files, a full disk at any, a flipped byte anywhere. `pytest -m faults`, FAULTS=all."""
+"""Faults: a kill at any change to files or inside a write, a full disk likewise, a flipped byte anywhere.
+
+`pytest -m faults` samples them. All of them, with 20,000 flips and 60 kills of whole runs, on two processes:
+
+    FAULTS=all pytest -m faults --dist worksteal
+"""
 
 import hashlib
 import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +23,32 @@ import small
 import torch
 from typer.testing import CliRunner
 
+from pipeline.models import ModelRef
 from pipeline.store.cache import entries, verify
 from schemas.errors import OpdError
 from stages.tools.cache import app, damage, held
 from train.checkpoint import load_state, save_state, state_path
 
 pytestmark = pytest.mark.faults
+ROOT = Path(__file__).parents[1]
 WHOLE = os.environ.get("FAULTS") == "all"
 C = "config.yaml"
-JOBS: list[tuple[str, list[Any]]] = [
-    ("prompts", [C]),
-    ("models", ["student", C]),
-    ("fit", [C]),
-    ("rollouts", ["round-0", 0, C]),
-    ("scores", ["round-0", 0, C]),
-    ("units", ["round-0", 0, C]),
-    ("weights", ["round-0", C]),
-    ("coverage", ["round-0", C]),
-    ("train", [0, C]),
-    ("train", [1, C]),
-    ("evaluate", ["0", C]),
-    ("diagnostics", ["round-0", C]),
-    ("report", [C]),
-]
+JOBS: dict[str, tuple[str, list[Any], tuple[str, ...]]] = {
+    "prompts": ("prompts", [C], ("runs/a/prompts.*",)),
+    "models": ("models", ["student", C], ("runs/a/models/student*",)),
+    "fit": ("fit", [C], ("runs/a/fit.json",)),
+    "rollouts": ("rollouts", ["round-0", 0, C], ("runs/a/round-0/rollouts/000.*",)),
+    "scores": ("scores", ["round-0", 0, C], ("runs/a/round-0/scores/000.*", "cache/scores/*", "cache/users/*")),
+    "units": ("units", ["round-0", 0, C], ("runs/a/round-0/units/000.*",)),
+    "weights": ("weights", ["round-0", C], ("runs/a/round-0/weights*",)),
+    "coverage": ("coverage", ["round-0", C], ("runs/a/round-0/coverage.json",)),
+    "train 0": ("train", [0, C], ("runs/a/round-0/train", "runs/a/round-0/checkpoint*")),
+    "train 1": ("train", [1, C], ("runs/a/round-1/train", "runs/a/round-1/checkpoint*")),
+    "evaluate": ("evaluate", ["0", C], ("runs/a/eval-0/result.json", "runs/a/eval-0/answers.*")),
+    "diagnostics": ("diagnostics", ["round-0", C], ("runs/a/round-0/diagnostics.json",)),
+    "report": ("report", [C], ("runs/a/report.html", "runs/a/summary.json")),
+}
+"""Stage, arguments, and what it makes: it runs where that is gone, and where it lies already."""
 
 
 class Forks:
@@ -102,64 +111,102 @@ def restored(kept: Path) -> None:
         shutil.copytree(kept / name, name, symlinks=True)
 
 
-@pytest.mark.parametrize("fault", ["kill", "full"])
-def test_a_fault_at_any_change_of_files(made: tuple[Path, Forks], fault: str, tmp_path: Path) -> None:
+def sizes(since: int) -> set[int]:
+    """Sizes in bytes of the files of run and cache that were made since a time, ns."""
+    paths = [path for root in ("runs", "cache") for path in Path(root).rglob("*") if path.suffix != ".lock"]
+    made = [path.lstat() for path in paths if path.is_file() and not path.is_symlink()]
+    return {about.st_size for about in made if about.st_ctime_ns >= since}
+
+
+def places(fault: str, changes: int, since: int) -> list[int]:
+    """Where a fault may come in a job of so many changes to files that began at `since`."""
+    if not fault.endswith("inside"):
+        return list(range(1, changes + 1))
+    return sorted({at for size in sizes(since) for at in (size // 2, size - 1)})
+
+
+FAULTS = {"kill": (9,), "full": (2, 0), "kill inside": (-signal.SIGXFSZ, 0), "full inside": (2, 0)}
+"""How a job may end. What is removed needs no room; a file that holds times may be smaller the next time."""
+CASES = [(fault, job, anew) for fault in FAULTS for job in JOBS for anew in (True, False)]
+
+
+@pytest.mark.parametrize(("fault", "job", "anew"), CASES if WHOLE else random.Random(0).sample(CASES, 10))
+def test_a_fault_at_any_change_of_files(
+    made: tuple[Path, Forks], fault: str, job: str, anew: bool, tmp_path: Path, record_property: Callable[..., None]
+) -> None:
     """The same command then ends with the same files, and nothing is left behind."""
     folder, run = made
+    stage, arguments, makes = JOBS[job]
     for name in ("runs", "cache"):
         shutil.copytree(folder / name, tmp_path / name, symlinks=True)
-    rng, done, wrong = random.Random(0), Counter[str](), []
-    jobs = JOBS if WHOLE else rng.sample(JOBS, 5)
-    for stage, arguments in jobs:
+
+    def before() -> None:
         restored(tmp_path)
+        for path in (path for pattern in makes if anew for path in Path().glob(pattern)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    wrong = []
+    try:
+        before()
+        began = time.time_ns()
         status, changes = run(stage, arguments)
-        assert status == 0 and changes, (stage, Path("output").read_text())
-        expected = files()
-        for at in range(1, changes + 1) if WHOLE else sorted(rng.sample(range(1, changes + 1), min(3, changes))):
-            restored(tmp_path)
+        assert status == 0 and changes, Path("output").read_text()
+        expected, every = files(), places(fault, changes, began)
+        tried = every if WHOLE else sorted(random.Random(0).sample(every, min(3, len(every))))
+        for at in tried:
+            before()
             status, _ = run(stage, arguments, fault, at)
-            said = Path("output").read_text().strip().splitlines()
-            done[stage] += 1
-            if status != (9 if fault == "kill" else 2) and not (fault == "full" and status == 0):
-                wrong.append((stage, at, "ended with", status, said[-1:]))
+            said = Path("output").read_text().strip().splitlines() if Path("output").exists() else []
+            if status not in FAULTS[fault]:
+                wrong.append((at, "ended with", status, said[-1:]))
             again, _ = run(stage, arguments)
             if again or files() != expected or left_behind():
                 changed = sorted(set(files().items()) ^ set(expected.items()))[:4]
-                wrong.append((stage, at, "again", again, Path("output").read_text()[-300:], changed, left_behind()))
-    print(f"{sum(done.values())} of {fault}: {dict(done)}; {len(wrong)} wrong")
-    assert not wrong, wrong[:6]
-    restored(tmp_path)
+                wrong.append((at, "again", again, Path("output").read_text()[-300:], changed, left_behind()))
+        record_property("faults", (f"{fault}, {job}", len(tried), len(wrong)))
+        assert not wrong, wrong[:6]
+    finally:
+        restored(tmp_path)
 
 
-def test_a_flipped_byte_anywhere_is_found(made: tuple[Path, Forks]) -> None:
-    """In each class of file that a run holds or the cache does."""
-    rng, done, silent = random.Random(1), Counter[str](), []
-    kinds: dict[str, list[Path]] = {}
-    for path in held(Path("runs/a")):
-        if not path.is_symlink():
-            kinds.setdefault(path.parent.name if path.name[0].isdigit() else path.name.split("-0")[0], []).append(path)
-    for path in [each for each in Path("runs/a").rglob("*.json") if each.with_suffix(".parquet").exists()]:
-        kinds.setdefault("manifests", []).append(path)
-    kinds["checkpoint files"] = [
-        Path(f"runs/a/round-1/checkpoint/{name}") for name in ("config.json", "model.safetensors")
-    ]
-    each = 20_000 // len(kinds) + 1 if WHOLE else 12
+def flippable(run: Path) -> dict[str, dict[Path, Path]]:
+    """By class, the files of a run, its cache and its models, each with the one that `damage` is asked about."""
+    kinds: dict[str, dict[Path, Path]] = {}
+    for path in (path for path in held(run) if not path.is_symlink()):
+        kind = path.parent.name if path.name[0].isdigit() else path.name.split("-0")[0]
+        kinds.setdefault(kind, {})[path] = path
+    for path in [each for each in run.rglob("*.json") if each.with_suffix(".parquet").exists()]:
+        kinds.setdefault("manifests", {})[path] = path.with_suffix(".parquet")
+    for entry in entries(Path("cache")):
+        kinds.setdefault("cache entries", {})[entry.path] = entry.path
+        kinds.setdefault("manifests of cache entries", {})[entry.path.with_suffix(".json")] = entry.path
+    for kind, told in (("checkpoints", run / "round-1/checkpoint.json"), ("models", run / "models/student.json")):
+        folder = Path(ModelRef.parse(told.read_text()).path)
+        kinds[kind] = {path: told for path in folder.iterdir() if path.name != "README.md"}  # a card is for people
+    return kinds
+
+
+@pytest.mark.parametrize("part", range(4 if WHOLE else 1))
+def test_a_flipped_byte_anywhere_is_found(
+    made: tuple[Path, Forks], part: int, record_property: Callable[..., None]
+) -> None:
+    """In each class of file that a run holds, or its cache or models."""
+    rng, silent = random.Random(part), []
+    kinds = flippable(Path("runs/a"))
+    each = 5_000 // len(kinds) + 1 if WHOLE else 12
     for kind, paths in kinds.items():
+        before = len(silent)
         for _ in range(each):
-            path = rng.choice(paths)
+            path = rng.choice(list(paths))
             good = path.read_bytes()
             at = rng.randrange(len(good))
             path.write_bytes(good[:at] + bytes([good[at] ^ (1 << rng.randrange(8))]) + good[at + 1 :])
-            named = path.with_suffix(".parquet") if kind == "manifests" else path
-            named = Path("runs/a/round-1/checkpoint.json") if kind == "checkpoint files" else named
-            done[kind] += 1
-            if damage(named) is None:
+            if damage(paths[path]) is None:
                 silent.append((str(path), at))
             path.write_bytes(good)
-    for entry in entries(Path("cache")):
-        assert verify(entry) is None
-    print(f"{sum(done.values())} flips: {dict(done)}; {len(silent)} silent")
+        record_property("faults", (f"flips, {kind}", each, len(silent) - before))
     assert not silent, silent[:8]
+    assert all(verify(entry) is None for entry in entries(Path("cache")))
     assert CliRunner().invoke(app, ["verify", "runs/a"]).exit_code == 0
 
 
@@ -174,3 +221,45 @@ def test_every_flipped_bit_of_a_state_is_found(tmp_path: Path) -> None:
             path.write_bytes(good[:at] + bytes([good[at] ^ (1 << bit)]) + good[at + 1 :])
             with pytest.raises(OpdError, match="this training state is damaged"):
                 load_state(path)
+
+
+@pytest.mark.skipif(not WHOLE, reason="takes a quarter of an hour")
+@pytest.mark.timeout(7200)
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Callable[..., None]
+) -> None:
+    """SIGKILL of Snakemake and all its jobs at any moment, sixty times; each run ends as one that nobody killed."""
+    monkeypatch.chdir(tmp_path)
+    small.laid_out()
+    small.written(rollouts={"rounds": 1})
+    snakemake = ["snakemake", "-s", str(ROOT / "Snakefile"), "--configfile", "config.yaml", "--cores", "2"]
+    rng, kills, told, expected, longest = random.Random(2), 0, 0, None, 0.0
+    while kills < 60 or Path("runs").exists():
+        began = time.monotonic()
+        with Path("output").open("w") as output:
+            process = subprocess.Popen(
+                snakemake,
+                env=os.environ | {"OPD_CACHE": str(tmp_path / "cache")},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            status = process.wait(rng.uniform(0.02, 0.4) * longest if expected and kills < 60 else None)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+            continue
+        assert status == 0, Path("output").read_text()
+        longest = longest or time.monotonic() - began
+        found = {
+            path: sha for path, sha in files().items() if sha and path.endswith((".parquet", ".json", ".safetensors"))
+        }
+        expected = expected or found
+        wrong = len(set(found.items()) ^ set(expected.items())) + len(left_behind())
+        record_property("faults", ("kills of a whole run", kills - told, wrong))
+        told = kills
+        assert not wrong, (sorted(set(found.items()) ^ set(expected.items()))[:4], left_behind())
+        shutil.rmtree("runs")
+        shutil.rmtree("cache")

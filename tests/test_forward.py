@@ -538,6 +538,22 @@ def test_steps_draw_independently() -> None:
     assert_drawn_from(np.bincount(classes, minlength=17), p)
 
 
+@pytest.mark.parametrize("scales", [(4.0, 8.0), (4.0, 0.01)])
+def test_a_nucleus_of_a_large_vocabulary(scales: tuple[float, float]) -> None:
+    """Of tens of tokens, for which not all are sorted, and of nearly all of them, beside a small one."""
+    rng = np.random.default_rng(4)
+    logits = np.outer(np.repeat(scales, 3), np.ones(3000)) * rng.normal(size=(6, 3000))
+    logp = torch.from_numpy(logits).float().log_softmax(-1)
+    _, sampler = _draw(logp, torch.full((6,), 0.5, dtype=torch.float64), 1.0, 0.9)
+    expected = np.stack([sampler_reference(row, 1.0, 0.9) for row in logp.double().numpy()])
+    sizes = np.isfinite(expected).sum(1)
+    assert sizes[:3].max() < 128 and (sizes[3:].min() > 2000) == (scales[1] == 0.01)
+    # Where float32 and float64 sums meet the border at different tokens, one more or less is kept.
+    assert np.abs(np.isfinite(sampler.numpy()).sum(1) - sizes).max() <= 1
+    both = np.isfinite(expected) & np.isfinite(sampler.numpy())
+    np.testing.assert_allclose(sampler.numpy()[both], expected[both], atol=1e-3)
+
+
 @pytest.mark.parametrize("top_p", [1.0, 0.5])
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
 def test_the_outermost_uniforms_draw_tokens_that_have_mass(uniform: float, top_p: float) -> None:

@@ -23,7 +23,7 @@ def test_killed_in_scoring_and_in_training_it_goes_on(models: Path, place: Path)
     """SIGKILL of Snakemake and all its jobs in the middle of a stage; the same command then finishes, bit for bit."""
     fresh, trained = Run(place, models, train=ADAPTERS), "runs/default/round-0/checkpoint.json"
     for sign, delay in (("rule scores", 6.0), ("rule train", 8.0)):
-        process = fresh.start(trained)
+        process = fresh.start(trained, "--printshellcmds")  # in Snakemake's own words, which tell of starts
         assert process.stdout
         for line in process.stdout:
             if sign in line:

@@ -19,8 +19,9 @@ from pipeline.gguf_package import _fetch, _gguf_of
 from pipeline.models import ModelRef, load_model, load_tokenizer, prepare, reference
 from pipeline.rendering import Renderer
 from pipeline.store.cache import download, upload
-from schemas.config import Model
+from schemas.config import Model, parse_config
 from schemas.errors import OpdError
+from schemas.secrets import secrets
 
 ROOT = Path(__file__).parents[1]
 
@@ -283,3 +284,45 @@ def test_credentials_of_a_remote_cache_are_not_in_its_errors(move: Callable[[Pat
     with pytest.raises(OpdError, match=r"cache_remote nosuch://\*\*\*@host/x: cannot") as error:
         move(entry, "nosuch://me:hunter2@host/x")
     assert "hunter2" not in str(error.value)
+
+
+def test_an_address_takes_its_credentials_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = tmp_path / "cache" / "scores" / "abc.parquet"
+    (tmp_path / "hunter2" / "scores").mkdir(parents=True)
+    (tmp_path / "hunter2" / "scores" / "abc.json").write_text("{}")
+    (tmp_path / "hunter2" / "scores" / "abc.parquet").write_text("x")
+    with pytest.raises(OpdError, match="the environment has no variable 'OPD_WORD'; set it"):
+        download(entry, f"file://{tmp_path}/${{OPD_WORD}}")
+    monkeypatch.setenv("OPD_WORD", "hunter2")
+    assert download(entry, f"file://{tmp_path}/${{OPD_WORD}}") and entry.read_text() == "x"
+
+
+TOKEN = "hf_" + "x" * 34
+SECRETS: dict[str, dict[str, Any]] = {
+    "cache_remote": {"cache_remote": "ftp://me:hunter2@host/x"},
+    "cache_remote ": {"cache_remote": "abfs://box@account/x?sv=1&sig=hunter2"},
+    "teacher.engine_options.hf_token": {"engine": "vllm", "engine_options": {"hf_token": "hunter2"}},
+    "teacher.chat_template_kwargs.api_key": {"chat_template_kwargs": {"api_key": "hunter2"}},
+    "teacher.model": {"model": f"https://{TOKEN}@hub/x"},
+    "teacher.stop": {"stop": ["a", TOKEN]},
+    "prompts.source": {"source": "https://me:hunter2@host/rows.jsonl"},
+}
+
+
+@pytest.mark.parametrize("key", SECRETS)
+def test_a_config_holds_no_credentials(key: str) -> None:
+    """Else they would be in the run's config.yaml, in the report, at trackers and in logs; nor is one in the message."""
+    section, _, inner = key.partition(".")
+    values = {"prompts": {"source": "x"}, "student": {"model": "s"}, "teacher": {"model": "t"}, "nonsense": 1}
+    values |= {section: values[section] | SECRETS[key]} if inner else SECRETS[key]
+    with pytest.raises(OpdError, match=f"`{key.strip()}` holds a credential") as error:
+        parse_config(values, "c.yaml")
+    assert "hunter2" not in str(error.value) and TOKEN not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["ftp://me:${PASSWORD}@host/x", "sftp://me@host/x", "s3://x/y", "abfs://box@account/x?sig=${SIG}", "model@v1:x@y"],
+)
+def test_what_holds_no_credential(text: str) -> None:
+    assert not list(secrets({"cache_remote": text, "eos_token": "<|end|>", "max_new_tokens": "8"}))

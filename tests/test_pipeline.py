@@ -4,6 +4,7 @@ Through Snakemake. Runs of their own (killed, stale, other pairs) are in test_ot
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,10 @@ def run(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[Run]
     finished = Run(folder, models)
     output = finished.snakemake()
     assert "before and after" in output and "report.html" in output
+    told = re.findall(r"^ *(\d+) %.*  (round-0 \w+|eval-\d [\w ]+|fit|prompts|student|teacher|report): ", output, re.M)
+    assert len(output.splitlines()) <= 45 and "\x1b" not in output  # 24 jobs
+    assert len(told) >= 19 and [int(share) for share, _ in told] == sorted(int(share) for share, _ in told)
+    assert told[-1] == ("100", "report") and "round-0 train" in dict(map(reversed, told))
     yield finished
     shutil.rmtree(folder)
 
@@ -115,7 +120,7 @@ def test_results_and_report(run: Run) -> None:
     assert {"round-0", "eval-0", "eval-1"} == {phase["phase"] for phase in summary["phases"]}
     assert all(abs(sum(phase["coverage"]["kinds"].values()) - 1) < 1e-6 for phase in summary["phases"])
     page = (run.run / "report.html").read_text()
-    assert page.count("<svg") == 6 and "<script" not in page and "http" not in page.split("<style>")[0]
+    assert page.count("<svg") == 12 and 'src="' not in page and 'href="http' not in page
     lines = [json.loads(line) for line in (run.run / "round-0/train/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert all(line["divergence"] > 0 for line in lines) and "response_ess" not in lines[0]
@@ -145,7 +150,7 @@ def test_without_references_teacher_and_times_the_report_says_not_measured(
     report.main(Path("config.yaml"))
     report.print_summary(run_of(load_config("config.yaml")))
     page = Path("runs/default/report.html").read_text()
-    assert page.count("not measured") >= 3 and page.count("<svg") == 4 and 'class="wrong"' not in page
+    assert page.count("not measured") >= 3 and page.count("<svg") == 8 and 'class="wrong"' not in page
     assert "Times were not measured" in page
     summary = json.loads(Path("runs/default/summary.json").read_text())
     assert summary["fixed"] is None and summary["seconds"] == {}
@@ -185,12 +190,15 @@ def test_too_little_coverage_stops_the_run_with_a_table(run: Run) -> None:
     units = pl.read_parquet(run.run / "round-0/units/*.parquet")
     assert sum(row["units"] for row in found["n_to_m"]) == (units["kind"] == "n:m").sum() > 0
     lower = run.snakemake("--config", "coverage={min_one_to_one: 0.1}")
-    assert "rule coverage" in lower and "rule train" not in lower  # measured again, and nothing trained anew
+    assert "round-0 coverage: " in lower and "round-0 train" not in lower  # measured again, and nothing trained anew
     process = run.start("--config", "coverage={min_one_to_one: 1.0}")
     output, _ = process.communicate()
     assert process.returncode != 0
     assert "student tokens by text and unit" in output and "digits" in output
     assert "too little of the rollouts can be compared" in output and "coverage.min_one_to_one is 100.0 %" in output
+    assert output.count("error: round-0 coverage failed; its log: runs/default/logs/round-0-coverage.log") == 1
+    again = "go on with: snakemake -s .*Snakefile --configfile config.yaml --cores 2 --config 'coverage={min_one_to_one: 1.0}'"
+    assert re.search(again, output) and len(output.splitlines()) <= 25, output
 
 
 @pytest.mark.slow
@@ -200,7 +208,7 @@ def test_a_changed_learning_rate_trains_anew_from_the_same_rollouts(run: Run) ->
     before = run.shards()
     weights = (run.run / "round-0/checkpoint/model.safetensors").read_bytes()
     output = run.snakemake("runs/default/round-0/checkpoint.json", *changed)
-    assert "rule train" in output and "rule rollouts" not in output and "rule scores" not in output
+    assert "round-0 train: " in output and "round-0 rollouts" not in output and "round-0 scores" not in output
     assert (run.run / "round-0/checkpoint/model.safetensors").read_bytes() != weights
     assert {k: v for k, v in run.shards().items() if k.startswith("round")} == {
         k: v for k, v in before.items() if k.startswith("round")

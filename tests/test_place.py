@@ -12,8 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 import small
 import tiny
+import whole_run
+from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
+from pipeline.models import ModelRef, load_model
 from pipeline.store.shards import HOST, METADATA_KEY, file_digest, manifest_path, open_shard, open_writer, read_manifest
 from schemas.errors import OpdError
 from schemas.manifest import Manifest, place_of
@@ -21,8 +24,11 @@ from schemas.records import Weighed
 from schemas.tables import TABLES, arrow_schema
 from stages import coverage, diagnostics, evaluate, models, policy, prompts, rollouts, scores, train, units, weights
 from stages.report import page as report
+from stages.run import room
+from stages.run.room import shard_bytes, training_bytes
 from stages.run.run import open_run
 from stages.tools.cache import app, damage, held
+from train.checkpoint import states
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +124,8 @@ def test_a_manifest_that_is_none_is_one_line(place: Path, text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+NO_KL = {"evaluate": {"kl_items": 0}}
+"""Evaluation reads the checkpoint alone."""
 STALE: list[tuple[dict[str, Any], Callable[[Path], None], str]] = [
     ({"rollouts": {"temperature": 0.5}}, lambda c: scores.main("round-0", 0, c), "rollouts.temperature: expected 0.5"),
     ({"rollouts": {"temperature": 0.5}}, lambda c: units.main("round-0", 0, c), "rollouts.temperature: expected 0.5"),
@@ -131,6 +139,9 @@ STALE: list[tuple[dict[str, Any], Callable[[Path], None], str]] = [
     ({"teacher": {"stop": ["12"]}}, lambda c: units.main("round-0", 0, c), "teacher.stop"),
     ({"train": {"learning_rate": 0.5}}, lambda c: evaluate.main("2", c), "train.learning_rate: expected 0.5"),
     ({"weights": {"scheme": "signed"}}, lambda c: train.main(0, c), "weights.scheme: expected 'signed'"),
+    (NO_KL | {"weights": {"scheme": "signed"}}, lambda c: evaluate.main("2", c), "weights.scheme: expected 'signed'"),
+    (NO_KL | {"scores": {"k_max": 4}}, lambda c: evaluate.main("2", c), "scores.k_max: expected 4, found 8"),
+    (NO_KL | {"rollouts": {"temperature": 0.5}}, lambda c: evaluate.main("2", c), "rollouts.temperature: expected 0.5"),
     ({"coverage": {"min_compared": 0.1}}, lambda c: diagnostics.main("round-0", c), "coverage.min_compared"),
     ({"evaluate": {"samples": 4}}, report.main, "evaluate.samples: expected 4"),
     ({"train": {"learning_rate": 0.5}}, lambda c: train.main(1, c), "train.learning_rate: expected 0.5"),
@@ -145,6 +156,18 @@ def test_a_stage_called_by_hand_after_a_change_of_the_config_refuses_what_is_sta
     with pytest.raises(OpdError, match=r"made for another config: .*; run `python -m stages\.\w+.*` again") as caught:
         read(where)
     assert named in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_other_weights_than_lie_there_is_refused(place: Path) -> None:
+    """Weighed anew for another config, and the round not trained again."""
+    where = small.written(weights={"scheme": "signed"}, **NO_KL)
+    for phase in ("round-0", "round-1"):
+        weights.main(phase, where)
+    with pytest.raises(
+        OpdError, match=r"checkpoint\.json: not trained on the weights that lie in runs/a/round-1; run `"
+    ) as caught:
+        evaluate.main("2", where)
+    assert "python -m stages.train --round 1" in str(caught.value)
 
 
 def test_prompts_and_policies_that_were_made_anew_make_their_rollouts_stale(place: Path, made: Path) -> None:
@@ -195,6 +218,42 @@ def test_verify_reads_all_that_a_run_holds(place: Path) -> None:
         problem = [found for file in held(Path("runs/a")) if (found := damage(file))]
         assert len(problem) == 1 and "round-0/checkpoint" in problem[0] if "checkpoint/" in name else problem, name
         path.write_bytes(good)
+
+
+def test_every_round_is_measured_where_asked_and_its_card_tells(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Through the hub's own reader of cards; what a checkpoint is identified by stays."""
+    where = small.written(evaluate={"every_round": True})
+    run = open_run(where)
+    assert run.checkpoints == (0, 1, 2)
+    assert [phase.name for phase in run.phases] == ["eval-0", "round-0", "eval-1", "round-1", "eval-2"]
+    first = Path("runs/a/round-0/checkpoint/README.md")
+    assert "not evaluated" in first.read_text() and "model-index" not in first.read_text()
+    Path("student/README.md").write_text("---\nlicense: apache-2.0\n---\n# A student\n")
+    whole_run.measured(run, {1}, where)
+    diagnostics.main("eval-1", where)
+    report.main(where)
+    found = [json.loads(Path(f"runs/a/eval-{checkpoint}/result.json").read_text()) for checkpoint in run.checkpoints]
+    summary = json.loads(Path("runs/a/summary.json").read_text())
+    assert [each["reverse_kl"] for each in summary["measured"]] == [each["reverse_kl"] for each in found]
+    for number, result in enumerate(found[1:]):
+        folder = run.checkpoint(number)
+        card = ModelCard.load(folder / "README.md")
+        told = {one.metric_type: one for one in card.data.eval_results}
+        for metric in ("accuracy", "reverse_kl"):
+            assert told[metric].metric_value == result[metric] and told[metric].dataset_split == "test"
+            assert told[metric].metric_args["interval_95"] == result[f"{metric}_95"]
+        about = card.data.to_dict()
+        assert about["license"] == "apache-2.0" and "base_model" not in about and about["model-index"][0]["name"] == "a"
+        kl, (low, high) = result["reverse_kl"], result["reverse_kl_95"]
+        assert f"{kl:.3f} ({low:.3f} to {high:.3f})" in card.text and '{"role": "user"' not in card.text
+        assert "In each of 2 rounds the student answered 8 prompts" in card.text and "Undefined" not in card.text
+        assert damage(folder.with_suffix(".json")) is None
+    capsys.readouterr()
+    report.print_summary(run)
+    curve = ", ".join(f"{checkpoint}: {result['reverse_kl']:.3f}" for checkpoint, result in enumerate(found))
+    assert f"reverse KL, nats, by checkpoint: {curve}" in capsys.readouterr().err
 
 
 def test_answers_of_another_checkpoint_are_not_reported(place: Path) -> None:
@@ -278,3 +337,46 @@ def test_finished_rounds_keep_no_state_and_a_stale_round_is_trained_again_to_the
     train.main(1, small.written())
     assert weights_file.read_bytes() == before and not list(round_1.glob(".checkpoint*"))
     assert not list(Path("runs/a/round-0/train").glob("state-*")) and len(list(round_1.glob("train/state-*"))) >= 1
+    report.main(small.written(train={"keep_last_state": False}))
+    assert not list(Path("runs/a").rglob("state-*"))
+
+
+def test_a_stage_says_what_it_will_write_and_stops_where_the_disk_has_less(
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path_factory: pytest.TempPathFactory,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Forecasts are those of what is there; nothing is written where they don't fit."""
+    where = small.written()
+    run = open_run(where)
+    phase = run.phase("round-1")
+    model = load_model(ModelRef.parse(phase.checkpoint.with_suffix(".json").read_text()), "float32")
+    written = sum(path.stat().st_size for path in (*states(phase.states), phase.checkpoint / "model.safetensors"))
+    nothing = tmp_path_factory.mktemp("nothing")
+    assert training_bytes(model, run.config.train, 2, nothing) == pytest.approx(written, rel=0.15)
+    assert training_bytes(model, run.config.train, 9, nothing) == pytest.approx(
+        written * 1.45, rel=0.15
+    )  # one state more
+    for table in ("rollouts", "scores"):
+        assert 0.5 < shard_bytes(phase[1], table, 4) / phase[1].path(table).stat().st_size < 2
+        assert shard_bytes(phase[1], table, 400) == 100 * shard_bytes(phase[1], table, 4)
+    for path in states(phase.states):
+        path.unlink()
+    monkeypatch.setattr(room, "SAID", 0)
+    monkeypatch.setenv("OPD_CACHE", str(nothing))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
+    before = {path: path.lstat().st_mtime_ns for path in run.root.rglob("*") if path.is_file()}
+    for stage in (
+        lambda: rollouts.main("round-1", 0, where),
+        lambda: scores.main("round-1", 0, where),
+        lambda: train.main(1, where),
+    ):
+        with pytest.raises(
+            OpdError, match=r"round-[01] \w+ takes about [\d.]+ MB, and the disk has 0\.0 MB left; make room"
+        ):
+            stage()
+    assert before == {path: path.lstat().st_mtime_ns for path in before} and not list(nothing.glob("scores/*.parquet"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 10**9))
+    rollouts.main("round-1", 0, where)
+    assert "round-1 rollouts: will write about 0.0 MB" in capsys.readouterr().err

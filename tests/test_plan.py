@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from schemas.config import parse_config
 from schemas.tables import arrow_schema
 from stages.tools.cli import app
-from stages.tools.plan import WIDTH, _costs, what_rules_keep
+from stages.tools.plan import WIDTH, costs_of, what_rules_keep
 
 
 def test_rules_are_sums_over_the_vocabulary() -> None:
@@ -68,7 +68,7 @@ def test_costs_count_what_each_rounds_horizon_leaves() -> None:
         "kept": [tokens / sum(sampled) for tokens in cut],
         "rates": {"rollouts": 1, "scores": 2, "train": 4},
     }
-    found = _costs(parse_config(values, "here"), measured)
+    found = costs_of(parse_config(values, "here"), measured)
     expected = {"rollouts": sum(cut), "scores": 3 * 4 * 30 + 1.5 * sum(cut), "train": 2 * (3 * 4 * 10 + sum(cut))}
     assert found["tokens"] == pytest.approx(expected) and found["responses"] == 12
     assert found["scored_tokens"] == pytest.approx(1.5 * sum(cut) + 12)  # and an end row each

@@ -4,7 +4,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
 from typing import Any
@@ -280,11 +280,14 @@ def test_loss_and_gradients_are_those_of_all_logits_at_once(
         )  # dpca's ratio is the exponential of what is rounded
 
 
+@pytest.mark.parametrize("start", [0, 5])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", ["llama", "bias"])
-def test_packed_is_padded(name: str, recompute: bool) -> None:
-    """Loss and gradients, of four responses of 2 to 12 tokens; the body sees real tokens alone."""
-    model, batch, config = copy.deepcopy(model_of(name)), batch_of(TOLD), tiny.objective(recipe="hybrid")
+def test_packed_is_padded(name: str, recompute: bool, start: int) -> None:
+    """Loss and gradients, of four responses of 2 to 12 tokens, or with a start that all share; the body sees real tokens alone,
+    and the start once."""
+    told = [replace(one, prompt=[*range(9, 9 + start), *one.prompt]) for one in TOLD]
+    model, batch, config = copy.deepcopy(model_of(name)), batch_of(told), tiny.objective(recipe="hybrid")
     theirs = (batch.weight * losses(unit_logps(model, batch, STOP), batch, config).loss).sum()
     slopes = gradients(model, theirs)
     assert pack(model) is None
@@ -296,7 +299,8 @@ def test_packed_is_padded(name: str, recompute: bool) -> None:
     torch.testing.assert_close(ours, theirs, atol=0, rtol=1e-6)
     a, b = (torch.cat([slope.flatten() for slope in every]).double() for every in (gradients(model, ours), slopes))
     assert float((a - b).norm() / b.norm()) < 1e-6
-    assert set(seen) == {(1, int(batch.mask.sum()), SHAPE["hidden_size"])} and len(seen) == 1 + recompute
+    tokens = int(batch.mask.sum()) - start * (len(TOLD) - 1)
+    assert set(seen) == {(1, tokens, SHAPE["hidden_size"])} and len(seen) == 1 + recompute
 
 
 class MixesTokens(LlamaForCausalLM):

@@ -60,7 +60,7 @@ def passages(real: RealModel, count: int) -> tuple[list[np.ndarray], list[np.nda
 
     Some have the same prompt and start alike, some are the same, some are empty.
     """
-    text = (ROOT / "README.md").read_text() + (ROOT / "config/README.md").read_text()
+    text = (ROOT / "docs/how.md").read_text() + (ROOT / "config/README.md").read_text()
     ids = np.array(real.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
     prompts, responses = [], []
     at, shared = 150, ids[:150]

@@ -34,14 +34,12 @@ def stages_of(where: Path) -> None:
     for role in ("student", "teacher"):
         models.main(role, where)
     fit.main(where)
-    *before, after = run.checkpoints
     if run.config.sft.prompts:
         for place in run.phase("sft"):
             answers.main(place.number, where, None)
             retokenise.main(place.number, where)
         sft.main(where, None)
-    for checkpoint in before:
-        measured(run, checkpoint, where)
+    measured(run, {"base", 0}, where)
     for number in run.rounds:
         for phase in run.trained_on(number):
             if phase.is_foreign:
@@ -52,17 +50,19 @@ def stages_of(where: Path) -> None:
                 tables(phase, where)
         coverage.main(f"round-{number}", where)
         train.main(number, where, None)
-    measured(run, after, where)
+        measured(run, {number + 1}, where)
     for phase in run.phases:
         diagnostics.main(phase.name, where)
     report.main(where)
 
 
-def measured(run: Run, checkpoint: int | str, where: Path) -> None:
-    """A checkpoint's evaluation."""
-    if run.config.evaluate.kl_items:
-        tables(run.phase(f"eval-{checkpoint}"), where)
-    evaluate.main(str(checkpoint), where, None)
+def measured(run: Run, among: set[int | str], where: Path) -> None:
+    """The evaluation of these of the checkpoints that are evaluated."""
+    for checkpoint in run.checkpoints:
+        if checkpoint in among:
+            if run.config.evaluate.kl_items:
+                tables(run.phase(f"eval-{checkpoint}"), where)
+            evaluate.main(str(checkpoint), where, None)
 
 
 def tables(phase: Phase, where: Path) -> None:

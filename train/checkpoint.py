@@ -125,6 +125,12 @@ def forget_states(folder: Path, identity: dict[str, Any], step: int, keep: int) 
         leftover.unlink(missing_ok=True)
 
 
+def drop_states(folder: Path) -> None:
+    """Remove every state in a folder."""
+    for path in states(folder):
+        path.unlink(missing_ok=True)
+
+
 def trained(model: Any, tensors: dict[str, torch.Tensor], settings: Train) -> Any:
     """The model that a state stands for: its average with `train.ema`, its adapters merged with `train.lora`.
 

@@ -37,7 +37,8 @@ def unit_logps(model: Any, batch: Batch, stop: torch.Tensor) -> UnitLogps:
         stop: int64, the student's stop ids; stopping is one event with the log-sum-exp of their log-probs.
     """
     if packed(model):
-        hidden, rows = packed_body(model, batch.ids, batch.mask), (batch.mask.flatten().cumsum(0) - 1)[batch.rows]
+        hidden, at = packed_body(model, batch.ids, batch.mask)
+        rows = at.flatten()[batch.rows]
     else:
         passed = model.base_model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
         hidden, rows = passed.last_hidden_state.flatten(0, 1), batch.rows

@@ -6,7 +6,7 @@ import pyarrow.compute as pc
 from tokenizers import Tokenizer
 
 from pipeline.align.roles import Roles
-from pipeline.align.segments import STAND_IN, Segments, offsets_of, read_by, sampled_tokens
+from pipeline.align.segments import STAND_IN, Segments, list_offsets, offsets_of, read_by, sampled_tokens
 from pipeline.align.tokens import Spelling, TokenBytes
 from pipeline.align.units import MASKED, Tokens, align
 from pipeline.align.vocabularies import same_ids
@@ -103,8 +103,7 @@ def _with(listed: pa.ListArray, name: str, values: np.ndarray) -> pa.ListArray:
 
 
 def _lists(values: np.ndarray, lengths: np.ndarray, mask: pa.BooleanArray | None = None) -> pa.ListArray:
-    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
-    return pa.ListArray.from_arrays(offsets, pa.array(values), mask=mask)
+    return pa.ListArray.from_arrays(list_offsets(lengths), pa.array(values), mask=mask)
 
 
 def _flat(rollouts: pa.Table, column: str) -> np.ndarray:

@@ -297,6 +297,25 @@ def readable(raw: bytes) -> tuple[str, list[tuple[int, int]]]:
     return text, broken
 
 
+LARGEST_OFFSET = np.iinfo(np.int32).max
+
+
+def list_offsets(counts: np.ndarray) -> pa.Array:
+    """int32 (rows + 1,) offsets of lists of so many values, as Arrow's lists have them.
+
+    Raises OpdError where a row group has more values than that counts: within its budget of tokens only lists of tens of
+    thousands of candidates come to that.
+    """
+    offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    if offsets[-1] > LARGEST_OFFSET:
+        raise OpdError(
+            f"a row group has {offsets[-1]:,} values in one column of lists, {int(np.max(counts)):,} in the longest of its "
+            f"{len(counts):,}; at most {LARGEST_OFFSET:,} can be addressed: keep fewer candidates of each token "
+            "(`scores.k_max`, `scores.min_p`, `rollouts.top_k`)"
+        )
+    return pa.array(offsets, pa.int32())
+
+
 def offsets_of(lists: pa.ListArray) -> np.ndarray:
     """int64 (rows + 1,) offsets into `lists.flatten()`; null rows are empty."""
     return np.concatenate([[0], np.cumsum(pc.fill_null(pc.list_value_length(lists), 0).to_numpy())])

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.align.segments import STAND_IN, Segments, broken_of, offsets_of, sampled_tokens
+from pipeline.align.segments import STAND_IN, Segments, broken_of, list_offsets, offsets_of, sampled_tokens
 from pipeline.align.tokens import Spelling, TokenBytes
 from pipeline.align.units import CONTEXT, KINDS, MASKED, ROLE, STOP, Tokens, Units, align
 from schemas.errors import OpdError
@@ -200,11 +200,11 @@ def _candidates(
     out_id[is_stop], out_logp[is_stop] = STOP_ID, scores["stop_logp"].to_numpy()[at[~masked]]
     out_id[~is_stop], out_logp[~is_stop] = mapped[keep], logp[keep]
     fields = arrow_schema("units")
-    list_offsets = pa.array(starts, pa.int32())
+    lists = list_offsets(size)
     with np.errstate(divide="ignore"):
         dropped_logp = np.log(dropped)
     return (
-        pa.ListArray.from_arrays(list_offsets, pa.array(out_id), type=fields.field("cand_id").type),
-        pa.ListArray.from_arrays(list_offsets, pa.array(out_logp), type=fields.field("cand_logp").type),
+        pa.ListArray.from_arrays(lists, pa.array(out_id), type=fields.field("cand_id").type),
+        pa.ListArray.from_arrays(lists, pa.array(out_logp), type=fields.field("cand_logp").type),
         dropped_logp,
     )

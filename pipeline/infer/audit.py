@@ -2,17 +2,36 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from pipeline.store.cache import audit_note
+from pipeline.store.records import read_record
+from pipeline.store.shards import read_manifest
+from schemas.records import Audited
+
 LIKELY = -4.0
 """nats; candidates below it are not compared, for they are stored with fewer digits than the comparison needs."""
 
 UNAUDITED = "unaudited"
 """Figure of a scores shard's manifest that says why its audit could not be done."""
+
+
+def unaudited(scores: Path) -> str | None:
+    """Why scores that a manifest tells of were never audited; None where they were, then or later.
+
+    Raises OpdError when the manifest or the note of a later audit is damaged.
+    """
+    manifest, note = read_manifest(scores), audit_note(scores)
+    if UNAUDITED not in manifest.figures:
+        return None
+    if note.exists() and read_record(note, Audited, "opd audit").scores == manifest.sha256:
+        return None
+    return str(manifest.figures[UNAUDITED])
 
 
 def out_of_memory(error: BaseException) -> bool:

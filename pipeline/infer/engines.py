@@ -15,6 +15,7 @@ import torch
 
 from pipeline.infer import sample, score, vllm
 from pipeline.infer.forward import check_head, head
+from pipeline.infer.memory import free, scoring
 from pipeline.infer.sample import Response
 from pipeline.infer.score import Candidates, Scores
 from pipeline.prepared import PreparedModel
@@ -126,6 +127,14 @@ class LocalTeacher:
 @contextmanager
 def _transformers_teacher(opening: Opening) -> Iterator[Teacher]:
     model = read_model(opening.model)
+    tokens = max(opening.size, opening.longest)
+    takes = scoring(model.config.get_text_config(), model.dtype.itemsize, tokens, score.CHUNK_BYTES)
+    if takes > (left := free(model.device)):
+        opening.say(
+            f"{opening.model.ref.source}: forward passes of {tokens:,} tokens take about {takes / 1e9:.1f} GB beside the "
+            f"weights, and {left / 1e9:.1f} GB are free; lower scores.batch_tokens"
+            + (f", which one response of {opening.longest:,} tokens exceeds" * (opening.longest > opening.size))
+        )
     hidden_rows = partial(score.hidden_rows, model, batch_tokens=opening.size, say=opening.say)
     yield LocalTeacher(hidden_rows, partial(head, model), opening.model.stop)
 

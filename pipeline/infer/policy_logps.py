@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow as pa
 
-from pipeline.align.segments import sampled_tokens
+from pipeline.align.segments import list_offsets, sampled_tokens
 from pipeline.infer.engines import Teacher
 from pipeline.infer.score import Candidates
 from pipeline.prepared import PreparedModel
@@ -44,7 +44,8 @@ def policy_table(policy: Teacher, student: PreparedModel, rollouts: pa.Table) ->
     )
     stops = np.insert(ends_turn, responses_at[1:], False)
     logp = np.where(stops, scored.stop_logp, scored.logp)
-    offsets = pa.array(np.concatenate([[0], np.cumsum(counts - ~stopped)]), pa.int32())
     schema = arrow_schema("policy")
-    logps = pa.ListArray.from_arrays(offsets, pa.array(logp[keep]), type=schema.field("policy_logp").type)
+    logps = pa.ListArray.from_arrays(
+        list_offsets(counts - ~stopped), pa.array(logp[keep]), type=schema.field("policy_logp").type
+    )
     return pa.table({"rollout_id": rollouts["rollout_id"], "policy_logp": logps}, schema=schema)

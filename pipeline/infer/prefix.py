@@ -1,16 +1,36 @@
 """A start that many rows share: its keys and values computed once, and what follows it read by the causal kernel."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
-from pipeline.infer.forward import body
+from pipeline.infer.forward import body, common_start
 
 NAME = "sdpa_after_prefix"
+
+SHARED_PART = 0.05
+"""Of all tokens, at least so many are saved by a prefix computed once, or it isn't: to go on from it takes the keys and values
+of the whole batch in all layers, 5 GB for 32k tokens of an 8B model."""
+
+
+def shared_start(prompts: Sequence[np.ndarray], beside: int = 0) -> int:
+    """Leading tokens that all prompts share, where it pays to compute them once; each keeps one own token at least.
+
+    Args:
+        prompts: token ids, none empty.
+        beside: tokens that are computed beside those of the prompts.
+    """
+    shared = min(common_start(prompts), min(map(len, prompts)) - 1)
+    return shared if pays(shared, len(prompts), sum(map(len, prompts)) + beside) else 0
+
+
+def pays(shared: int, rows: int, tokens: int) -> bool:
+    """Whether a start of `shared` tokens is to be computed once for all rows, which have so many tokens."""
+    return shared * (rows - 1) >= SHARED_PART * tokens
 
 
 @torch.inference_mode()
@@ -21,20 +41,46 @@ def prefix_cache(model: Any, prefix: np.ndarray) -> Any:
     start anew, so models with such layers read each row from its beginning.
     """
     from transformers import DynamicCache  # noqa: PLC0415 - seconds to import
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer  # noqa: PLC0415
 
+    if not _keys_alone(DynamicCache(config=model.config)):  # what most models make, known without a forward pass
+        return None
     ids = torch.from_numpy(np.asarray(prefix, np.int64))[None].to(model.device)
     kept = body(model, ids, use_cache=True)[1]
-    plain = type(kept) is DynamicCache and all(
-        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in kept.layers
-    )
-    return kept if plain else None
+    return kept if type(kept) is DynamicCache and _keys_alone(kept) else None
+
+
+def _keys_alone(kept: Any) -> bool:
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer  # noqa: PLC0415
+
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in kept.layers)
 
 
 def expand(kept: Any, rows: int) -> Any:
     """A private copy of a prefix cache for a batch of `rows`."""
     private = copy.deepcopy(kept)
     private.batch_repeat_interleave(rows)
+    return private
+
+
+def aligned_right(kept: Any, padding: torch.Tensor) -> Any:
+    """A private copy of a prefix cache for rows that are padded on the left.
+
+    A row's positions then stand in one stretch up to its end, as sliding windows, which count columns, want it: column c of
+    row i holds the prefix' position c - padding[i], and what is left of position 0 something that a mask hides.
+
+    Args:
+        padding: int64 (rows,), columns before a row's first token.
+    Returns:
+        The cache of as many columns as the prefix has positions; None where a layer's window is shorter than the prefix.
+    """
+    length, used = kept.get_seq_length(), [layer for layer in kept.layers if layer.is_initialized]
+    if any(layer.keys.shape[2] != length for layer in used):
+        return None
+    at = (torch.arange(length, device=padding.device) - padding[:, None]).clamp(min=0)
+    private = copy.deepcopy(kept)
+    for layer in private.layers:
+        if layer.is_initialized:
+            layer.keys, layer.values = (part[0][:, at].transpose(0, 1) for part in (layer.keys, layer.values))
     return private
 
 

@@ -16,7 +16,9 @@ from schemas.errors import OpdError
 from schemas.tables import arrow_schema
 
 ROW_GROUP = 256
-"""Responses per row group: what later stages hold in memory at once."""
+"""Responses per row group at most."""
+ROW_GROUP_TOKENS = 1 << 16
+"""Their tokens, unless one response alone has more: later stages hold a row group, or a few, in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,20 @@ def _wanted(of: str, row: dict[str, Any], sample: int) -> Wanted:
     return Wanted(f"{of}-{row['prompt_id']}-{sample}", row, sample)
 
 
+def row_groups(lengths: Sequence[int]) -> list[slice]:
+    """How responses of so many tokens are cut into row groups, in their order: as many in each as both limits let in.
+
+    All tables of a shard have the same, so it is here that the memory of later stages is decided.
+    """
+    found, start, tokens = [], 0, 0
+    for at, length in enumerate(lengths):
+        if at > start and (at - start == ROW_GROUP or tokens + length > ROW_GROUP_TOKENS):
+            found.append(slice(start, at))
+            start, tokens = at, 0
+        tokens += length
+    return [*found, slice(start, len(lengths))] if lengths else []
+
+
 def sampled_tables(
     sampler: Sampler,
     policy: PreparedModel,
@@ -93,7 +109,8 @@ def sampled_tables(
         group = slice(start, start + ROW_GROUP)
         seeds = [seed_of(seed, one.rollout_id) for one in wanted[group]]
         responses = sampler.sample(prompts[group], seeds, max_new_tokens, temperature, top_p, top_k, advance=advance)
-        yield rollout_table(wanted[group], number, prompts[group], responses, policy, warped)
+        for cut in row_groups([len(response.ids) for response in responses]):
+            yield rollout_table(wanted[group][cut], number, prompts[group][cut], responses[cut], policy, warped)
 
 
 def rollout_table(

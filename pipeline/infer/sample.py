@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.infer.forward import body, halving, has_keys, head, pad, select_rows
 from pipeline.infer.forward import top_k as likeliest
+from pipeline.infer.prefix import aligned_right, prefix_cache, shared_start
 
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """All of PyTorch's attention but cuDNN's, which plans anew for each number of keys: once a token, 70 ms on an H200 where the
@@ -82,22 +83,29 @@ def _sample_batch(
     top_p: float,
     top_k: int,
 ) -> list[Response]:
+    """One response per prompt. A prompt that several rows have is read once, and so is the start that all prompts share."""
     rows = len(prompts)
     device = model.device
     uniforms = torch.from_numpy(np.stack([uniforms_of(seed, steps) for seed in seeds]))
     stop_index = torch.from_numpy(stop.astype(np.int64)).to(device)
-    ids, mask = (t.to(device) for t in pad(prompts, left=True))
+    first = {prompt.tobytes(): at for at, prompt in reversed(list(enumerate(prompts)))}
+    read, again = np.unique([first[prompt.tobytes()] for prompt in prompts], return_inverse=True)
+    ids, mask, cache = _start(model, [prompts[i] for i in read])
+    again = torch.from_numpy(again).to(device)
     drawn = np.full((rows, steps), -1, np.int64)
     behavior, sampler = np.zeros((rows, steps), np.float32), np.zeros((rows, steps), np.float32)
     top_id = np.zeros((rows, steps, top_k), np.int32)
     stopped = np.zeros(rows, bool)
     live = torch.arange(rows, device=device)
-    cache = None
     for step in range(steps):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         seen = mask if cache is None or has_keys(cache) else None
         hidden, cache = body(model, ids, cache, attention_mask=seen, position_ids=positions, use_cache=True)
-        logits = head(model, hidden[:, -1])
+        hidden = hidden[:, -1]
+        if step == 0 and len(read) < rows:
+            hidden, mask = hidden[again], mask[again]
+            select_rows(cache, again)
+        logits = head(model, hidden)
         draws = draw(logits, uniforms[live.cpu(), step].to(device), stop_index, temperature, top_p, top_k)
         at = live.cpu().numpy()
         drawn[at, step], top_id[at, step] = draws.token.cpu().numpy(), draws.top_id.cpu().numpy()
@@ -115,6 +123,16 @@ def _sample_batch(
         Response(drawn[i, :n].astype(np.int32), behavior[i, :n], sampler[i, :n], top_id[i, :n], bool(stopped[i]))
         for i, n in enumerate(lengths)
     ]
+
+
+def _start(model: Any, prompts: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """What is still to be read of prompts, padded on the left: ids, the mask of these and of all before them, and the keys and
+    values of the start that all share, None where it is read with the rest."""
+    ids, mask = (t.to(model.device) for t in pad(prompts, left=True))
+    shared = shared_start(prompts)
+    kept = prefix_cache(model, prompts[0][:shared]) if shared else None
+    cache = None if kept is None else aligned_right(kept, (mask == 0).sum(1))
+    return ids if cache is None else ids[:, shared:], mask, cache
 
 
 @dataclass(frozen=True)
@@ -165,10 +183,25 @@ def _draw(
         return token, sampled
     sampled = logp if temperature == 1 else torch.log_softmax(logp / temperature, -1)
     if top_p < 1:
-        ordered, index = sampled.sort(dim=-1, descending=True)
-        beyond = ordered.exp().cumsum(-1) - ordered.exp() >= top_p
-        sampled = sampled.masked_fill(beyond.gather(1, index.argsort(-1)), -torch.inf).log_softmax(-1)
+        sampled = _nucleus(sampled, top_p)
     cdf = sampled.double().exp().cumsum(-1)
     # Scaled to the row's own total, so rounding can't leave the draw past the last token that has mass.
     token = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0]
     return token.clamp(max=logp.shape[1] - 1), sampled
+
+
+def _nucleus(logp: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Log-probs (rows, vocab) of the likeliest tokens until they hold `top_p`, normalised; -inf elsewhere.
+
+    A sort of the whole vocabulary takes longer than the model's own step, and most nuclei are small: the likeliest 128 are
+    looked at first, and all only where these hold less in some row.
+    """
+    vocab = logp.shape[1]
+    for k in sorted({min(128, vocab), vocab}):
+        values, index = likeliest(logp, k)
+        share = values.exp()
+        before = share.cumsum(-1) - share
+        if k == vocab or bool((before[:, -1] + share[:, -1] >= top_p).all()):
+            break
+    kept = values.masked_fill(before >= top_p, -torch.inf)
+    return torch.full_like(logp, -torch.inf).scatter_(1, index, kept).log_softmax(-1)

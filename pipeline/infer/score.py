@@ -7,16 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.infer.forward import batches, body, common_start, halving, pad, top_k
+from pipeline.infer.forward import batches, body, halving, pad, top_k
 from pipeline.infer.logit_stats import GROUP, row_statistics
-from pipeline.infer.prefix import causal, expand, prefix_cache
+from pipeline.infer.prefix import causal, expand, prefix_cache, shared_start
 
 CHUNK_BYTES = 512 << 20
 """Logits held at once, bytes: the head of a 262k vocabulary reads its weights once for 1024 rows of bfloat16."""
-
-SHARED_PART = 0.05
-"""Of a row group's tokens, at least so many are saved by a prefix computed once, or it isn't: to go on from it takes the
-keys and values of the whole batch in all layers, 5 GB for 32k tokens of an 8B model."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +109,7 @@ def hidden_rows(
         prompts, responses: token ids, row by row; a response may be empty, a prompt not.
         batch_tokens: padded tokens per forward pass; halved when memory runs out, which `say` is told.
     """
-    shared = _shared(prompts, responses)
+    shared = shared_start(prompts, sum(map(len, responses)))
     cache = prefix_cache(model, prompts[0][:shared]) if shared else None
     shared = shared if cache is not None else 0
     inputs = [np.concatenate([p[shared:], r]) for p, r in zip(prompts, responses, strict=True)]
@@ -132,13 +128,6 @@ def hidden_rows(
             batch,
             [hidden[j, end - len(responses[i]) - 1 : end] for j, (i, end) in enumerate(zip(batch, ends, strict=True))],
         )
-
-
-def _shared(prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> int:
-    """Leading tokens that all prompts share, where it pays to compute them once; each row keeps one own token at least."""
-    shared = min(common_start(prompts), min(map(len, prompts)) - 1)
-    every = sum(map(len, prompts)) + sum(map(len, responses))
-    return shared if shared * (len(prompts) - 1) >= SHARED_PART * every else 0
 
 
 def _score_rows(

@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow as pa
 
-from pipeline.align.segments import Segments
+from pipeline.align.segments import Segments, list_offsets
 from pipeline.align.tokens import Spelling
 from pipeline.infer.score import Scores
 from pipeline.store.rounding import STATISTIC_BITS, candidates, rounded
@@ -41,7 +41,7 @@ def score_table(
     segment = np.zeros(rows, np.int32)
     segment[~is_end] = of_segment - segments.offsets[segments.row[of_segment]]
     single = np.repeat(np.diff(segments.offsets) == 1, counts + 1)
-    lists = pa.array(np.concatenate([[0], np.cumsum(scored.cand_count)]), pa.int32())
+    lists = list_offsets(scored.cand_count)
     cand_id, cand_logp = candidates(scored.cand_id, scored.cand_logp, scored.cand_count)
     schema = arrow_schema("scores")
     columns = {

@@ -1,6 +1,7 @@
 """The content-addressed store of what teachers said: an entry's name is the digest of all that determines it.
 
     <cache>/<kind>/<digest>.parquet, .json      an entry and its manifest; kinds: `scores`, `rollouts` (answers)
+    <cache>/scores/<digest>.audit               of scores that could not be audited when they were made: a later audit
     <cache>/<kind>/<digest>.lock                held while an entry is made or removed; the kernel frees it with its holder
     <cache>/users/<digest>/<link digest>        text files, each the path of a link that a run holds to the entry
 
@@ -21,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from filelock import FileLock, Timeout
 
+from pipeline.store.records import read_record
 from pipeline.store.shards import (
     Shard,
     check_content,
@@ -32,8 +34,10 @@ from pipeline.store.shards import (
     temporary_name,
     write_text,
 )
-from schemas.errors import OpdError, masked
+from schemas.errors import OpdError
 from schemas.manifest import Manifest, digest
+from schemas.records import Audited
+from schemas.secrets import resolved
 
 
 def responses_digest(rollouts: Shard) -> str:
@@ -227,9 +231,19 @@ def verify(entry: Entry) -> str | None:
     """`damage` of an entry, or that it lies under a name that isn't its own."""
     if problem := damage(entry):
         return problem
+    try:
+        if audit_note(entry.path).exists():
+            read_record(audit_note(entry.path), Audited, "opd audit")
+    except OpdError as error:
+        return str(error)
     manifest = read_manifest(entry.path)
     named = entry_path(Path(), manifest.identity, manifest.inputs, entry.path.parent.name).name
     return None if named == entry.path.name else f"{entry.path}: its content belongs under the name {named}"
+
+
+def audit_note(scores: Path) -> Path:
+    """Where a later audit of an entry of scores, or of a link to it, lies (`schemas.records.Audited`)."""
+    return scores.resolve().with_suffix(".audit")
 
 
 def remove(cache: Path, entry: Entry) -> bool:
@@ -239,8 +253,8 @@ def remove(cache: Path, entry: Entry) -> bool:
             if users(cache, entry.path):
                 return False
             # The manifest first: without it the rest counts as unfinished.
-            manifest_path(entry.path).unlink(missing_ok=True)
-            entry.path.unlink(missing_ok=True)
+            for path in (manifest_path(entry.path), audit_note(entry.path), entry.path):
+                path.unlink(missing_ok=True)
             notes = cache / "users" / entry.path.stem
             for note in notes.glob("*"):
                 note.unlink()
@@ -252,17 +266,24 @@ def remove(cache: Path, entry: Entry) -> bool:
 
 
 def leftovers(cache: Path, older_than_days: float = 1.0) -> list[Path]:
-    """Temporary files of writers that died on any machine, and manifests without an entry."""
+    """Temporary files of writers that died on any machine, and manifests and audits without an entry."""
     old = time.time() - older_than_days * 86400
     folders = [cache / kind for kind in KINDS]
-    lone = (path for folder in folders for path in folder.glob("*.json") if not path.with_suffix(".parquet").exists())
+    beside = (path for folder in folders for name in ("*.json", "*.audit") for path in folder.glob(name))
+    lone = (path for path in beside if not path.with_suffix(".parquet").exists())
     unfinished = (path for folder in folders for path in folder.glob(".*.tmp"))
     return [path for path in (*unfinished, *lone) if path.lstat().st_mtime < old]
 
 
 def _remote(entry: Path, remote: str) -> tuple[Any, str]:
     """A file system and the folder in it that holds entries of this one's kind."""
-    fs, root = fsspec.core.url_to_fs(remote)
+    try:
+        address = resolved(remote)
+    except KeyError as error:
+        raise OpdError(
+            f"cache_remote {remote}: the environment has no variable {error}; set it where stages run"
+        ) from error
+    fs, root = fsspec.core.url_to_fs(address)
     return fs, f"{root}/{entry.parent.name}"
 
 
@@ -276,7 +297,7 @@ def upload(entry: Path, remote: str) -> None:
             fs.put_file(str(file), part)
             fs.mv(part, f"{folder}/{file.name}")
     except (OSError, ValueError, ImportError) as error:
-        raise OpdError(masked(f"cache_remote {remote}: cannot write: {error}")) from error
+        raise OpdError(f"cache_remote {remote}: cannot write: {error}") from error
 
 
 def download(entry: Path, remote: str) -> bool:
@@ -289,5 +310,5 @@ def download(entry: Path, remote: str) -> bool:
             with publish(file) as temporary:
                 fs.get_file(f"{folder}/{file.name}", str(temporary))
     except (OSError, ValueError, ImportError) as error:
-        raise OpdError(masked(f"cache_remote {remote}: cannot read: {error}")) from error
+        raise OpdError(f"cache_remote {remote}: cannot read: {error}") from error
     return True

@@ -1,8 +1,9 @@
 """Weights of all shards of a phase: each shard to its partial sums, their sum, and each shard with it to its weights.
 
 One graph of `dask.delayed` tasks, which runs shard after shard in this process or on a cluster of `dask.distributed`. Sums
-are added from the first shard to the last wherever they were made, and every task can run twice, so both write the same
-bytes, even when a worker dies. Without estimators that compare responses there is only the last step.
+are added from the first row group to the last, and so those of shards, wherever they were made, and every task can run twice:
+both write the same bytes, even when a worker dies. A task holds a row group at a time. Without estimators that compare
+responses there is only the last step.
 """
 
 from collections.abc import Iterator, Sequence
@@ -98,63 +99,75 @@ def compute(parts: Sequence[Part], options: Weights, loss: Loss = PLAIN) -> Summ
 
 
 def _sums(part: Part, options: Weights, loss: Loss) -> Sums:
-    read = _read(part, options)
     with _naming(part.units):
-        return partial_sums(read.units, read.rollouts, options, loss)
+        of_groups = (partial_sums(group.own, group.rollouts, options, loss) for group in _open(part).groups(options))
+        return reduce(add, of_groups)
 
 
 def _write(part: Part, options: Weights, loss: Loss, sums: Sums | None, phase: str | None) -> Summary:
     """Publish the weights of a shard; `phase` is the digest of all that `sums` were made of."""
-    read = _read(part, options, check=True)
-    with _naming(part.units):
-        own = weigh(read.units, read.rollouts, options, sums, loss)
-    table = _with_context(read.every, own)
-    inputs = read.inputs | ({"phase": phase} if phase else {})
-    with open_writer(part.weights, "weights", options.identity() | loss.identity(), inputs) as writer:
-        at = 0
-        for size in read.sizes:
-            writer.write(pa.Table.from_batches(table.slice(at, size).to_arrow().to_batches()))
-            at += size
-    return summary(own, len(read.rollouts), warped(read.rollouts))
+    opened, total = _open(part), Summary()
+    inputs = opened.inputs | ({"phase": phase} if phase else {})
+    with (
+        _naming(part.units),
+        open_writer(part.weights, "weights", options.identity() | loss.identity(), inputs) as writer,
+    ):
+        for group in opened.groups(options, check=True):
+            own = weigh(group.own, group.rollouts, options, sums, loss)
+            writer.write(pa.Table.from_batches(_with_context(group.every, own).to_arrow().to_batches()))
+            total += summary(own, len(group.rollouts), warped(group.rollouts))
+    return total
 
 
 @dataclass(frozen=True)
-class _Read:
-    """Tables as `credit.weigh` takes them, the names of all units, which have those that were only read too, how many each row
-    group has, and digests of the shards."""
+class _Group:
+    """A row group: units as `credit.weigh` takes them, the names of all, which have those that were only read too, and
+    rollouts."""
 
-    units: pl.DataFrame
+    own: pl.DataFrame
     every: pl.DataFrame
     rollouts: pl.DataFrame
-    sizes: list[int]
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """The shards of a part, and digests of them."""
+
+    rollouts: Shard
+    units: Shard
+    policy: Shard | None
     inputs: dict[str, str]
 
+    def groups(self, options: Weights, check: bool = False) -> Iterator[_Group]:
+        """Row group by row group, one in memory at a time. Candidates are read to `check` them, and checked where they are
+        read; only some estimators compute with them. Raises OpdError when the shards aren't in step."""
+        of_units, of_rollouts = columns_read(options)
+        check = check or not set(CANDIDATE_COLUMNS).isdisjoint(of_units)
+        kept = list(dict.fromkeys([*UNIT_COLUMNS, *of_units]))
+        read = [*kept, *(name for name in CANDIDATE_COLUMNS if check and name not in kept)]
+        names = ["rollout_id", "behavior_logp", "sampler_logp", *of_rollouts]
+        tables = [_frames(self.rollouts, names), _frames(self.units, read)]
+        tables += [_frames(self.policy, ["policy_logp"])] if self.policy else []
+        for shard in (self.units, self.policy):
+            if shard and shard.manifest.row_groups != self.rollouts.manifest.row_groups:
+                raise OpdError(
+                    f"it has {shard.manifest.row_groups} row groups, and its rollouts {self.rollouts.manifest.row_groups}; "
+                    "run the stage that made it again"
+                )
+        for sampled, every, *policy in zip(*tables, strict=True):
+            if check:
+                check_candidates(every)
+            own = every.select(kept).filter(pl.col("kind") != KINDS[CONTEXT])
+            yield _Group(own, every.select("rollout_id", "unit"), pl.concat([sampled, *policy], how="horizontal"))
 
-def _read(part: Part, options: Weights, check: bool = False) -> _Read:
-    """Open and read a shard. Candidates are read to `check` them, and checked where they are read; only some estimators
-    compute with them."""
-    of_units, of_rollouts = columns_read(options)
-    check = check or not set(CANDIDATE_COLUMNS).isdisjoint(of_units)
-    kept = list(dict.fromkeys([*UNIT_COLUMNS, *of_units]))
-    read = [*kept, *(name for name in CANDIDATE_COLUMNS if check and name not in kept)]
+
+def _open(part: Part) -> _Opened:
     rollouts = open_shard(part.rollouts, "rollouts")
     made_from = {"rollouts": rollouts.manifest.sha256}
     units = open_shard(part.units, "units", inputs=made_from)
-    groups = []
-    for group in _groups(units, read):
-        if check:
-            with _naming(part.units):
-                check_candidates(group)
-        groups.append(group.select(kept))
-    sampled = pl.concat(_groups(rollouts, ["rollout_id", "behavior_logp", "sampler_logp", *of_rollouts]))
+    policy = open_shard(part.policy, "policy", inputs=made_from) if part.policy else None
     inputs = made_from | {"units": units.manifest.sha256}
-    if part.policy:
-        policy = open_shard(part.policy, "policy", inputs=made_from)
-        sampled = sampled.with_columns(pl.concat(_groups(policy, ["policy_logp"])))
-        inputs["policy"] = policy.manifest.sha256
-    every = pl.concat(groups)
-    own = every.filter(pl.col("kind") != KINDS[CONTEXT])
-    return _Read(own, every.select("rollout_id", "unit"), sampled, [len(group) for group in groups], inputs)
+    return _Opened(rollouts, units, policy, inputs | ({"policy": policy.manifest.sha256} if policy else {}))
 
 
 def _with_context(every: pl.DataFrame, own: pl.DataFrame) -> pl.DataFrame:
@@ -166,7 +179,7 @@ def _with_context(every: pl.DataFrame, own: pl.DataFrame) -> pl.DataFrame:
     return joined.with_columns(pl.col(name).fill_null(value) for name, value in none.items()).select(own.columns)
 
 
-def _groups(shard: Shard, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
+def _frames(shard: Shard, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
     return (pl.DataFrame(pl.from_arrow(group)) for group in shard.row_groups(columns))
 
 

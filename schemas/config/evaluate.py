@@ -96,6 +96,9 @@ class Evaluate(Judged):
     """How before and after are measured."""
 
     split: Literal["test", "dev"] = Field("test", description="held-out split")
+    every_round: bool = Field(
+        False, description="measure what each round made, not only what the last one did: a curve of accuracy and KL"
+    )
     kl_items: int | None = Field(
         None,
         ge=0,

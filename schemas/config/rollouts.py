@@ -41,7 +41,13 @@ class Rollouts(Section):
     top_k: int = Field(
         0, ge=0, description="the student's likeliest ids to record at each position, for `scores.support`"
     )
-    shard_size: int = Field(1024, ge=1, description="responses per shard; a shard is one job")
+    shard_size: int = Field(1024, ge=1, description="responses per shard at most; a shard is one job")
+    shard_tokens: int = Field(
+        1 << 22,
+        ge=1,
+        description="tokens per shard at most, at `max_new_tokens` a response: the number of shards is known before any is "
+        "sampled. From 4097 tokens a response on a shard of the default size has fewer responses; one at least",
+    )
     batch_size: int = Field(128, ge=1, description="responses generated at once")
 
     @field_validator("max_new_tokens", mode="before")
@@ -70,6 +76,11 @@ class Rollouts(Section):
     def longest(self) -> int:
         """Tokens per response at most in any phase; of the phase at work in what a stage sees (`schemas.decides`)."""
         return max(self.horizons)
+
+    @property
+    def shard_responses(self) -> int:
+        """Responses of a shard, all but the last of a phase: within `shard_size` and `shard_tokens`."""
+        return max(1, min(self.shard_size, self.shard_tokens // self.longest))
 
     def horizon(self, round_index: int) -> int:
         """Tokens per response at most in a round."""

@@ -19,6 +19,7 @@ from schemas.config.section import Section, Text
 from schemas.config.sft import Sft
 from schemas.config.train import Train
 from schemas.config.weights import Weights
+from schemas.secrets import secrets
 
 RUN_NAME = r"^\w[\w.-]*$"
 """A folder's name that leads nowhere else, is not hidden, and is no option of a command."""
@@ -47,7 +48,8 @@ class Config(Section):
     )
     cache_remote: Text | None = Field(
         None,
-        description="an fsspec location (s3://..., gs://..., a shared folder) to find scores in and to copy new ones to",
+        description="an fsspec location (s3://..., gs://..., a shared folder) to find scores in and to copy new ones to; "
+        "`${NAME}` in it is a variable of the environment, for a password: the config holds none",
     )
     prompts: Prompts
     student: Model
@@ -71,6 +73,17 @@ class Config(Section):
     @classmethod
     def _as_the_recipe_has_it(cls, values: Any) -> Any:
         return with_presets(values) if isinstance(values, Mapping) else values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _holds_no_credentials(cls, values: Any) -> Any:
+        # The first of all validators, which pydantic runs from the last: errors of others show what was found.
+        if found := ", ".join(f"`{key}`" for key in dict.fromkeys(secrets(values))):
+            raise ValueError(
+                f"{found} holds a credential, and runs keep, show and log their config: leave it to the environment (the file "
+                "system's own variables, HF_TOKEN, WANDB_API_KEY, ...); in `cache_remote` write ${NAME} for the variable NAME"
+            )
+        return values
 
     @model_validator(mode="after")
     def _there_is_something_to_evaluate(self) -> "Config":

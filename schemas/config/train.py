@@ -20,7 +20,7 @@ class Lora(Section):
     )
 
 
-TRAIN_OPERATION = {"gradient_checkpointing", "save_every", "keep_states", "trackers"}
+TRAIN_OPERATION = {"gradient_checkpointing", "save_every", "keep_states", "keep_last_state", "trackers"}
 """Keys of `train` that leave the trained weights as they are, so a round need not be trained again for them."""
 
 
@@ -63,11 +63,18 @@ class Train(Section):
         description="train adapters instead of all weights (pip install 'offline-opd[lora]'; `{}`: with the defaults below); "
         "a round's checkpoint has them merged, the next round goes on with the same adapters; null: all weights",
     )
-    gradient_checkpointing: bool = Field(
-        False, description="compute layers again in backward instead of keeping what is in them: less memory, more time"
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        "auto",
+        description="compute layers again in backward instead of keeping what is in them: less memory, a third more compute; "
+        "auto: where the estimate of what training takes without is more than nine tenths of what is free",
     )
     save_every: int = Field(50, ge=1, description="steps between resumable states")
     keep_states: int = Field(2, ge=1, description="newest states of a round that are kept, the final one included")
+    keep_last_state: bool = Field(
+        False,
+        description="keep the optimiser's state of a finished run, 12 bytes a trained parameter, for rounds that are added "
+        "later; without it the rounds before them are then trained again, to the same bits",
+    )
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
         (),
         description="where each step's figures go beside train/metrics.jsonl: tensorboard (runs/<run>/tensorboard), wandb, "

@@ -1,60 +1,103 @@
-"""Report: before and after, training curves, coverage, credit by position and cost, as one self-contained HTML file."""
+"""Report: what a run came to and why, as one self-contained HTML file to decide by.
 
-import io
+First a verdict in words and pictures, then what the teacher disagreed with, responses unit by unit, answers before and after,
+training, coverage, cost, lineage and the reporting checklist.
+"""
+
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import altair as alt
 import jinja2
 import polars as pl
 from rich.table import Table
 
-from pipeline.align.units import KINDS
+from pipeline.align.tokens import from_table
 from pipeline.measure.accuracy import gain
+from pipeline.measure.token_view import STOP_TEXT
 from pipeline.store.records import read_record, write_record
 from pipeline.store.shards import write_text
 from schemas.config import consistency
-from schemas.errors import masked
 from schemas.records import RunSummary
-from stages.report import checklist
+from stages.report import charts as plots
+from stages.report import checklist, costs
+from stages.report.disagreements import Read, compared, disagreements, responses
+from stages.report.lineage import lineage
+from stages.report.verdict import endings, reason, verdict, visible
 from stages.run import console
-from stages.run.card import counts
-from stages.run.context import DEFAULT_CONFIG, ConfigOption, tuning
+from stages.run.card import counts, write_cards
+from stages.run.context import DEFAULT_CONFIG, ConfigOption, tuning, vocabulary
 from stages.run.results import read_diagnostics, read_evaluation, steps_of, timings
 from stages.run.run import Run, command, config_text, open_run
+from train.checkpoint import drop_states
 
-TEMPLATE = Path(__file__).with_name("report.html.jinja")
 NOT_MEASURED = "not measured"
+ANSWER_BYTES, LONG = 700_000, 1_000
+"""Of all answers in the page, about, and characters of one of their texts."""
 
 
 def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
-    """Write report.html and summary.json from what the run left."""
+    """Write report.html and summary.json from what the run left, and drop the optimiser's state that nothing needs."""
     run = open_run(config_file, "report")
     config = run.config
     measured = [read_evaluation(run.phase(f"eval-{c}")) for c in run.checkpoints]
     results = [figures.model_dump(mode="json", exclude={"decided"}) for figures, _ in measured]
     answers = [table for _, table in measured]
     summary = summarise(run, results, answers)
-    rounds = [read_diagnostics(phase) for number in run.rounds for phase in run.trained_on(number)]
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"percent": checklist.percent, "number": checklist.number}
-    page = environment.from_string(TEMPLATE.read_text()).render(
-        config=config,
-        config_text=masked(config_text(config)),
-        summary=summary,
-        ends=evaluations(summary),
-        examples=examples(answers[0], answers[-1], config.evaluate.split),
-        sets=sets(summary),
-        charts=charts(run, summary),
-        warning=consistency(config, tuning(run)),
-        rounds=rounds,
-        checklist=checklist.rows(rounds),
+    phases = [read_diagnostics(phase) for phase in run.phases]
+    rounds = [figures for figures in phases if figures.phase.startswith("round")]
+    sides = compared(run)
+    student, _ = from_table(vocabulary(run, "student").read(), config.student.model)
+    found = disagreements(sides, student) if sides else None
+    flipped = flips(answers[0], answers[-1], summary["before"]["split"])
+    page = (
+        templates()
+        .get_template("report.html.jinja")
+        .render(
+            config=config,
+            config_text=config_text(config),
+            summary=summary,
+            verdict=verdict(summary, flipped),
+            reason=found and reason(found, summary),
+            disagreement=found,
+            tokens=responses(sides, student) if sides else None,
+            stop=STOP_TEXT,
+            ends=evaluations(summary),
+            answers=answered(answers[0], answers[-1]),
+            sets=sets(summary),
+            charts=charts(run, summary, dict(zip(whens(run.checkpoints), results, strict=True)), flipped, sides),
+            warning=consistency(config, tuning(run)),
+            rounds=rounds,
+            endings=endings(rounds),
+            cost=costs.cost(run, phases, summary["seconds"]),
+            lineage=lineage(run),
+            checklist=checklist.rows(rounds),
+        )
     )
     write_text(run.root / "report.html", page)
     write_record(run.root / "summary.json", RunSummary(decided=run.decided, **summary))
+    write_cards(run, summary)
+    if not config.train.keep_last_state:  # no job that is to come asks for it
+        drop_states(run.phase(f"round-{run.rounds[-1]}").states)
     console.say(f"report: {run.root / 'report.html'}")
+
+
+def templates() -> jinja2.Environment:
+    """The page's templates and their filters."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    of_numbers = {"percent": checklist.percent, "number": checklist.number}
+    environment.filters |= of_numbers | {"gigabytes": costs.gigabytes, "duration": costs.duration, "visible": visible}
+    return environment
+
+
+def whens(checkpoints: Sequence[int | str]) -> list[str]:
+    """What each evaluated checkpoint came before or after."""
+    first, *between, _ = checkpoints
+    tuned = first == "base"
+    names = ["after sft" if number == 0 and tuned else f"after round {int(number) - 1}" for number in between]
+    return ["before", *names, "after"]
 
 
 def summarise(run: Run, results: Sequence[dict[str, Any]], answers: Sequence[pl.DataFrame]) -> dict[str, Any]:
@@ -74,6 +117,7 @@ def summarise(run: Run, results: Sequence[dict[str, Any]], answers: Sequence[pl.
         "run": run.config.run,
         "before": results[0],
         "after": results[-1],
+        "measured": list(results),
         "sft": sft(run, results[1]) if run.config.sft.prompts else None,
         "fixed": int((~pairs["right"] & pairs["right_after"]).sum()) if greedy else None,
         "broken": int((pairs["right"] & ~pairs["right_after"]).sum()) if greedy else None,
@@ -135,168 +179,124 @@ def sft(run: Run, result: dict[str, Any]) -> dict[str, Any]:
     )
     return {
         "after": result,
-        **counts([place.rollouts for place in phase]),
+        **counts([place.rollouts.manifest for place in phase]),
         "steps": len(steps),
         "cross_entropy": epochs.sort("epoch")["loss"].to_list(),
         "checkpoint": str(phase.checkpoint),
     }
 
 
-def examples(before: pl.DataFrame, after: pl.DataFrame, split: str, count: int = 8) -> list[dict[str, Any]]:
-    """The first held-out prompts with an answer each before and after, as rows for the page."""
-    joined = (
-        before.join(after, on=["prompt_id", "sample"], suffix="_after", maintain_order="left")
-        .filter(set=split, sample=0)
-        .head(count)
-    )
-    return joined.to_dicts()
+def answered(before: pl.DataFrame, after: pl.DataFrame, budget: int = ANSWER_BYTES) -> dict[str, Any]:
+    """Held-out answers before and after for the page, the broken ones first, then the fixed ones, then the wrong ones.
+
+    Args:
+        budget: bytes of all texts together, about.
+    Returns:
+        `rows`, each (set, prompt, reference, before, after, right before, right after); `cut`, characters that a text has at
+        most, 0 where none was longer; `left_out`, rows that there was no room for; `several` sets; `unjudged` ones.
+    """
+    keys = ["set", "prompt_id", "sample"]
+    both = before.join(after.select(*keys, "response", "right"), on=keys, suffix="_after", maintain_order="left")
+    broken, fixed = pl.col("right") & ~pl.col("right_after"), ~pl.col("right") & pl.col("right_after")
+    rank = pl.when(broken).then(0).when(fixed).then(1).when(~pl.col("right")).then(2).otherwise(3)
+    said = ("prompt", "reference", "response", "response_after")
+    rows = both.sort(rank, maintain_order=True).select("set", *said, "right", "right_after")
+    too_long = rows.select(pl.any_horizontal((pl.col(said).str.len_chars() > LONG).any())).item()
+    ending = pl.when(pl.col(said).str.len_chars() > LONG).then(pl.lit("…")).otherwise(pl.lit(""))
+    size = pl.sum_horizontal(pl.col(said).str.len_bytes().fill_null(0)) + 40
+    kept = rows.with_columns(pl.col(said).str.head(LONG) + ending).filter(size.cum_sum() <= budget)
+    return {
+        "rows": [list(row) for row in kept.rows()],
+        "cut": LONG if too_long else 0,
+        "left_out": len(rows) - len(kept),
+        "several": rows["set"].n_unique() > 1,
+        "unjudged": bool(rows["right"].null_count() or rows["right_after"].null_count()),
+    }
 
 
-def charts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
-    """Inline SVG of each plot, by name; none of what was not measured."""
+def charts(
+    run: Run,
+    summary: dict[str, Any],
+    results: Mapping[str, dict[str, Any]],
+    flipped: Mapping[str, int],
+    sides: Mapping[str, Read],
+) -> dict[str, str]:
+    """Inline SVG of each plot, by name; none of what was not measured.
+
+    Args:
+        results: of each evaluated checkpoint, by what it came before or after.
+        flipped: what `flips` gives.
+        sides: the phases whose disagreement is shown, likewise.
+    """
     config = run.config
     rounds = [steps_of(run.phase(f"round-{r}")) for r in run.rounds]
     # A round none of whose units had a part of the loss has no column of it.
     steps = pl.concat(rounds, how="diagonal_relaxed").with_row_index("at")
-    told = {"sampled, all units": "sampled_kl", "over candidates": "divergence"}
-    curve = _lines(steps, {name: key for name, key in told.items() if key in steps.columns}, "nats per unit")
-    curves = [curve.properties(width=330, height=200)]
-    if "surrogate" in steps.columns:  # on a scale of its own, which means nothing
-        path = _lines(steps, {"sampled path": "surrogate"}, "surrogate")
-        curves.append(path.properties(width=330, height=70))
     over = {"what sampled": "ess"}
     warped = (config.rollouts.temperature, config.rollouts.top_p) != (1, 1)
     if config.rollouts.replay or config.reuse or warped:  # else the same
         over["round's start"] = "drift_ess"
-    drift = _lines(steps, over, "effective sample size", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1]))
-    if config.train.min_ess is not None:
-        bound = alt.Chart(pl.DataFrame({"value": [config.train.min_ess]}))
-        drift = drift + bound.mark_rule(color="#b42318").encode(y="value:Q")
-    mean, spread = pl.col("response_log_ratio"), pl.col("response_log_ratio_sd")
-    responses = steps.select("at", "round", mean=mean, low=mean - spread, high=mean + spread)
-    moved = _lines(responses, {"responses": "mean"}, "log-ratio, nats per unit") + alt.Chart(responses).mark_rule(
-        opacity=0.4
-    ).encode(x=STEP, y="low:Q", y2="high:Q", color=ROUND)
-    ends = pl.DataFrame(
-        [
-            dict(
-                zip(
-                    ("when", "accuracy", "low", "high", "kl", "kl_low", "kl_high"),
-                    (
-                        when,
-                        r["accuracy"],
-                        *(r["accuracy_95"] or (None, None)),
-                        r["reverse_kl"],
-                        *(r["reverse_kl_95"] or (None, None)),
-                    ),
-                    strict=True,
-                )
-            )
-            for when, r in evaluations(summary).items()
-        ]
-    )
-    order = alt.X("when:N", sort=list(evaluations(summary)), title=None, axis=alt.Axis(labelAngle=0))
-    accuracy = alt.Chart(ends).mark_bar(size=40).encode(
-        x=order, y=alt.Y("accuracy:Q", title="held-out accuracy", axis=alt.Axis(format="%"))
-    ) + alt.Chart(ends).mark_rule().encode(x=order, y="low:Q", y2="high:Q")
-    kl = alt.Chart(ends).mark_bar(size=40, color="#e45756").encode(
-        x=order, y=alt.Y("kl:Q", title="on-policy reverse KL, nats per token")
-    ) + alt.Chart(ends).mark_rule().encode(x=order, y="kl_low:Q", y2="kl_high:Q")
     own = [figures for figures in summary["phases"] if "@" not in figures["phase"]]
-    coverage = pl.DataFrame(
-        [
-            {"phase": figures["phase"], "kind": kind, "share": share, "order": KINDS.index(kind)}
-            for figures in own
-            for kind, share in figures["coverage"]["kinds"].items()
-        ]
-    )
-    covered = (
-        alt.Chart(coverage)
-        .mark_bar()
-        .encode(
-            y=alt.Y("phase:N", title=None, sort=None),
-            x=alt.X(
-                "share:Q", title="share of student tokens", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])
-            ),
-            color=alt.Color("kind:N", sort=list(KINDS), title="unit"),
-            order="order:Q",
-        )
-    )
-    deciles = pl.DataFrame(
-        [
-            {"phase": figures["phase"], "decile": int(decile), "share": share}
-            for figures in own
-            if figures["phase"].startswith("round")
-            for decile, share in figures["credit"]["advantage_share"].items()
-        ]
-    )
-    by_tenth = (
-        alt.Chart(deciles)
-        .mark_line(point=True)
-        .encode(
-            x=alt.X("decile:O", title="tenth of the response", axis=alt.Axis(labelAngle=0)),
-            y=alt.Y("share:Q", title="share of |advantage|", axis=alt.Axis(format="%")),
-            color=alt.Color("phase:N", title=None),
-        )
-    )
-    measured = [
-        chart.properties(width=170, height=200)
-        for name, chart in (("accuracy", accuracy), ("reverse_kl", kl))
-        if summary["before"][name] is not None
-    ]
+    trained = [figures for figures in own if figures["phase"].startswith("round")]
     drawn = {
-        "ends": alt.hconcat(*measured) if measured else None,
-        "curve": alt.vconcat(*curves).resolve_scale(x="shared"),
-        "drift": alt.vconcat(drift.properties(width=330, height=130), moved.properties(width=330, height=130)),
-        "coverage": covered.properties(width=330),
-        "credit": by_tenth.properties(width=330, height=180),
+        "accuracy": plots.measured(results, "accuracy", "held-out accuracy", share=True),
+        "reverse_kl": plots.measured(results, "reverse_kl", "nats per token", share=False),
+        "flips": plots.flips(flipped) if any(flipped.values()) else None,
+        "losses": plots.losses(steps),
+        "surrogate": plots.surrogate(steps),
+        "sizes": plots.sizes(steps, over, config.train.min_ess),
+        "moved": plots.moved(steps),
+        "coverage": plots.covered(own),
+        "credit": plots.credit(trained),
     }
+    if sides:
+        drawn["tenths"] = plots.by_tenth({when: read.found["tenths"] for when, read in sides.items()})
+        drawn["kinds"] = plots.by_kind(next(iter(sides.values())).found["kinds"])
     if summary["sft"]:
-        losses = steps_of(run.phase("sft"))
-        per_epoch = summary["sft"]["steps"] // config.sft.epochs
-        by_epoch = losses.select(at=pl.col("step"), round=pl.col("step") // per_epoch, loss="loss")
-        drawn["sft"] = _lines(by_epoch, {"answers": "loss"}, "cross-entropy, nats per token", of="epoch").properties(
-            width=330, height=160
-        )
+        drawn["sft"] = plots.cross_entropy(steps_of(run.phase("sft")), summary["sft"]["steps"] // config.sft.epochs)
     if summary["seconds"]:
-        cost = pl.DataFrame({"job": list(summary["seconds"]), "seconds": list(summary["seconds"].values())})
-        drawn["cost"] = (
-            alt.Chart(cost)
-            .mark_bar()
-            .encode(y=alt.Y("job:N", sort="-x", title=None), x=alt.X("seconds:Q", title="wall seconds"))
-            .properties(width=400)
-        )
-    return {name: svg(chart) for name, chart in drawn.items() if chart is not None}
+        drawn["cost"] = plots.seconds(costs.by_stage(summary["seconds"]))
+    return {name: plots.svg(chart, plots.LABELS[name]) for name, chart in drawn.items() if chart is not None}
 
 
-STEP = alt.X("at:Q", title="optimiser step", axis=alt.Axis(tickMinStep=1, format="d"))
-ROUND = alt.Color("round:N", title="round")
-
-
-def _lines(steps: pl.DataFrame, told: dict[str, str], title: str, of: str = "round", **options: Any) -> alt.LayerChart:
-    """Figures of every step, one line each; `told` names their columns for people, `of` what the column `round` counts."""
-    table = steps.select("at", "round", **told).unpivot(index=["at", "round"], variable_name="of")
-    colour = alt.Color("round:N", title=of)
-    chart = alt.Chart(table.drop_nulls()).encode(x=STEP, y=alt.Y("value:Q", title=title, **options), color=colour)
-    lines = chart.mark_line()
-    if len(told) > 1:
-        legend = alt.Legend(symbolType="stroke", symbolStrokeColor="#444", symbolSize=300)
-        lines = lines.encode(strokeDash=alt.StrokeDash("of:N", title=None, sort=list(told), legend=legend))
-    # A line's own points would fill the legend's strokes, which have nothing to fill.
-    return lines + chart.mark_circle(opacity=1)
-
-
-def svg(chart: alt.TopLevelMixin) -> str:
-    """A chart as SVG text; no script, no network."""
-    out = io.StringIO()
-    chart.save(out, format="svg")
-    return out.getvalue()
+def flips(before: pl.DataFrame, after: pl.DataFrame, split: str) -> dict[str, int]:
+    """Of the run's own held-out set, how many judged answers were fixed, broken, and stayed right or wrong; none of no such."""
+    keys = ["prompt_id", "sample"]
+    both = (
+        before.filter(set=split)
+        .join(after.filter(set=split), on=keys, suffix="_after")
+        .drop_nulls(["right", "right_after"])
+    )
+    first, last = pl.col("right"), pl.col("right_after")
+    cells = {
+        "fixed": ~first & last,
+        "broken": first & ~last,
+        "stayed right": first & last,
+        "stayed wrong": ~first & ~last,
+    }
+    return {
+        name: int(count) for name, count in both.select(**{k: c.sum() for k, c in cells.items()}).to_dicts()[0].items()
+    }
 
 
 def evaluations(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The evaluations by what they came before or after, in order."""
     tuned = {"after sft": summary["sft"]["after"]} if summary["sft"] else {}
     return {"before": summary["before"], **tuned, "after": summary["after"]}
+
+
+def by_round(run: Run, summary: dict[str, Any]) -> None:
+    """Accuracy and KL of every checkpoint, where more were evaluated than the ends."""
+    if not run.config.evaluate.every_round:
+        return
+    for name, label, digits in (("accuracy", "accuracy", "{:.1%}"), ("reverse_kl", "reverse KL, nats", "{:.3f}")):
+        told = [
+            f"{checkpoint}: {digits.format(result[name])}"
+            for checkpoint, result in zip(run.checkpoints, summary["measured"], strict=True)
+            if result[name] is not None
+        ]
+        if told:
+            console.say(f"{label}, by checkpoint: {', '.join(told)}")
 
 
 def print_summary(run: Run) -> None:
@@ -321,6 +321,7 @@ def print_summary(run: Run) -> None:
     table.add_row("on-policy reverse KL, nats per token", *map(nats, ends.values()))
     table.add_row("answers that stop", *(f"{100 * result['stopped']:.0f} %" for result in ends.values()))
     console.console.print(table)
+    by_round(run, summary)
     if summary["fixed"] is not None:
         console.say(f"{summary['fixed']} answers fixed, {summary['broken']} broken")
     by_origin = ", ".join(f"{count:,} {origin}" for origin, count in summary["teacher_tokens"].items())

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import time
 import warnings
@@ -24,6 +25,11 @@ out = Console(highlight=False)
 
 REPORT_EVERY, MAX_REPORT_EVERY = 10.0, 1800.0
 """Seconds between progress lines where the output is no terminal, at first and in the end."""
+REPORT = re.compile(r"[^:]+: (?P<done>[\d,]+)/(?P<total>[\d,]+), .* left$")
+"""Such a line,"""
+RATE = re.compile(r"[^:]+: (?P<amount>[\d,]+) (?P<unit>.+) in [\d.]+ s \([\d.,]+/s\)$")
+"""and the one at its end, as `stages.run.terminal` reads them in logs."""
+WARNING = "warning: "
 
 
 def fail(error: Exception) -> int:
@@ -34,7 +40,7 @@ def fail(error: Exception) -> int:
 
 def warn(text: str) -> None:
     """Print what a person should know before going on."""
-    console.print(Text.assemble(("warning: ", "bold yellow"), text), soft_wrap=True)
+    console.print(Text.assemble((WARNING, "bold yellow"), text), soft_wrap=True)
 
 
 @contextmanager

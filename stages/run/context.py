@@ -88,6 +88,7 @@ def policy_ref(run: Run, number: int, weights: bool = True) -> ModelRef:
 def _of_config(run: Run, path: Path, made_by: tuple[str, str], weights: bool) -> ModelRef:
     ref = read_ref(path, command(*made_by), weights)
     run.check(path, ref, *made_by)
+    run.check_trained(path, ref, made_by)
     return ref
 
 

@@ -10,6 +10,7 @@ from pipeline.store.records import read_record
 from pipeline.store.shards import file_digest, open_shard
 from schemas.diagnostics import Diagnostics
 from schemas.errors import OpdError, one_line
+from schemas.manifest import PHASE
 from schemas.outcome import Outcome
 from schemas.records import Evaluation, Gate
 from stages.run.run import Phase, Run, command
@@ -69,6 +70,18 @@ def timings(run: Run, *prefixes: str) -> dict[str, float]:
     """Wall seconds of the jobs whose names start so, from Snakemake's benchmark files; empty when run by hand."""
     files = sorted((run.root / "timings").glob("*.tsv"))
     return {path.stem: _seconds(path) for path in files if path.stem.startswith(prefixes)}
+
+
+def stage_seconds(run: Run) -> dict[str, float]:
+    """Wall seconds of each stage, summed over phases and shards; empty when run by hand."""
+    found: dict[str, float] = {}
+    for job, seconds in timings(run, "").items():
+        phase = PHASE.match(job)
+        stage = (job[phase.end() + 1 :] if phase else job).partition("-")[0]
+        if stage == "answers" and phase and phase["of_eval"]:  # what they are called by their job
+            stage = "evaluate"
+        found[stage] = found.get(stage, 0.0) + seconds
+    return found
 
 
 def _seconds(path: Path) -> float:

@@ -27,7 +27,7 @@ from pipeline.store.records import Record, read_record
 from pipeline.store.shards import Shard, check_place, manifest_path, open_shard, read_manifest, write_text
 from schemas.config import Config, Rollouts, Sft, load_config
 from schemas.config.reuse import sampled_rounds
-from schemas.decides import decided, settings
+from schemas.decides import decided, of_phase, settings
 from schemas.errors import OpdError, excerpt, shown
 from schemas.manifest import PHASE, Manifest, Signed, differences
 from schemas.records import Provenance, Weighed
@@ -95,6 +95,24 @@ class Run:
             raise OpdError(
                 f"{path}: made for another config: {excerpt('; '.join(different))}; run `{command(stage, phase)}` again"
             )
+
+    def check_trained(self, path: Path, ref: ModelRef, made_by: tuple[str, str]) -> None:
+        """Raise OpdError where a checkpoint was trained on other weights than lie here, or they are of another config.
+
+        All shards of a phase are of one config, so one place stands for all; what is gone is not asked for.
+        """
+        for name, told in ref.trained_on.items():
+            phase = self.phase(name)
+            place, scored = phase[0], "answers" if phase.kind == "sft" else "scores"
+            if manifest_path(place.path("rollouts")).exists():
+                place.check("rollouts", read_manifest(place.path("rollouts")))
+            if manifest_path(place.path(scored)).exists():
+                place.linked(scored)
+            found, what = phase.trained_shards(), "rollouts" if phase.kind == "sft" else "weights"
+            if found and found != told:
+                raise OpdError(
+                    f"{path}: not trained on the {what} that lie in {phase.folder}; run `{command(*made_by)}` again"
+                )
 
     @property
     def cache(self) -> Path:
@@ -167,15 +185,20 @@ class Run:
 
     @property
     def checkpoints(self) -> tuple[int | str, ...]:
-        """The checkpoints that are evaluated: before, with `sft` after that, and after the last round."""
-        return (*(["base"] if self.config.sft.prompts else []), 0, self.config.rollouts.rounds)
+        """The checkpoints that are evaluated: before, with `sft` after that, and after the last round, or every one."""
+        last = self.config.rollouts.rounds
+        after = range(1 if self.config.evaluate.every_round else last, last + 1)
+        return (*(["base"] if self.config.sft.prompts else []), 0, *after)
 
     @cached_property
     def phases(self) -> list["Phase"]:
         """The phases that have tables, in the order of the run."""
-        *before, after = (self.phase(f"eval-{checkpoint}") for checkpoint in self.checkpoints)
-        trained = [phase for number in self.rounds for phase in self.trained_on(number)]
-        return [phase for phase in (*before, *trained, after) if len(phase)]
+        evaluated = [self.phase(f"eval-{checkpoint}") for checkpoint in self.checkpoints]
+        found = [phase for phase in evaluated if phase.number <= 0]
+        for number in self.rounds:
+            found += self.trained_on(number)
+            found += [phase for phase in evaluated if phase.number == number + 1]
+        return [phase for phase in found if len(phase)]
 
     def trained_on(self, round_index: int) -> list["Phase"]:
         """The phases that a round trains on: its own, and the rounds before it that it replays."""
@@ -256,7 +279,7 @@ class Phase:
     def __len__(self) -> int:
         if self.source:
             return self.source.shards
-        return math.ceil(self.planned / self.run.config.rollouts.shard_size)
+        return math.ceil(self.planned / of_phase(self.run.config, self.name).rollouts.shard_responses)
 
     @property
     def planned(self) -> int:
@@ -308,6 +331,16 @@ class Phase:
     def metrics(self) -> Path:
         """Figures of the steps that its training took, a line each."""
         return self.states / "metrics.jsonl"
+
+    def trained_shards(self) -> dict[str, str]:
+        """sha256, by number, of what is trained on: weights, of `sft` rollouts; empty where that is gone.
+
+        Raises OpdError when it is damaged or of another config.
+        """
+        if self.kind != "sft":
+            return self.record(self.weights, Weighed, "weights").shards if self.weights.exists() else {}
+        paths = [path for path in self.paths("rollouts") if manifest_path(path).exists()]
+        return {path.stem: read_manifest(path).sha256 for path in paths}
 
     def record(self, path: Path, kind: type[Record], stage: str) -> Record:
         """What a stage left of the phase. Raises OpdError when it is missing, damaged, or of another config."""

@@ -14,6 +14,8 @@ import typer
 from filelock import FileLock
 
 from pipeline.infer.forward import check_head
+from pipeline.infer.memory import free
+from pipeline.infer.policy_logps import longest as longest_of
 from pipeline.models import model_config
 from pipeline.prepared import PreparedModel
 from pipeline.store.records import write_record
@@ -22,12 +24,14 @@ from schemas.config import Config
 from schemas.outcome import Outcome
 from stages.run import console
 from stages.run.context import prepared
+from stages.run.room import check_room, training_bytes
 from stages.run.run import Phase
 from train.adapters import attach
 from train.checkpoint import export, final_state, trained
-from train.distributed import processes, rank, ranks_here, shard, wait_for_all
-from train.layers import recompute
+from train.distributed import gather, processes, rank, ranks, ranks_here, shard, wait_for_all
+from train.layers import layers, recompute
 from train.loop import Progress, train_round
+from train.memory import FREE_SHARE, needs
 from train.packing import pack
 from train.stream import Tables
 from train.trackers import trackers
@@ -103,8 +107,11 @@ def train(
         attach(model, config.train.lora)
     if (why := pack(model)) and rank() == 0:
         console.say(f"{job.phase.name} train: micro-batches are padded, for {why}")
-    if config.train.gradient_checkpointing:
+    if recomputes(job, model, parallel):
         recompute(model)
+    if rank() == 0:
+        needed = training_bytes(model, config.train, progress.budget, job.phase.states)
+        check_room(job.phase.folder, needed, f"{job.phase.name} train")
     if parallel is Parallel.fsdp:
         shard(model)
     about = run.config.model_dump(mode="json")
@@ -144,6 +151,34 @@ def train(
     return outcome, last
 
 
+def recomputes(job: Training, model: Any, parallel: Parallel) -> bool:
+    """Whether layers are computed again in backward: as the config has it, or where memory is else too small.
+
+    Told where it is switched on, or where memory doesn't seem enough even so.
+    """
+    wanted = job.config.train.gradient_checkpointing
+    longest = max(longest_of(rollouts) for rollouts, *_ in job.shards)
+    found = needs(model, job.config.train, longest, ranks() if parallel is Parallel.fsdp else 1)
+    device = torch.device("cuda") if torch.cuda.is_available() else model.device
+    left = free(device) // (1 if device.type == "cuda" else ranks_here())
+    takes = {on: found.total(on) for on in (False, True)}
+    chosen = wanted if isinstance(wanted, bool) else takes[False] > FREE_SHARE * left and bool(layers(model))
+    chosen = bool(gather([chosen]).any())  # ranks may see other figures
+    name, free_gb = f"{job.phase.name} train", f"{left / 1e9:.1f} GB are free"
+    if takes[chosen] > left:
+        console.warn(
+            f"{name}: a rank takes about {takes[chosen] / 1e9:.1f} GB beside the weights ({found.optimiser / 1e9:.1f} of them "
+            f"the optimiser's), and {free_gb}; lower train.micro_batch_tokens, train adapters (train.lora), or spread the "
+            "model over more ranks (--parallel fsdp)"
+        )
+    elif chosen and not isinstance(wanted, bool) and rank() == 0:
+        console.say(
+            f"{name}: layers are computed again in backward: about {takes[True] / 1e9:.1f} GB beside the weights, where "
+            f"{takes[False] / 1e9:.1f} would be without and {free_gb}"
+        )
+    return chosen
+
+
 def publish_checkpoint(job: Training, card: str, source: str) -> None:
     """Export what was trained, and write its reference beside it.
 
@@ -157,7 +192,10 @@ def publish_checkpoint(job: Training, card: str, source: str) -> None:
         model = model.to(getattr(torch, dtype))  # as the source has it, whatever it was trained in
     teacher = prepared(job.phase.run, "teacher", weights=False)
     ref = export(model, job.student.tokenizer, job.phase.checkpoint, card, source, teacher.origin)
-    write_record(job.phase.checkpoint.with_suffix(".json"), ref.model_copy(update={"decided": job.phase.run.decided}))
+    run = job.phase.run
+    phases = [job.phase] if job.phase.kind == "sft" else run.trained_on(job.phase.number)
+    told = {"decided": run.decided, "trained_on": {phase.name: phase.trained_shards() for phase in phases}}
+    write_record(job.phase.checkpoint.with_suffix(".json"), ref.model_copy(update=told))
 
 
 @contextmanager

@@ -113,6 +113,11 @@ def scored_phases(run: Run) -> str:
     return rf"(?!({reused_phases(run, True)})\b)(round-\d+|eval-(base|\d+))"
 
 
+def caption(name: str) -> str:
+    """The file that says in Snakemake's own report (`snakemake --report`) what an output is."""
+    return str(Path(__file__).parents[1] / "report" / f"{name}.rst")
+
+
 def hold(run: Run) -> FileLock:
     """Take the run for this process, for as long as the returned lock lives. Raises OpdError when another live one has it."""
     lock = FileLock(run.root / ".snakemake.lock")

@@ -6,10 +6,13 @@ import torch
 import typer
 from rich.table import Table
 
-from pipeline.infer.audit import figures
+from pipeline.infer.audit import figures, unaudited
 from pipeline.infer.shard_scores import ShardScores
+from pipeline.store.cache import audit_note
+from pipeline.store.records import write_record
 from pipeline.store.shards import open_shard
 from schemas.errors import OpdError
+from schemas.records import Audited
 from stages.run import console
 from stages.run.context import (
     DEFAULT_CONFIG,
@@ -29,7 +32,10 @@ def main(
     seed: Annotated[int, typer.Option(min=0, help="another seed looks at others")] = 0,
     threads: ThreadsOption = None,
 ) -> None:
-    """Compare stored with recomputed log-probs, shard by shard; fails above the config's `audit` thresholds."""
+    """Compare stored with recomputed log-probs, shard by shard; fails above the config's `audit` thresholds.
+
+    Scores that could not be audited when they were made are then, and may be trained on.
+    """
     run = open_run(config_file)
     config = run.config
     console.threads(threads)
@@ -38,10 +44,9 @@ def main(
     if not places:
         raise OpdError(f"{run.root}: no scores of this run's own to audit")
     judge, student, prompts = teacher(run), policy(run, BASE), open_prompts(run)
-    model = judge.take_model().to(getattr(torch, config.audit.dtype))
-    table = Table(
-        title=f"{config.run}: stored against recomputed log-probs ({config.audit.dtype})", title_justify="left"
-    )
+    limits = config.audit
+    model = judge.take_model().to(getattr(torch, limits.dtype))
+    table = Table(title=f"{config.run}: stored against recomputed log-probs ({limits.dtype})", title_justify="left")
     for heading in ("shard", "responses", "log-probs", "mean difference", "max", "when written"):
         table.add_column(heading, justify="left" if heading == "shard" else "right")
     worst_mean = worst = 0.0
@@ -49,11 +54,14 @@ def main(
         for place in places:
             about = ShardScores(config, place.rollouts, prompts, judge, student, prompts_of(place.phase))
             scores = open_shard(place.path("scores"), "scores", about.identity, about.inputs)
-            result = figures(about.stored_deltas(model, scores, responses, f"{seed:016x}"), config.audit.dtype)
+            result = figures(about.stored_deltas(model, scores, responses, f"{seed:016x}"), limits.dtype)
             mean, largest = result["audit_mean_delta"], result["audit_max_delta"]
             worst_mean, worst = max(worst_mean, mean), max(worst, largest)
             then = scores.manifest.figures.get("audit_max_delta")
             before = "" if then is None else f"{then:.4f}"
+            if mean <= limits.max_mean_delta and largest <= limits.max_delta and unaudited(scores.path):
+                write_record(audit_note(scores.path), Audited(scores=scores.manifest.sha256, figures=result))
+                before = "not audited"
             counts = (str(result["audit_responses"]), f"{result['audit_logps']:,}")
             table.add_row(
                 f"{place.phase.name}/{place.number:03}",
@@ -64,10 +72,10 @@ def main(
             )
             advance(1)
     console.out.print(table)
-    if worst > config.audit.max_delta or worst_mean > config.audit.max_mean_delta:
+    if worst > limits.max_delta or worst_mean > limits.max_mean_delta:
         raise OpdError(
-            f"differences above the thresholds audit.max_mean_delta {config.audit.max_mean_delta} or audit.max_delta "
-            f"{config.audit.max_delta}"
+            f"differences above the thresholds audit.max_mean_delta {limits.max_mean_delta} or audit.max_delta "
+            f"{limits.max_delta}"
         )
 
 

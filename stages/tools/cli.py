@@ -34,6 +34,7 @@ STAGES = (
 TOOLS = (
     "init",
     "run",
+    "doctor",
     "import",
     "align",
     "support",
@@ -44,6 +45,9 @@ TOOLS = (
     "config",
     "recipes",
     "summary",
+    "inspect",
+    "compare",
+    "push",
 )
 PANELS = {
     **dict.fromkeys(STAGES, "Stages (the Snakefile runs them in order)"),

@@ -16,13 +16,14 @@ import yaml
 from pipeline.infer.engines import open_teacher
 from pipeline.infer.logged import Logged, Told, columns_of, in_tokens, read
 from pipeline.infer.policy_logps import policy_table
-from pipeline.infer.rollout_table import ROW_GROUP
+from pipeline.infer.rollout_table import row_groups
 from pipeline.prepared import PreparedModel, PromptTable
 from pipeline.prompts import ROW_GROUP as PROMPT_GROUP
 from pipeline.prompts import collect
 from pipeline.rendering import Renderer
 from pipeline.sources import kind_of
 from pipeline.store.shards import file_digest, open_shard, open_writer, write_text
+from schemas.config import Rollouts
 from schemas.config.load import load_config
 from schemas.config.root import RUN_NAME
 from schemas.errors import OpdError
@@ -83,16 +84,15 @@ def main(
         **{file: file_digest(Path(file)) for file in files if Path(file).is_file()},
     }
     with open_teacher(student, longest, run.settings.scores.batch_tokens, console.say) as scorer:
-        left, responses, lacking, shards = rows(), 0, 0, 0
-        while shard := list(islice(left, run.config.rollouts.shard_size)):
-            place = made_in / "rollouts" / f"{shards:03}.parquet"
+        responses = lacking = shards = 0
+        for shards, shard in enumerate(_shards(rows(), run.config.rollouts), 1):
+            place = made_in / "rollouts" / f"{shards - 1:03}.parquet"
             with open_writer(place, "rollouts", identity, inputs, {"imported": " ".join(files)}) as writer:
-                for start in range(0, len(shard), ROW_GROUP):
-                    table = _table(shard[start : start + ROW_GROUP], student)
+                for cut in row_groups([_tokens(row) for row in shard]):
+                    table = _table(shard[cut], student)
                     lacks = table["behavior_logp"].null_count
                     writer.write(_complete(table, scorer, student) if lacks else table)
                     responses, lacking = responses + len(table), lacking + lacks
-            shards += 1
     made_in.rename(run.root / "round-0")
     after = _next(run, config_file, into)
     console.say(
@@ -171,6 +171,25 @@ def _rows(
             )
         names = {"rollout_id": f"r0-{name}-{sample}", "prompt_id": name, "sample": sample, "round": 0}
         yield names | {"answer": prompt["answer"]}, logged, ids, told
+
+
+def _tokens(row: Row) -> int:
+    """Of its response."""
+    return len(row[-1].ids) + row[-1].stopped
+
+
+def _shards(rows: Iterable[Row], options: Rollouts) -> Iterator[list[Row]]:
+    """As many rows in each as both limits let in, one at least."""
+    shard: list[Row] = []
+    tokens = 0
+    for row in rows:
+        if shard and (len(shard) == options.shard_size or tokens + _tokens(row) > options.shard_tokens):
+            yield shard
+            shard, tokens = [], 0
+        shard.append(row)
+        tokens += _tokens(row)
+    if shard:
+        yield shard
 
 
 def _table(rows: list[Row], student: PreparedModel) -> pa.Table:

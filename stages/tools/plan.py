@@ -28,6 +28,7 @@ from stages.run.context import DEFAULT_CONFIG, ConfigOption, ThreadsOption, open
 from stages.run.results import steps_of
 from stages.run.run import open_run, run_of
 from stages.tools.choices import RECORDED, SUGGESTED, Choice, compare
+from stages.tools.folders import from_anywhere
 from train.recipes import identity
 
 WIDTH = 512
@@ -85,7 +86,7 @@ def main(
             measured["choices"] = compare(small.model_dump(mode="json"), choices, parameters=False) if choices else []
     rates = {"rollouts": rollout_rate, "scores": score_rate, "train": train_rate}
     measured["rates"] |= {name: rate for name, rate in rates.items() if rate}
-    result = measured | {"costs": _costs(config, measured)}
+    result = measured | {"costs": costs_of(config, measured)}
     if as_json:
         console.out.print(json.dumps(result), markup=False, soft_wrap=True)
         return
@@ -102,20 +103,13 @@ def _small(config: Config, responses: int) -> Config:
 
     Its responses are as long as any round's; those of a shorter horizon begin like them.
     """
-
-    def here(source: str) -> str:
-        return str(Path(source).absolute()) if Path(source).exists() else source
-
-    values = config.model_dump(mode="json")
+    values = from_anywhere(config)
     splits = values["prompts"]["splits"]
     if responses > splits["train"]:
         raise OpdError(f"--responses {responses}: prompts.splits.train is {splits['train']}")
     values["run"], values["reuse"] = "plan", []
-    values["cache"] = str(run_of(config).cache)
-    values["prompts"]["source"] = here(config.prompts.source)
-    for role in ("student", "teacher"):
-        values[role]["model"] = here(values[role]["model"])
     values["rollouts"] |= {"rounds": 1, "prompts": responses, "samples": 1, "shard_size": responses}
+    values["rollouts"]["shard_tokens"] = responses * config.rollouts.longest
     if values["weights"]["credit"] == "group":  # which takes several responses to a prompt
         values["weights"]["credit"] = "immediate"
     values["rollouts"]["max_new_tokens"] = config.rollouts.longest
@@ -259,7 +253,7 @@ def _bytes(table: pa.Table, kept: np.ndarray, flat: dict[str, np.ndarray]) -> in
     return sum(group.column(i).total_compressed_size for group in groups for i in range(group.num_columns))
 
 
-def _costs(config: Config, measured: dict[str, Any]) -> dict[str, Any]:
+def costs_of(config: Config, measured: dict[str, Any]) -> dict[str, Any]:
     """Tokens, hours and bytes of the configured run, and hours of several variants offline and online."""
     options, lengths, rates = config.rollouts, measured["lengths"], measured["rates"]
     total = options.rounds * options.prompts * options.samples

@@ -1,0 +1,56 @@
+"""Room on disk: what a stage is about to write, told and compared with what there is before it begins."""
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pipeline.store.shards import manifest_path, read_manifest
+from schemas.config import Train
+from schemas.errors import OpdError
+from stages.run import console
+from stages.run.run import Place
+
+SAID = 100e6
+"""Bytes from which on it is told."""
+
+
+def check_room(folder: Path, needed: float, what: str) -> None:
+    """Say how much will be written below a folder, there or not. Raises OpdError where its disk has less room."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise OpdError(
+            f"{folder}: {what} takes about {needed / 1e6:,.1f} MB, and the disk has {free / 1e6:,.1f} MB left; make room there "
+            "and run the same command again"
+        )
+    if needed >= SAID:
+        console.say(f"{what}: will write about {needed / 1e6:,.1f} MB")
+
+
+def shard_bytes(place: Place, table: str, responses: int) -> float:
+    """Bytes of a shard of so many responses, as large as those of the run's other shards; 0 where there are none yet."""
+    for other in (one for phase in place.phase.run.phases for one in phase):
+        paths = other.path(table), other.path("rollouts")
+        if all(manifest_path(path).exists() for path in paths):
+            made, rollouts = map(read_manifest, paths)
+            return responses * made.bytes / max(1, rollouts.rows)
+    return 0
+
+
+def training_bytes(model: Any, config: Train, steps: int, existing: Path) -> float:
+    """Bytes that a round's training states and checkpoint add to what lies there already.
+
+    A state has master weights and two moments, float32, of each weight that is trained, and with `train.ema` their average;
+    the newest is written before the oldest is removed.
+
+    Args:
+        model: in the dtype that it is trained in; the checkpoint's may be smaller.
+        steps: that the round may take.
+        existing: the folder of its states.
+    """
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    states = min(config.keep_states + 1, math.ceil(steps / config.save_every))
+    there = sum(path.stat().st_size for path in existing.glob("state-*.safetensors"))
+    checkpoint = sum(weight.numel() * weight.itemsize for weight in model.parameters())
+    return max(0.0, states * trained * 4.0 * (4 if config.ema else 3) - there) + checkpoint
