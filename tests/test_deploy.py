@@ -51,7 +51,7 @@ def test_init_alone_is_the_default_run(here: Path) -> None:
     assert status == 2 and "config/config.yaml: exists already" in said
 
 
-@pytest.mark.parametrize("rows", [30, 5000])
+@pytest.mark.parametrize("rows", [30, 1500])
 def test_a_fifth_of_a_file_is_held_out(here: Path, rows: int) -> None:
     lines = [json.dumps({"prompt": f"{number}?", "answer": "1"}) for number in range(rows)]
     Path("rows.jsonl").write_text("\n".join([*lines, *lines]))  # each twice: different prompts count
