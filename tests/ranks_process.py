@@ -12,8 +12,12 @@ from pipeline.store.shards import open_shard
 from schemas.errors import OpdError
 from stages.run import console
 from train.adapters import attach
-from train.distributed import processes, rank, shard
+from train.checkpoint import final_state
+from train.distributed import is_sharded, processes, rank, shard
 from train.layers import recompute
+from train.loop import keep_state
+from train.optimiser import MasterAdamW
+from train.packing import pack
 
 
 class Interrupted(Exception):
@@ -26,7 +30,9 @@ def train(folder: Path, job: dict[str, Any]) -> None:
     model = tiny.model(tied=job.get("tied", True), dtype=getattr(torch, job.get("dtype", "float32")))
     if settings.train.lora:
         attach(model, settings.train.lora)
-    if settings.train.gradient_checkpointing:
+    if job.get("packed"):
+        assert pack(model) is None
+    if settings.train.gradient_checkpointing is True:
         recompute(model)
     if job.get("parallel") == "fsdp":
         shard(model)
@@ -45,11 +51,23 @@ def train(folder: Path, job: dict[str, Any]) -> None:
         assert "until" in job
 
 
+def copy(folder: Path, job: dict[str, Any]) -> None:
+    """Load the state that another job ended with, over as many ranks as there are now, and save it again."""
+    model = tiny.model(tied=job.get("tied", True))
+    if job.get("parallel") == "fsdp":
+        shard(model)
+    optimiser = MasterAdamW(model, test_train.config(**job["train"]).train)
+    tensors, about = final_state(folder / job["copy"], together=True)
+    optimiser.load(tensors)
+    state = optimiser.state() | {"rng/cpu": tensors["rng/cpu"]}
+    keep_state(folder / job["name"], state, about, is_sharded(model), keep=1)
+
+
 def main(folder: Path, jobs: str) -> None:
     """Do the jobs in order, all ranks together."""
     with processes():
         for job in json.loads(jobs):
-            train(folder, job)
+            (copy if "copy" in job else train)(folder, job)
 
 
 if __name__ == "__main__":

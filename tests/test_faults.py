@@ -27,7 +27,7 @@ from pipeline.models import ModelRef
 from pipeline.store.cache import entries, verify
 from schemas.errors import OpdError
 from stages.tools.cache import app, damage, held
-from train.checkpoint import load_state, save_state, state_path
+from train.checkpoint import load_state, save_pieces, save_state, state_path
 
 pytestmark = pytest.mark.faults
 ROOT = Path(__file__).parents[1]
@@ -210,11 +210,17 @@ def test_a_flipped_byte_anywhere_is_found(
     assert CliRunner().invoke(app, ["verify", "runs/a"]).exit_code == 0
 
 
-def test_every_flipped_bit_of_a_state_is_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_pieces", [False, True])
+def test_every_flipped_bit_of_a_state_is_found(tmp_path: Path, in_pieces: bool) -> None:
     """Of its header too: the description, and the tensors' kinds and shapes."""
     path = state_path(tmp_path, 1)
     about = {"identity": {"x": 1}, "step": 1, "steps": 2, "recent_ess": [0.125], "metrics": "ab"}
-    save_state(path, {"a": torch.arange(12.0).reshape(3, 4), "b": torch.ones(2)}, about)
+    tensors = {"a": torch.arange(12.0).reshape(3, 4), "b": torch.ones(2)}
+    if in_pieces:
+        save_pieces(path.with_suffix(""), tensors, about)
+        (path,) = path.with_suffix("").iterdir()
+    else:
+        save_state(path, tensors, about)
     good = path.read_bytes()
     for at in range(len(good)):
         for bit in range(8):

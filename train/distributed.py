@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from schemas.errors import OpdError
 from train.batch import Batch
@@ -142,9 +142,21 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def piece(tensor: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+    """What of a tensor lies here, and at which index of the whole one it begins."""
+    if not isinstance(tensor, DTensor):
+        return tensor, [0] * tensor.dim()
+    (chunk,) = tensor.__create_chunk_list__()  # what torch.distributed.checkpoint asks of any tensor
+    return tensor.to_local(), list(chunk.offsets)
+
+
 def like(whole: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """A copy of a whole tensor where `other` lies, and sharded as it is."""
+    """A copy of a whole tensor where `other` lies, and sharded as it is: of no more than lies here."""
     if isinstance(other, DTensor):
-        placed = whole.to(other.device)
-        return distribute_tensor(placed, other.device_mesh, other.placements, src_data_rank=None).clone()
+        local, begin = piece(other)
+        part = whole[tuple(slice(a, a + n) for a, n in zip(begin, local.shape, strict=True))]
+        part = part.to(local.device, copy=True, memory_format=torch.contiguous_format)
+        return DTensor.from_local(
+            part, other.device_mesh, other.placements, run_check=False, shape=other.shape, stride=other.stride()
+        )
     return whole.to(other.device, copy=True)

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from pipeline.store.shards import file_digest, publish
 from schemas.config import Config
 from schemas.errors import OpdError, Stopped
 from schemas.outcome import Outcome
-from train.checkpoint import final_state, forget_states, newest_state, save_state, state_path
+from train.checkpoint import final_state, forget_states, newest_state, save_pieces, save_state, state_path
 from train.distributed import gather, idle_pass, is_sharded, rank, ranks, student_logps, wait_for_all
 from train.optimiser import MasterAdamW, learning_rate
 from train.recipes import losses
@@ -89,11 +89,11 @@ def train_round(
     if found := newest_state(folder, identity, say):
         done, steps, recent, told = _reached(**found[1])
     elif start_from is not None:
-        found = final_state(start_from)
+        found = final_state(start_from, together=True)
     if found:
         optimiser.load(found[0])
         restore_rng(found[0])
-        del found  # as large as the optimiser
+        del found  # whose files are open
     metrics_path = folder / "metrics.jsonl" if rank() == 0 else Path(os.devnull)
     if rank() == 0:
         go_on(folder, identity, done, told, config.train.keep_states)
@@ -113,14 +113,11 @@ def train_round(
 
         def save(step: int) -> None:
             """The schedule and the place in the stream follow from the step."""
-            tensors = optimiser.state()  # all ranks have a part in it
+            about = {"identity": identity, "step": step, "steps": steps, "recent_ess": recent}
             if rank() == 0:
                 os.fsync(metrics.fileno())  # a state must not outlive the lines of its steps
-                about = {"identity": identity, "step": step, "steps": steps, "recent_ess": recent}
-                told = file_digest(metrics_path)
-                save_state(state_path(folder, step), tensors | rng_state(), about | {"metrics": told})
-                forget_states(folder, identity, step, config.train.keep_states)
-            wait_for_all()  # a rank that left now could take the one that writes with it
+                about["metrics"] = file_digest(metrics_path)
+            keep_state(folder, optimiser.state() | rng_state(), about, is_sharded(model), config.train.keep_states)
 
         began = time.perf_counter()
         for step, batch in enumerate(stream, done):
@@ -164,6 +161,18 @@ def train_round(
     )
 
 
+def keep_state(folder: Path, tensors: dict[str, torch.Tensor], about: dict[str, Any], sharded: bool, keep: int) -> None:
+    """Save the state after `about["step"]` steps, and forget all but the `keep` newest; all ranks call it."""
+    path = state_path(folder, about["step"])
+    if sharded:
+        save_pieces(path.with_suffix(""), tensors, about)
+    elif rank() == 0:
+        save_state(path, tensors, about)
+    if rank() == 0:
+        forget_states(folder, about["identity"], about["step"], keep)
+    wait_for_all()  # a rank that left now could take the one that writes with it
+
+
 def go_on(folder: Path, identity: dict[str, Any], done: int, told: str | None, keep: int) -> None:
     """Leave of a folder what belongs to the steps that are done: a killed process may have left more."""
     keep_lines(folder / "metrics.jsonl", done, told)
@@ -192,7 +201,7 @@ def rng_state() -> dict[str, torch.Tensor]:
     return {"rng/cpu": torch.get_rng_state(), **cuda}
 
 
-def restore_rng(tensors: dict[str, torch.Tensor]) -> None:
+def restore_rng(tensors: Mapping[str, torch.Tensor]) -> None:
     """Put the generators where `rng_state` found them; a device that was not there then keeps its own."""
     torch.set_rng_state(tensors["rng/cpu"])
     if torch.cuda.is_available() and "rng/cuda" in tensors:

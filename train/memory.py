@@ -29,7 +29,8 @@ class Needs:
         activations: what a micro-batch keeps for backward, and the gradients of one layer's.
         recomputed: the same where layers are computed again: their inputs, and one layer's own twice.
         head: a chunk of logits with its gradients, and the head's own gradient twice.
-        gathered: of a sharded model, what is whole at a time: a layer and the next one with a gradient, and all else.
+        gathered: of a sharded model, its part of the weights, and what is whole at a time: a layer, the next one and a
+            gradient, and all else with its own.
     """
 
     optimiser: int
@@ -67,13 +68,13 @@ def needs(model: Any, settings: Train, longest: int, parts: int = 1) -> Needs:
         activations=int(kept * (1 + 1 / count)),
         recomputed=int(inputs + 2 * kept / count),
         head=HEAD_COPIES * logits + 2 * head.numel() * width * head.requires_grad,
-        gathered=3 * max(of_layers, default=0) + 2 * rest if parts > 1 else 0,
+        gathered=(sum(of_layers) + rest) // parts + 3 * max(of_layers, default=0) + 2 * rest if parts > 1 else 0,
     )
 
 
 def body(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Last hidden states, with or without padding as the model is set."""
     if packed(model):
-        return packed_body(model, ids, mask)
+        return packed_body(model, ids, mask)[0]
     hidden: torch.Tensor = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     return hidden

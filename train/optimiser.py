@@ -1,6 +1,7 @@
 """AdamW on float32 master weights under a low-precision model, and the learning-rate schedule."""
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 
 from schemas.config import Train
 from schemas.errors import OpdError
-from train.distributed import full, like, rank, sum_gradients
+from train.distributed import full, like, sum_gradients
 
 
 class MasterAdamW:
@@ -51,23 +52,17 @@ class MasterAdamW:
         return float(norm)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Masters, moments, step count and average by name, whole; `load` takes them back bit for bit.
-
-        Every rank must ask when the model is sharded; rank 0 is told, the others get nothing.
-        """
-        out = {}
+        """Masters, moments, step count and average by name, as they lie here; `load` takes them back bit for bit, whole."""
+        out: dict[str, torch.Tensor] = {}
         for name, master in self._masters.items():
             kept = {"master": master, **self._adam.state.get(master, {})}
             if self._average:
                 kept["ema"] = self._average[name]
-            for key, value in kept.items():
-                whole = full(value)
-                if rank() == 0:
-                    out[f"{key}/{name}"] = whole if whole is value else whole.cpu()
+            out |= {f"{key}/{name}": value for key, value in kept.items()}
         return out
 
-    def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Continue from `state`, of any number of ranks. Raises OpdError when it is of other parameters."""
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Continue from the whole tensors of a `state`, of any number of ranks. Raises OpdError for one of other parameters."""
         theirs = {name.removeprefix("master/") for name in tensors if name.startswith("master/")}
         if theirs != self._masters.keys():
             raise OpdError(

@@ -47,10 +47,10 @@ def publish(path: Path) -> Iterator[Path]:
         raise OpdError(f"{path}: cannot write here: {error.strerror}") from error
     try:
         yield temporary
-        _fsync(temporary)
+        sync(temporary)
         temporary.chmod(0o644)
         temporary.replace(path)
-        _fsync(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise OpdError(f"{path}: cannot write: {error.strerror or error}") from error
     finally:
@@ -83,7 +83,8 @@ def _alive(process: int) -> bool:
     return True
 
 
-def _fsync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """fsync a file, or a folder's list of names."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -94,8 +95,8 @@ def _fsync(path: Path) -> None:
 def sync_folder(folder: Path) -> None:
     """fsync a folder's files and the folder, before it is renamed into place."""
     for file in folder.iterdir():
-        _fsync(file)
-    _fsync(folder)
+        sync(file)
+    sync(folder)
 
 
 def write_text(path: Path, text: str) -> None:

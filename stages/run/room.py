@@ -51,6 +51,6 @@ def training_bytes(model: Any, config: Train, steps: int, existing: Path) -> flo
     """
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     states = min(config.keep_states + 1, math.ceil(steps / config.save_every))
-    there = sum(path.stat().st_size for path in existing.glob("state-*.safetensors"))
+    there = sum(path.stat().st_size for path in existing.rglob("*.safetensors"))
     checkpoint = sum(weight.numel() * weight.itemsize for weight in model.parameters())
     return max(0.0, states * trained * 4.0 * (4 if config.ema else 3) - there) + checkpoint

@@ -164,6 +164,8 @@ def recomputes(job: Training, model: Any, parallel: Parallel) -> bool:
     takes = {on: found.total(on) for on in (False, True)}
     chosen = wanted if isinstance(wanted, bool) else takes[False] > FREE_SHARE * left and bool(layers(model))
     chosen = bool(gather([chosen]).any())  # ranks may see other figures
+    if rank():
+        return chosen
     name, free_gb = f"{job.phase.name} train", f"{left / 1e9:.1f} GB are free"
     if takes[chosen] > left:
         console.warn(
@@ -171,7 +173,7 @@ def recomputes(job: Training, model: Any, parallel: Parallel) -> bool:
             f"the optimiser's), and {free_gb}; lower train.micro_batch_tokens, train adapters (train.lora), or spread the "
             "model over more ranks (--parallel fsdp)"
         )
-    elif chosen and not isinstance(wanted, bool) and rank() == 0:
+    elif chosen and not isinstance(wanted, bool):
         console.say(
             f"{name}: layers are computed again in backward: about {takes[True] / 1e9:.1f} GB beside the weights, where "
             f"{takes[False] / 1e9:.1f} would be without and {free_gb}"
