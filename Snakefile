@@ -24,6 +24,7 @@ from stages.run.terminal import take_over
 from stages.run.workflow import (
     caption,
     hold,
+    keep_results,
     local_files,
     policy,
     reads,
@@ -536,6 +537,8 @@ onstart:
     global held
     try:
         held = hold(RUN)
+        if replaced := keep_results(RUN):
+            console.warn(replaced)
         write_config(RUN)
     except OpdError as error:
         sys.exit(f"error: {error}")

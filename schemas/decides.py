@@ -173,7 +173,7 @@ STAGES: dict[str, Keys] = {
         ),
         ("rollouts.batch_size", "train.batch_size", "train.micro_batch_tokens"),
     ),
-    "report": Keys(tuple(name for name in Config.model_fields if name not in ("cache", "cache_remote"))),
+    "report": Keys(tuple(name for name in Config.model_fields if name not in ("cache", "cache_remote", "cache_keys"))),
 }
 """By stage; `models` by role too."""
 

@@ -57,7 +57,9 @@ def main(shard: ShardOption = 0, config_file: ConfigOption = DEFAULT_CONFIG, thr
             writer.figures["tokens"] = tokens
 
     inputs, link = {"asked": asked.hexdigest()}, place.path("answers")
-    found = fetch_or_make(run.cache, identity, inputs, make, link, run.settings.cache_remote, "rollouts")
+    found = fetch_or_make(
+        run.cache, identity, inputs, make, link, run.settings.cache_remote, "rollouts", run.cache_keys
+    )
     tokens = read_manifest(link).figures["tokens"]
     write_provenance(place, "answers", tokens, "cache" if found else "sampled")
     if found:

@@ -42,7 +42,9 @@ def main(
         check_room(run.cache, shard_bytes(place, "scores", place.rollouts.rows), f"{phase} scores")
         wanted.write(path, partial(console.progress, f"{phase} scores"), console.say)
 
-    found = fetch_or_make(run.cache, wanted.identity, wanted.inputs, make, link, run.settings.cache_remote)
+    found = fetch_or_make(
+        run.cache, wanted.identity, wanted.inputs, make, link, run.settings.cache_remote, keys=run.cache_keys
+    )
     if found:
         console.say(f"{phase} scores: found in the cache, no teacher token scored ({link.resolve().name})")
     tokens = scored_tokens(read_manifest(link), place.rollouts.rows)

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from pipeline.store import cache
 from pipeline.store.shards import manifest_path, open_shard, open_writer
+from pipeline.store.signatures import check_signature, signature_path
 from schemas.errors import OpdError
 from schemas.tables import arrow_schema
 from stages import models, prompts, rollouts, scores, train, units
@@ -138,6 +139,66 @@ def test_a_remote_location_shares_entries_between_machines(kind: str, tmp_path: 
         assert not fetch(tmp_path / "third", tmp_path / "c/round-0/scores/000.parquet", make, remote=remote)
         assert make.calls == 2
         assert sorted(p.suffix for p in (tmp_path / "shared/scores").iterdir()) == [".json", ".parquet"]
+
+
+def keys_in(folder: Path, name: str) -> tuple[Path, Path]:
+    """Files of a private and a public key."""
+    pytest.importorskip("cryptography")
+    from cryptography.hazmat.primitives import serialization as form
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    made, pem = Ed25519PrivateKey.generate(), form.Encoding.PEM
+    private, public = folder / f"{name}.pem", folder / f"{name}.pub"
+    private.write_bytes(made.private_bytes(pem, form.PrivateFormat.PKCS8, form.NoEncryption()))
+    public.write_bytes(made.public_key().public_bytes(pem, form.PublicFormat.SubjectPublicKeyInfo))
+    return private, public
+
+
+def test_entries_of_a_signed_cache_are_of_a_trusted_key(tmp_path: Path) -> None:
+    """One that fits all its digests is refused unless a key that is trusted signed it; so it is through a remote location."""
+    mine, my_public = keys_in(tmp_path, "mine")
+    other, other_public = keys_in(tmp_path, "other")
+    remote, link = f"file://{tmp_path}/shared", tmp_path / "run/round-0/scores/000.parquet"
+
+    def asked(where: str, keys: list[Path], remote: str | None = None) -> bool:
+        return cache.fetch_or_make(tmp_path / where, IDENTITY, INPUTS, maker(), link, remote, keys=keys)
+
+    assert not asked("a", [mine], remote) and asked("a", [my_public, other_public])
+    assert asked("b", [my_public], remote)  # its signature came along
+    with pytest.raises(
+        OpdError, match=r"its signature is of none of .*other\.pub; remove the entry, or add its maker's key"
+    ):
+        asked("c", [other_public], remote)
+    (entry,) = (tmp_path / "a/scores").glob("*.parquet")
+    runner = CliRunner()
+
+    def verified(key: Path) -> tuple[int, str]:
+        found = runner.invoke(app, ["cache", "verify", "--cache", str(tmp_path / "a"), "--key", str(key)])
+        return found.exit_code, found.output
+
+    assert verified(my_public)[0] == verified(mine)[0] == 0 and verified(other_public)[0] == 2
+    # Made anew by someone else, with a manifest that proves itself.
+    entry.unlink()
+    maker(count=4)(entry)
+    with pytest.raises(OpdError, match="its signature is of none of"):
+        check_signature(entry, [my_public])
+    signature_path(entry).unlink()
+    code, said = verified(my_public)
+    assert code == 2 and "not signed" in " ".join(said.split())
+    # The cache of one who has no private key takes nothing that can't be trusted later.
+    with pytest.raises(OpdError, match="no private key to sign with"):
+        asked("d", [my_public])
+    entry.unlink()
+    manifest_path(entry).unlink()
+    assert (
+        not asked("a", [])
+        and runner.invoke(app, ["cache", "sign", "--cache", str(tmp_path / "a"), "--key", str(mine)]).exit_code == 0
+    )
+    assert verified(my_public)[0] == 0
+    for text in ("no key", my_public.read_text()[:-40]):
+        other.write_text(text)
+        with pytest.raises(OpdError, match=r"other\.pem: no key in PEM"):
+            check_signature(entry, [other])
 
 
 def test_a_remote_that_can_not_be_reached_is_told(tmp_path: Path) -> None:

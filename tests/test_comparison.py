@@ -65,6 +65,10 @@ def test_several_answers_are_clustered_by_item_and_other_items_are_not_paired() 
     few = compared_answers(items(answers(a)), items(answers(b, first=30)), 1)
     assert not few["paired"] and few["common"] == 10 and few["gained"] is None
     assert few["accuracy"] == pytest.approx(np.mean(b) - np.mean(a)) and 0.01 < few["p"] < 0.1
+    # With other numbers of answers, the shares of the same items.
+    more = compared_answers(items(answers(a)), items(answers([[*one, True] for one in a])), 1)
+    assert more["paired"] and more["gained"] is None
+    assert more["accuracy"] == pytest.approx(np.mean([(one[0] + 1) / 2 - one[0] for one in a]))
     nothing = compared_answers(items(answers([[None]])), items(answers([[True]])), 1)
     assert nothing["accuracy"] is nothing["p"] is None
 

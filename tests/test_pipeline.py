@@ -120,7 +120,8 @@ def test_results_and_report(run: Run) -> None:
     assert {"round-0", "eval-0", "eval-1"} == {phase["phase"] for phase in summary["phases"]}
     assert all(abs(sum(phase["coverage"]["kinds"].values()) - 1) < 1e-6 for phase in summary["phases"])
     page = (run.run / "report.html").read_text()
-    assert page.count("<svg") == 12 and 'src="' not in page and 'href="http' not in page
+    assert page.count("<svg") in (11, 12)  # a surrogate only where units are longer than a token
+    assert 'src="' not in page and 'href="http' not in page
     lines = [json.loads(line) for line in (run.run / "round-0/train/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert all(line["divergence"] > 0 for line in lines) and "response_ess" not in lines[0]
@@ -150,7 +151,7 @@ def test_without_references_teacher_and_times_the_report_says_not_measured(
     report.main(Path("config.yaml"))
     report.print_summary(run_of(load_config("config.yaml")))
     page = Path("runs/default/report.html").read_text()
-    assert page.count("not measured") >= 3 and page.count("<svg") == 8 and 'class="wrong"' not in page
+    assert page.count("not measured") >= 3 and page.count("<svg") in (7, 8) and 'class="wrong"' not in page
     assert "Times were not measured" in page
     summary = json.loads(Path("runs/default/summary.json").read_text())
     assert summary["fixed"] is None and summary["seconds"] == {}
@@ -208,6 +209,9 @@ def test_a_changed_learning_rate_trains_anew_from_the_same_rollouts(run: Run) ->
     before = run.shards()
     weights = (run.run / "round-0/checkpoint/model.safetensors").read_bytes()
     output = run.snakemake("runs/default/round-0/checkpoint.json", *changed)
+    kept = list(run.run.glob("summary-*.json"))
+    told = "holds results of another config: train.learning_rate: expected 1e-06, found 4e-05"
+    assert kept and told in " ".join(output.split()) and str(kept[0].name) in output
     assert "round-0 train: " in output and "round-0 rollouts" not in output and "round-0 scores" not in output
     assert (run.run / "round-0/checkpoint/model.safetensors").read_bytes() != weights
     assert {k: v for k, v in run.shards().items() if k.startswith("round")} == {

@@ -20,13 +20,14 @@ from pipeline.models import ModelRef, load_model
 from pipeline.store.shards import HOST, METADATA_KEY, file_digest, manifest_path, open_shard, open_writer, read_manifest
 from schemas.errors import OpdError
 from schemas.manifest import Manifest, place_of
-from schemas.records import Weighed
+from schemas.records import RunSummary, Weighed
 from schemas.tables import TABLES, arrow_schema
 from stages import coverage, diagnostics, evaluate, models, policy, prompts, rollouts, scores, train, units, weights
 from stages.report import page as report
 from stages.run import room
 from stages.run.room import shard_bytes, training_bytes
 from stages.run.run import open_run
+from stages.run.workflow import keep_results
 from stages.tools.cache import app, damage, held
 from train.checkpoint import states
 
@@ -254,6 +255,24 @@ def test_every_round_is_measured_where_asked_and_its_card_tells(
     report.print_summary(run)
     curve = ", ".join(f"{checkpoint}: {result['reverse_kl']:.3f}" for checkpoint, result in enumerate(found))
     assert f"reverse KL, nats, by checkpoint: {curve}" in capsys.readouterr().err
+
+
+def test_results_of_another_config_are_kept_and_told_of(place: Path) -> None:
+    """Before a job replaces them; and not where nothing changed, or only where the cache lies."""
+    summary, page = Path("runs/a/summary.json"), Path("runs/a/report.html")
+    before = summary.read_text(), page.read_text()
+    for same in ({}, {"cache": "elsewhere"}):
+        assert keep_results(open_run(small.written(**same))) is None
+    run = open_run(small.written(train={"learning_rate": 0.5}))
+    for _ in range(2):
+        told = keep_results(run) or ""
+        assert "runs/a holds results of another config: train.learning_rate: expected 0.5, found" in told
+        assert "give `run` another name" in told
+    (kept,), (kept_page,) = Path("runs/a").glob("summary-*.json"), Path("runs/a").glob("report-*.html")
+    assert (kept.read_text(), kept_page.read_text()) == before and str(kept) in told and damage(kept) is None
+    assert RunSummary.parse(kept.read_text()).after == RunSummary.parse(before[0]).after
+    summary.write_text("{}")
+    assert "another config" in (keep_results(run) or "") and len(list(Path("runs/a").glob("summary-*.json"))) == 2
 
 
 def test_answers_of_another_checkpoint_are_not_reported(place: Path) -> None:

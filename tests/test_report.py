@@ -15,6 +15,7 @@ import small
 import whole_run
 
 from stages.report import costs
+from stages.report.charts import LABELS
 from stages.report.page import answered, whens
 from stages.report.verdict import difference, direction, verdict, visible
 
@@ -34,15 +35,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(folder)
         patch.setenv("OPD_CACHE", str(folder / "cache"))
         small.laid_out()
-        # Right by a coin that falls the same for the same answer.
-        Path("coin.py").write_text("import zlib\ndef right(said, *_):\n    return zlib.crc32(said.encode()) % 2 == 0\n")
+        # Right by a coin that falls the same for the same answer to the same prompt.
+        coin = "import zlib\ndef right(said, answer, _):\n    return zlib.crc32((said + answer).encode()) % 2 == 0\n"
+        Path("coin.py").write_text(coin)
         (RUN / "timings").mkdir(parents=True)
         for job, seconds in SECONDS.items():
             (RUN / f"timings/{job}.tsv").write_text(f"s\th:m:s\n{seconds}\t-\n")
         where = small.written(
-            prompts={"splits": {"examples": 1, "train": 12, "test": 12}},
+            prompts={"splits": {"examples": 1, "train": 12, "test": 17}},
             rollouts={"rounds": 1, "prompts": 12, "max_new_tokens": 8, "shard_size": 6},
-            train={"learning_rate": 0.02},
+            train={"learning_rate": 0.004},
             evaluate={"kl_items": 12, "scorer": "coin:right"},
         )
         whole_run.stages_of(where)
@@ -188,7 +190,7 @@ def test_what_changed_by_text_and_the_sentence_that_says_why(page: Tables) -> No
     # The sampled KL that the verdict's table tells is the same sum, per token.
     for phase, column in (("eval-0", 1), ("eval-1", 2)):
         units = units_of(phase)
-        cell = next(cells for cells in page.rows("Verdict") if cells[0].startswith("the same by what was sampled"))[
+        cell = next(cells for cells in page.rows("Answers") if cells[0].startswith("the same by what was sampled"))[
             column
         ]
         assert float(cell.split()[0]) == pytest.approx(units["lost"].sum() / units["s_len"].sum(), abs=2e-3)
@@ -203,11 +205,11 @@ def test_answers_and_their_counts(page: Tables) -> None:
         both.filter(~pl.col("right") & pl.col("right_after")),
     )
     assert len(broken) and len(fixed)
-    assert f"Of 12 answers {len(fixed)} were fixed and {len(broken)} broken." in page.text
-    accuracy = page.rows("Verdict")[0]
+    assert f"Of 17 answers {len(fixed)} were fixed and {len(broken)} broken." in page.text
+    accuracy = page.rows("Answers")[0]
     for cell, answers in zip(accuracy[1:], (before, after), strict=False):
         assert cell.startswith(f"{100 * answers['right'].mean():.1f} %")
-    stopped = next(cells for cells in page.rows("Verdict") if cells[0].startswith("answers that stop"))
+    stopped = next(cells for cells in page.rows("Answers") if cells[0].startswith("answers that stop"))
     assert stopped[1:3] == [f"{100 * answers['stopped'].mean():.0f} %" for answers in (before, after)]
     rows = embedded("answers-data")["rows"]
     columns = ["set", "prompt", "reference", "response", "response_after", "right", "right_after"]
@@ -329,7 +331,9 @@ def test_the_page_on_a_phone_and_a_desk_light_and_dark(chromium: browser.Page, w
       const colours = marks.map((mark) => [getComputedStyle(mark).fill, getComputedStyle(mark).stroke].join());
       return [at.getAttribute("aria-label"), at.getBoundingClientRect().width, marks.length, new Set(colours).size];
     })""")
-    assert len(plots) == len({label for label, *_ in plots}) == 12
+    # No unit here is longer than a token, so there is no sampled path.
+    wanted = {words for name, words in LABELS.items() if name not in ("sft", "surrogate")}
+    assert {label for label, *_ in plots} == wanted and len(plots) == len(wanted)
     for label, wide, marks, colours in plots:
         assert 200 < wide <= width and marks > 2 and colours > 1, label
 

@@ -38,10 +38,11 @@ def compared_answers(first: pl.DataFrame, second: pl.DataFrame, seed: int) -> di
     """What differs from one run's answers to a held-out set to another's.
 
     Paired by item where enough are the same (ENOUGH): the figures and the p of `accuracy.gain`, McNemar's exact test for one
-    answer an item, signs flipped by item for several. Else the means of other items are compared (`difference`).
+    answer an item, signs flipped by item for several; `difference` where one has more answers an item than the other. Else the
+    means of other items are compared, by `difference` too.
 
     Args:
-        first, second: as `items` gives them, as many answers to each item.
+        first, second: as `items` gives them, with a number of answers to each item.
     Returns:
         items: judged ones of each; common: of both; paired; accuracy, accuracy_95, p: of the second less the first; gained,
         lost: items right in the second alone or the first alone, of one answer an item where paired. None where none can be
@@ -53,15 +54,17 @@ def compared_answers(first: pl.DataFrame, second: pl.DataFrame, seed: int) -> di
     found |= dict.fromkeys(("accuracy", "accuracy_95", "p", "gained", "lost"))
     if not all(found["items"]):
         return found
-    if len(both) >= ENOUGH * min(found["items"]):
-        found |= {"paired": True, **(gain(first, second, seed) or {})}
-        if samples_of(first) == 1:
-            change = both["right_second"] - both["right"]
-            found |= {"gained": int((change > 0).sum()), "lost": int((change < 0).sum())}
-        return found
-    shares = [(one["right"].to_numpy() / samples_of(first), np.ones(len(one))) for one in of]
-    other = difference(*shares[0], *shares[1], seed, paired=False)
-    return found | {"accuracy": other["difference"], "accuracy_95": other["difference_95"], "p": other["p"]}
+    samples = samples_of(first), samples_of(second)
+    paired = len(both) >= ENOUGH * min(found["items"])
+    if paired and samples[0] == samples[1]:
+        change = both["right_second"] - both["right"]
+        counts = {"gained": int((change > 0).sum()), "lost": int((change < 0).sum())} if samples[0] == 1 else {}
+        return found | {"paired": True, **(gain(first, second, seed) or {}), **counts}
+    right = (both["right"], both["right_second"]) if paired else (one["right"] for one in of)
+    shares = [counts.to_numpy() / each for counts, each in zip(right, samples, strict=True)]
+    other = difference(shares[0], np.ones(len(shares[0])), shares[1], np.ones(len(shares[1])), seed, paired)
+    figures = {"accuracy": other["difference"], "accuracy_95": other["difference_95"], "p": other["p"]}
+    return found | {"paired": paired} | figures
 
 
 def sampled_kl(rollouts: pl.DataFrame, units: pl.DataFrame, weights: pl.DataFrame) -> pl.DataFrame:

@@ -2,6 +2,7 @@
 
     <cache>/<kind>/<digest>.parquet, .json      an entry and its manifest; kinds: `scores`, `rollouts` (answers)
     <cache>/scores/<digest>.audit               of scores that could not be audited when they were made: a later audit
+    <cache>/<kind>/<digest>.sig                 the signature of an entry's manifest, where entries are signed
     <cache>/<kind>/<digest>.lock                held while an entry is made or removed; the kernel frees it with its holder
     <cache>/users/<digest>/<link digest>        text files, each the path of a link that a run holds to the entry
 
@@ -12,7 +13,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from pipeline.store.shards import (
     temporary_name,
     write_text,
 )
+from pipeline.store.signatures import check_signature, sign, signature_path, signing_key
 from schemas.errors import OpdError
 from schemas.manifest import Manifest, digest
 from schemas.records import Audited
@@ -88,6 +90,7 @@ def fetch_or_make(
     link: Path,
     remote: str | None = None,
     kind: str = "scores",
+    keys: Sequence[Path] = (),
 ) -> bool:
     """Point `link` at an entry that was found, or made exactly once even when several runs ask at the same time.
 
@@ -95,8 +98,11 @@ def fetch_or_make(
         make: writes the shard to the path it is given.
         link: the shard's name in the run; its manifest is linked beside it.
         remote: an `fsspec` location where entries are looked for before, and copied to after, they are made.
+        keys: where there are some, an entry that none of them signed is refused, and what is made is signed.
     Returns:
         Whether it was there already. A damaged entry is removed and made again.
+    Raises:
+        OpdError: the cache or the location can't be written, or an entry's signature is missing or of another key.
     """
     entry = entry_path(cache, identity, inputs, kind)
     try:
@@ -105,8 +111,14 @@ def fetch_or_make(
             found = _intact(entry, identity, inputs) or (
                 remote is not None and download(entry, remote) and _intact(entry, identity, inputs)
             )
+            if found and keys:
+                check_signature(entry, keys)
             if not found:
+                if keys:
+                    signing_key(keys)  # before the work, not after
                 make(entry)
+                if keys:
+                    sign(entry, keys)
                 if remote is not None:
                     upload(entry, remote)
             use(cache, entry, link)
@@ -253,7 +265,7 @@ def remove(cache: Path, entry: Entry) -> bool:
             if users(cache, entry.path):
                 return False
             # The manifest first: without it the rest counts as unfinished.
-            for path in (manifest_path(entry.path), audit_note(entry.path), entry.path):
+            for path in (manifest_path(entry.path), audit_note(entry.path), signature_path(entry.path), entry.path):
                 path.unlink(missing_ok=True)
             notes = cache / "users" / entry.path.stem
             for note in notes.glob("*"):
@@ -266,10 +278,10 @@ def remove(cache: Path, entry: Entry) -> bool:
 
 
 def leftovers(cache: Path, older_than_days: float = 1.0) -> list[Path]:
-    """Temporary files of writers that died on any machine, and manifests and audits without an entry."""
+    """Temporary files of writers that died on any machine, and manifests, audits and signatures without an entry."""
     old = time.time() - older_than_days * 86400
     folders = [cache / kind for kind in KINDS]
-    beside = (path for folder in folders for name in ("*.json", "*.audit") for path in folder.glob(name))
+    beside = (path for folder in folders for name in ("*.json", "*.audit", "*.sig") for path in folder.glob(name))
     lone = (path for path in beside if not path.with_suffix(".parquet").exists())
     unfinished = (path for folder in folders for path in folder.glob(".*.tmp"))
     return [path for path in (*unfinished, *lone) if path.lstat().st_mtime < old]
@@ -292,7 +304,8 @@ def upload(entry: Path, remote: str) -> None:
     try:
         fs, folder = _remote(entry, remote)
         fs.makedirs(folder, exist_ok=True)
-        for file in (entry, manifest_path(entry)):
+        signature = [signature_path(entry)] if signature_path(entry).exists() else []
+        for file in (entry, *signature, manifest_path(entry)):
             part = f"{folder}/.{file.name}.{os.getpid()}.part"
             fs.put_file(str(file), part)
             fs.mv(part, f"{folder}/{file.name}")
@@ -306,7 +319,9 @@ def download(entry: Path, remote: str) -> bool:
         fs, folder = _remote(entry, remote)
         if not fs.exists(f"{folder}/{manifest_path(entry).name}"):
             return False
-        for file in (entry, manifest_path(entry)):
+        signature = signature_path(entry)
+        signed = [signature] if fs.exists(f"{folder}/{signature.name}") else []
+        for file in (entry, *signed, manifest_path(entry)):
             with publish(file) as temporary:
                 fs.get_file(f"{folder}/{file.name}", str(temporary))
     except (OSError, ValueError, ImportError) as error:

@@ -51,6 +51,11 @@ class Config(Section):
         description="an fsspec location (s3://..., gs://..., a shared folder) to find scores in and to copy new ones to; "
         "`${NAME}` in it is a variable of the environment, for a password: the config holds none",
     )
+    cache_keys: tuple[Text, ...] = Field(
+        (),
+        description="PEM files of Ed25519 keys, for a cache that others can write to (pip install 'offline-opd[sign]'): what "
+        "none of them signed is refused, and what the run makes is signed with the first private one",
+    )
     prompts: Prompts
     student: Model
     teacher: Model

@@ -79,7 +79,8 @@ def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
     write_record(run.root / "summary.json", RunSummary(decided=run.decided, **summary))
     write_cards(run, summary)
     if not config.train.keep_last_state:  # no job that is to come asks for it
-        drop_states(run.phase(f"round-{run.rounds[-1]}").states)
+        for trained in (f"round-{run.rounds[-1]}", *(["sft"] if config.sft.prompts else [])):
+            drop_states(run.phase(trained).states)
     console.say(f"report: {run.root / 'report.html'}")
 
 

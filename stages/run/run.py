@@ -25,6 +25,7 @@ from pipeline.models import ModelRef
 from pipeline.store.cache import entry_name, responses_digest
 from pipeline.store.records import Record, read_record
 from pipeline.store.shards import Shard, check_place, manifest_path, open_shard, read_manifest, write_text
+from pipeline.store.signatures import check_signature
 from schemas.config import Config, Rollouts, Sft, load_config
 from schemas.config.reuse import sampled_rounds
 from schemas.decides import decided, of_phase, settings
@@ -118,6 +119,11 @@ class Run:
     def cache(self) -> Path:
         """The cache that runs share."""
         return cache_root(self.config.cache)
+
+    @property
+    def cache_keys(self) -> list[Path]:
+        """The keys of which one must have signed what is taken from it; none: whoever wrote it is trusted."""
+        return [Path(key).expanduser() for key in self.config.cache_keys]
 
     @property
     def prompts(self) -> Path:
@@ -475,6 +481,8 @@ class Place:
         stage = "reuse" if home.source and home.source.is_scored else table
         again = f"{command(stage, home.name)} --shard {self.number}"
         found = read_record(path, Provenance, again)
+        if keys := home.run.cache_keys:
+            check_signature(self.path(table), keys)
         home.run.check(path, found, stage, home.name)
         entry = read_manifest(self.path(table))
         here = {"phase": home.name, "shard": self.number, "entry": entry_name(entry.identity, entry.inputs)}

@@ -145,7 +145,8 @@ class Terminal(MemoryHandler):
         made = [job for job in self.planned() if job.output]  # `all` makes nothing
         self.jobs = {job.jobid: job_of(self.run, job.rule.name, job.wildcards_dict) for job in made}
         self.began = self.spoke = time.monotonic()
-        console.say(f"{self.run.config.run}: {len(self.jobs)} jobs; logs are in {self.run.root / 'logs'}")
+        count = "1 job" if len(self.jobs) == 1 else f"{len(self.jobs)} jobs"
+        console.say(f"{self.run.config.run}: {count}; logs are in {self.run.root / 'logs'}")
         if console.console.is_terminal:
             status = TextColumn(
                 "{task.fields[status]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)

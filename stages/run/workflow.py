@@ -1,6 +1,7 @@
 """What the Snakefile asks: parameters and inputs of its rules, and that a run has one live process at a time."""
 
 import os
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -13,8 +14,8 @@ from pipeline.models import IDENTITY_FILES, TOKENIZER_FILES
 from pipeline.sources import SAVED_FILES
 from schemas.config.options import OWN_CODE
 from schemas.decides import decided
-from schemas.errors import OpdError
-from schemas.manifest import digest
+from schemas.errors import OpdError, excerpt
+from schemas.manifest import differences, digest, stated
 from stages.run.run import Run
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning idle threads slow contended cores twentyfold
@@ -131,3 +132,30 @@ def hold(run: Run) -> FileLock:
     except OSError as error:
         raise OpdError(f"{run.root}: cannot write here: {error.strerror}") from error
     return lock
+
+
+def keep_results(run: Run) -> str | None:
+    """Keep the figures of a finished run that is about to be made anew for another config: summary and report get the digest
+    of what decided them in their names. What changed and what is kept, for people; None where nothing did.
+
+    Snakemake removes what it makes anew before a stage can see it, so this comes before the first job.
+    """
+    summary = run.root / "summary.json"
+    if not summary.exists():
+        return None
+    try:
+        told = stated(summary.read_text()).get("decided")
+    except (OSError, ValueError):
+        told = None  # damaged: of no config that is known
+    different = list(differences(decided(run.config, "report"), told or {}))
+    if not different:
+        return None
+    mark, kept = digest(told)[:8], []
+    for path in (summary, run.root / "report.html"):
+        if path.exists():
+            kept.append(path.with_stem(f"{path.stem}-{mark}"))
+            shutil.copy2(path, kept[-1])
+    return (
+        f"{run.root} holds results of another config: {excerpt('; '.join(different))}; what depends on that is made anew in "
+        f"their place, checkpoints too. The figures are kept: {', '.join(map(str, kept))}. To keep all, give `run` another name"
+    )

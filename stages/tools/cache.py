@@ -12,6 +12,7 @@ from rich.table import Table
 from pipeline.models import ModelRef, is_unchanged
 from pipeline.store import cache as store
 from pipeline.store.shards import file_digest
+from pipeline.store.signatures import check_signature, sign, signature_path
 from schemas.config import Config
 from schemas.errors import OpdError, one_line
 from schemas.manifest import stated
@@ -20,6 +21,9 @@ from stages.run.run import cache_root
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 FolderOption = Annotated[Path | None, typer.Option("--cache", help="the cache; $OPD_CACHE or the default otherwise")]
+KeyOption = Annotated[
+    list[Path] | None, typer.Option(help="an Ed25519 key in PEM (`cache_keys`); several are tried in turn")
+]
 MEGABYTE = 1e6
 
 
@@ -71,8 +75,12 @@ def _row(entry: store.Entry) -> dict[str, Any]:
 def verify(
     paths: Annotated[list[Path] | None, typer.Argument(help="run folders or files; the whole cache by default")] = None,
     cache: FolderOption = None,
+    key: KeyOption = None,
 ) -> None:
-    """Read every byte of every entry, or of all that runs below the paths hold, and compare it with its digest."""
+    """Read every byte of every entry, or of all that runs below the paths hold, and compare it with its digest; with keys, ask
+    for the signature of one of them on every entry."""
+    if key and paths:
+        raise OpdError("--key: entries of the cache are signed; give keys, or runs and files")
     if paths:
         for path in paths:
             if not path.exists():
@@ -82,7 +90,7 @@ def verify(
         size = sum(file.stat().st_size for file in files if file.exists())
     else:
         found = list(store.entries(_folder(cache)))
-        checks = {entry.path: partial(store.verify, entry) for entry in found}
+        checks = {entry.path: partial(_wrong_with, entry, key or []) for entry in found}
         size = sum(entry.bytes for entry in found)
     broken = []
     with console.progress("verify", len(checks), "files") as advance:
@@ -92,9 +100,36 @@ def verify(
                 console.say(problem)
             advance(1)
     if broken:
-        raise OpdError(f"{len(broken)} of {len(checks)} files are damaged; delete each and its manifest and run again")
+        signed = " or not signed" if key else ""
+        raise OpdError(
+            f"{len(broken)} of {len(checks)} files are damaged{signed}; delete each and its manifest and run again"
+        )
     what = "shards" if all(file.suffix == ".parquet" for file in checks) else "files"
     console.out.print(f"{len(checks)} {what}, {size / MEGABYTE:.1f} MB: every byte is as it was written")
+
+
+def _wrong_with(entry: store.Entry, keys: list[Path]) -> str | None:
+    """What is wrong with an entry, or with its signature where keys are given."""
+    if (problem := store.verify(entry)) or not keys:
+        return problem
+    try:
+        check_signature(entry.path, keys)
+    except OpdError as error:
+        return str(error)
+    return None
+
+
+def sign_entries(key: KeyOption, cache: FolderOption = None) -> None:
+    """Sign the intact entries that have no signature yet, your own, with a private key."""
+    signed = 0
+    for entry in store.entries(_folder(cache)):
+        if signature_path(entry.path).exists():
+            continue
+        if problem := store.verify(entry):
+            raise OpdError(problem)
+        sign(entry.path, key or [])
+        signed += 1
+    console.out.print(f"{signed} entries signed")
 
 
 def held(folder: Path) -> Iterator[Path]:
@@ -161,4 +196,5 @@ def collect(
 
 app.command("ls")(console.reporting(list_entries))
 app.command("verify")(console.reporting(verify))
+app.command("sign")(console.reporting(sign_entries))
 app.command("gc")(console.reporting(collect))

@@ -22,11 +22,11 @@ from stages.run import console
 from stages.run.results import read_evaluation, stage_seconds
 from stages.run.run import Phase, Run, command
 from stages.tools.cli import STAGES
-from stages.tools.folders import RunsArgument, files_of, megabytes, open_folder, places
+from stages.tools.folders import RunsArgument, files_of, megabytes, open_folder, opened, places
 
 NAMES = ("run", "cache", "cache_remote")
 """Keys that say where things lie, not what they are."""
-JUDGED_BY = {"samples", "temperature", "top_p"}
+JUDGED_BY = {"temperature", "top_p"}
 """Fields of an evaluation that two must share beside the scorer's own, so that their accuracies mean the same."""
 
 
@@ -91,10 +91,10 @@ def main(runs: RunsArgument, as_json: Annotated[bool, typer.Option("--json", hel
     """
     if len(runs) < 2:
         raise OpdError(f"{runs[0]}: one run; give two or more to compare")
-    opened = [open_folder(path) for path in runs]
-    names = [run.config.run for run in opened]
+    given = [open_folder(path) for path in runs]
+    names = [run.config.run for run in given]
     sides = [
-        Side(name if names.count(name) == 1 else str(run.root), run) for name, run in zip(names, opened, strict=True)
+        Side(name if names.count(name) == 1 else str(run.root), run) for name, run in zip(names, given, strict=True)
     ]
     config = differing([side.run.config.model_dump(mode="json", exclude=set(NAMES)) for side in sides])
     figures = [side.figures() for side in sides]
@@ -126,7 +126,7 @@ def tested(first: Side, second: Side) -> list[dict[str, Any]]:
                 items(answers.filter(set=name)), items(others.filter(set=name)), first.run.config.seed
             )
         )
-        found.append({**who, **about, "of": "accuracy", "set": name, "samples": one.samples, **result})
+        found.append({**who, **about, "of": "accuracy", "set": name, "samples": [one.samples, other.samples], **result})
     kl: dict[str, Any]
     try:
         problem = measured_otherwise(here, there)
@@ -169,7 +169,12 @@ def measured_otherwise(first: Phase, second: Phase) -> str | None:
 def kl_of(phase: Phase, answers: pl.DataFrame) -> pl.DataFrame:
     """`sampled_kl` of a phase by prompt, prompts named as by `items`."""
     found = pl.concat(
-        sampled_kl(*(pl.DataFrame(shard.read()) for shard in (place.rollouts, place.units, place.weights)))
+        sampled_kl(
+            *(
+                pl.DataFrame(shard.read())
+                for shard in (opened(place, table) for table in ("rollouts", "units", "weights"))
+            )
+        )
         for place in places(phase, "weights")
     )
     own = answers.filter(pl.col("set") == answers["set"][0])
@@ -249,7 +254,7 @@ def in_words(test: dict[str, Any]) -> str:
     here, there = test["items"]
     same = f"{test['common']} items of both" if test["paired"] else f"other items, {here} and {there}"
     if test["paired"] and test["common"] < max(here, there):
-        same += f" ({here} and {there})"
+        same += f", which have {here} and {there}"
     elif not test["paired"] and test["common"]:
         same += f", of which {test['common']} are the same"
     if test["of"] == "sampled_kl":
@@ -265,7 +270,13 @@ def in_words(test: dict[str, Any]) -> str:
     if test["gained"] is not None:
         only = f"{test['gained']} right only in {test['second']}, {test['lost']} only in {test['first']}"
         return f"{line}, {only}; McNemar, exact)"
-    how = f"signs flipped by item, {test['samples']} answers each" if test["paired"] else "by relabelling"
+    one, other = test["samples"]
+    alike = f"signs flipped by item, {one} answers each"
+    how = (
+        (alike if one == other else f"items swapped, {other} and {one} answers each")
+        if test["paired"]
+        else "relabelled"
+    )
     return f"{line}; {how})"
 
 

@@ -21,7 +21,8 @@ from packaging.requirements import Requirement
 from rich.text import Text
 
 from schemas.config import Config, load_config
-from schemas.errors import OpdError, masked
+from schemas.errors import OpdError
+from schemas.secrets import masked
 from stages.run import console
 from stages.run.context import DEFAULT_CONFIG, ThreadsOption
 from stages.run.run import Run, cache_root, run_of

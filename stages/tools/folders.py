@@ -5,10 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.store.shards import manifest_path
+from pipeline.store.shards import Shard, manifest_path, open_shard
 from schemas.config import Config, load_config
 from schemas.errors import OpdError
-from stages.run.run import Phase, Place, Run, run_of
+from stages.run.run import MADE_FROM, Phase, Place, Run, run_of
 
 RunsArgument = Annotated[
     list[Path], typer.Argument(help="folders of runs, or names of runs below `runs`", metavar="RUN...")
@@ -44,6 +44,12 @@ def places(phase: Phase, table: str) -> list[Place]:
     """The places of a phase that have a table, whatever the config says there should be."""
     shards = sorted((phase.folder / table).glob("*.parquet"))
     return [Place(phase, int(path.stem)) for path in shards if path.stem.isdigit() and manifest_path(path).exists()]
+
+
+def opened(place: Place, table: str) -> Shard:
+    """A table of a place, every byte of it checked, and that it was made from what lies there; not that the config is still
+    read as it was then, which a later version may do otherwise. Raises OpdError as `open_shard` does."""
+    return open_shard(place.path(table), table, inputs=place.inputs(table) if table in MADE_FROM else {})
 
 
 def files_of(folder: Path) -> list[Path]:

@@ -22,7 +22,7 @@ from schemas.tables import TABLES
 from stages.run import console
 from stages.run.results import read_evaluation
 from stages.run.run import Phase, Place, Run
-from stages.tools.folders import megabytes, open_folder, places
+from stages.tools.folders import megabytes, open_folder, opened, places
 
 MEANING = {
     "prompts": "prompts, a row each",
@@ -232,7 +232,11 @@ def response_view(path: Path, name: str) -> dict[str, Any]:
     parts = [phase] if phase else [run.phase(one) for one in _with_rollouts(run)]
     known: list[str] = []
     for place in (place for part in parts for place in places(part, "rollouts")):
-        names = place.rollouts.read()["rollout_id"].to_pylist()
+        names = [
+            name
+            for group in opened(place, "rollouts").row_groups(["rollout_id"])
+            for name in group["rollout_id"].to_pylist()
+        ]
         if name in names:
             return _viewed(place, name)
         known += names
@@ -251,8 +255,8 @@ def _viewed(place: Place, name: str) -> dict[str, Any]:
         raise OpdError(
             f"{place.path('units')}: missing: the teacher's view of {name} isn't made yet; let the run go on"
         )
-    weights = place.weights if place.path("weights").exists() and place.phase.weights.exists() else None
-    tables = response_tables(name, place.rollouts, place.units, weights)
+    weights = opened(place, "weights") if place.path("weights").exists() and place.phase.weights.exists() else None
+    tables = response_tables(name, opened(place, "rollouts"), opened(place, "units"), weights)
     assert tables  # its name is among the rollouts
     rollouts, units, weighed = tables
     tokens = from_table(open_shard(run.vocabulary("student"), "vocabulary").read(), run.config.student.model)[0]

@@ -18,8 +18,9 @@ from pipeline.models import IDENTITY_FILES, ORIGIN, TOKENIZER_FILES, ModelRef, i
 from pipeline.store import cache as store
 from pipeline.store.records import read_record
 from pipeline.store.shards import manifest_path, read_manifest
-from schemas.errors import OpdError, masked, one_line
+from schemas.errors import OpdError, one_line
 from schemas.manifest import PHASE, PLACED, Manifest
+from schemas.secrets import masked
 from stages.run import console
 from stages.run.card import HUB_ID
 from stages.run.run import Run, config_text

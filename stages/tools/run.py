@@ -25,7 +25,7 @@ def main(context: typer.Context, config_file: ConfigOption = DEFAULT_CONFIG) -> 
     """Run the whole workflow on a config in the working directory; all further arguments go to Snakemake.
 
     `--dry-run` shows what would be done, `--cores 8` bounds it, `--executor slurm --profile profiles/slurm` has a cluster do it
-    (a profile that isn't here is looked for among those that ship with us); files to make may follow `--`.
+    (a profile that isn't here is looked for among those that ship with us). Files to make come before any options.
     """
     command, environment = snakemake(config_file, context.args)
     os.execve(command[0], command, environment)  # noqa: S606 - so that signals and the exit status are Snakemake's own
@@ -41,8 +41,9 @@ def snakemake(config_file: Path, arguments: Sequence[str] = ()) -> tuple[list[st
         raise OpdError(f"--config {config_file}: no such file; `opd init` writes one")
     folder = shipped()
     given = [_beside(folder, before, argument) for before, argument in zip(["", *arguments], arguments, strict=False)]
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(folder / "Snakefile")]
-    command += ["--configfile", str(config_file)]
+    # The config's option would take files to make, which come next, for further configs.
+    command = [sys.executable, "-m", "snakemake", "--configfile", str(config_file)]
+    command += ["--snakefile", str(folder / "Snakefile")]
     options = given[: given.index("--")] if "--" in given else given
     if not any(option.partition("=")[0] in SAY_WHERE for option in options):
         command += ["--cores", "all"]
