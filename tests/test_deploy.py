@@ -18,9 +18,9 @@ import yaml
 from distributed import LocalCluster
 from typer.testing import CliRunner
 
-import offline_opd
 from schemas.config import load_config
 from schemas.errors import OpdError
+from stages import notebook
 from stages.run.shipped import shipped
 from stages.tools import init
 from stages.tools.cli import app
@@ -147,12 +147,12 @@ def test_a_notebook_runs_a_stage_and_opens_the_run(here: Path, monkeypatch: pyte
     monkeypatch.setenv("OPD_CACHE", str(here / "cache"))
     small.laid_out()
     config = small.written()
-    offline_opd.run_stage("prompts", config)
-    offline_opd.run_stage("models", str(config), role="student")
-    run = offline_opd.open_run(config)
+    notebook.run_stage("prompts", config)
+    notebook.run_stage("models", str(config), role="student")
+    run = notebook.open_run(config)
     assert run.prompts.exists() and run.model_file("student").exists() and len(run.phase("round-0")) == 2
     with pytest.raises(OpdError, match="no stage 'rollout'; there are prompts"):
-        offline_opd.run_stage("rollout", config)
+        notebook.run_stage("rollout", config)
 
 
 def one_round(where: Path, **changes: Any) -> None:

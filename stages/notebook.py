@@ -1,6 +1,6 @@
 """Offline on-policy distillation from Python: a notebook opens a run, runs one of its stages, or all of it.
 
-    from offline_opd import open_run, run_stage, run_workflow
+    from stages.notebook import open_run, run_stage, run_workflow
 
     run_workflow("mine.yaml", "--cores", "8")
     run_stage("units", "mine.yaml", phase="round-0", shard=0)
