@@ -5,19 +5,26 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-USER = re.compile(r"(?<=://)[^/@\s]+(?=@)")
-"""User and password of an address."""
+USER = re.compile(r"(?<=https://)[^/@\s]+(?=@)|(?<=http://)[^/@\s]+(?=@)")
+"""User and password of an address of the web; elsewhere what stands there is a container or a bucket."""
+TOKEN = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|(?<!/)sk-[A-Za-z0-9_-]{32,}|(?:AKIA|ASIA)[A-Z0-9]{16}\b)"
+)
+"""What is made to be known as a credential."""
 SECRET = re.compile(
     r"(?<=://)[^/@:\s]*:(?!\$\{\w+\}@)[^/@\s]+(?=@)"  # a password in an address
-    r"|(?<=[?&])(?i:[\w-]*(?:key|token|secret|password|sig|signature|credential))=(?!\$\{)[^&\s'\"]+"  # a signed address
-    r"|\b(?:hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{32,}|(?:AKIA|ASIA)[A-Z0-9]{16}\b)"
+    r"|(?<=[?&])(?i:api_?key|(?:access_?|auth_?)?token|secret|password|sig|signature|x-[a-z]+-(?:credential|signature))"
+    r"=(?!\$\{)[^&\s'\"]+"  # a signed address
+    rf"|{TOKEN.pattern}"
 )
 """What gives access as it stands."""
 NAMES = re.compile(
-    r".*(password|passwd|secret|credential).*|((hf|hub|api|access|auth|session|bearer)_?)?token|(.*_)?(api|access|account)_?key",
+    r"(.*_)?(password|passwd|(api|access|account|secret)_?key|(hf|hub|api|access|auth|session|bearer)_?token|client_?secret)",
     re.IGNORECASE,
 )
 """Keys whose values are secret."""
+FREE = ("system", "prompt", "prefill", "roles")
+"""Keys of texts that models read, where an address is an example."""
 REFERENCE = re.compile(r"\$\{(\w+)\}")
 
 
@@ -34,8 +41,11 @@ def secrets(value: Any, key: str = "") -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from secrets(inner, key)
-    elif isinstance(value, str) and (SECRET.search(value) or (value and NAMES.fullmatch(key.rpartition(".")[2]))):
-        yield key
+    elif isinstance(value, str):
+        named = value and NAMES.fullmatch(key.rpartition(".")[2])
+        free = set(FREE) & set(key.split("."))
+        if TOKEN.search(value) or (not free and (named or SECRET.search(value))):
+            yield key
 
 
 def resolved(address: str) -> str:

@@ -56,10 +56,10 @@ def main(
         }
         progress = Progress(0, budget, budget)
         job = Training(part, config, student, student, shards, progress, None, identity, "sft/")
-        _, last = train(job, detail, workers, parallel)
+        outcome, last = train(job, detail, workers, parallel)
         if rank():
             return
-        publish_checkpoint(job, sft_card(run), f"{run.config.run} sft")
+        publish_checkpoint(job, outcome, sft_card(run), f"{run.config.run} sft")
     if last:
         console.say(f"sft: cross-entropy {last['loss']:.3f} nats per token, in {part.checkpoint}")
 

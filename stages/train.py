@@ -16,7 +16,7 @@ from stages.run import console
 from stages.run.card import model_card
 from stages.run.context import DEFAULT_CONFIG, ConfigOption, ThreadsOption, policy
 from stages.run.rounds import open_shards, progress_of
-from stages.run.run import Run, open_run
+from stages.run.run import Phase, Run, open_run
 from stages.run.training import (
     Parallel,
     ParallelOption,
@@ -27,7 +27,7 @@ from stages.run.training import (
     train,
 )
 from train import recipes
-from train.checkpoint import drop_states, newest_state, states
+from train.checkpoint import drop_states, is_finished, newest_state
 from train.distributed import rank
 
 
@@ -54,13 +54,12 @@ def main(
         job = job_of(run, round_index)
         for number in dropped(run, job):
             console.say(f"round-{number} train: again, for its optimiser's state, which was dropped")
-            torch.manual_seed(config.seed)
-            train(job_of(run, number), detail, workers, parallel)
+            train_again(job_of(run, number), workers, parallel)
         torch.manual_seed(config.seed)
         outcome, last = train(job, detail, workers, parallel)
         if rank():
             return
-        publish_checkpoint(job, model_card(run, round_index), f"{run.config.run} round {round_index}")
+        publish_checkpoint(job, outcome, model_card(run, round_index), f"{run.config.run} round {round_index}")
         for number in range(round_index):  # what this round began with is of no more use than to begin it anew
             drop_states(run.phase(f"round-{number}").states)
     if last:
@@ -89,10 +88,32 @@ def job_of(run: Run, round_index: int) -> Training:
     return Training(part, config, student, base, shards, progress, start_from, identity)
 
 
+def train_again(job: Training, workers: int, parallel: Parallel) -> None:
+    """Train a finished round for its optimiser's state. What else it left stays, metrics with their seconds too: later rounds
+    were made from it."""
+    metrics, kept = job.phase.metrics, kept_metrics(job.phase)
+    if rank() == 0 and not kept.exists():
+        metrics.rename(kept)
+    torch.manual_seed(job.config.seed)
+    train(job, detail, workers, parallel)
+    if rank() == 0:
+        kept.replace(metrics)
+
+
+def kept_metrics(phase: Phase) -> Path:
+    """Where a round's metrics lie while it is trained again."""
+    return phase.metrics.with_name(".metrics.kept.jsonl")
+
+
 def dropped(run: Run, job: Training) -> range:
-    """The rounds whose optimiser state a round needs to begin, but which was dropped when a later one had its own."""
+    """The rounds whose optimiser state a round needs to begin, but which was dropped when a later one had its own, or is being
+    made again since."""
+
+    def has_state(phase: Phase) -> bool:
+        return is_finished(phase.states) and not kept_metrics(phase).exists()
+
     end = first = job.phase.number
-    while first and not states(run.phase(f"round-{first - 1}").states):
+    while first and not has_state(run.phase(f"round-{first - 1}")):
         first -= 1
     begins = first < end and newest_state(job.phase.states, job.identity) is None
     return range(first if begins else end, end)

@@ -40,7 +40,7 @@ def test_needs_of_a_small_llama() -> None:
     model = tiny.model(tied=False)
     assert pack(model) is None
     count = sum(p.numel() for p in model.parameters())
-    found = needs(model, Train(micro_batch_tokens=1000), longest=10)
+    found = needs(model, Train(micro_batch_tokens=1000), longest=100)
     assert found.optimiser == 16 * count
     assert needs(model, Train(ema=0.9), 10).optimiser == 20 * count
     assert needs(model, Train(), 10, parts=4).optimiser == 4 * count
@@ -65,7 +65,7 @@ def test_layers_are_recomputed_where_memory_is_short(
 ) -> None:  # fmt: skip
     """`free` as a share of what training takes without."""
     shards = tiny.shards(tmp_path)
-    model, train = tiny.model(), Train(gradient_checkpointing=wanted, micro_batch_tokens=100_000)
+    model, train = tiny.model(), Train(gradient_checkpointing=wanted, micro_batch_tokens=100_000, batch_size=100_000)
     takes = needs(model, train, 1).total(False)
     monkeypatch.setattr(training, "free", lambda device: int(free * takes if free < 1 else free))
     job = SimpleNamespace(config=SimpleNamespace(train=train), shards=shards, phase=SimpleNamespace(name="round-0"))

@@ -322,7 +322,14 @@ def test_a_config_holds_no_credentials(key: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["ftp://me:${PASSWORD}@host/x", "sftp://me@host/x", "s3://x/y", "abfs://box@account/x?sig=${SIG}", "model@v1:x@y"],
+    [
+        "ftp://me:${PASSWORD}@host/x",
+        "sftp://me@host/x",
+        "s3://x/y",
+        "abfs://box@account/x?sig=${SIG}",
+        "model@v1:x@y",
+        "https://h/d.jsonl?sort_key=name&monkey=banana",
+    ],
 )
 def test_what_holds_no_credential(text: str) -> None:
     assert not list(secrets({"cache_remote": text, "eos_token": "<|end|>", "max_new_tokens": "8"}))

@@ -353,7 +353,14 @@ def test_finished_rounds_keep_no_state_and_a_stale_round_is_trained_again_to_the
     left = round_1 / f".checkpoint.{HOST}.{dead.pid}.1.tmp"
     left.mkdir()
     (left / "model.safetensors").write_bytes(before)
+    outcome, metrics = (Path("runs/a/round-0/train", name) for name in ("result.json", "metrics.jsonl"))
+    left_of_round_0 = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (outcome, metrics)}
+    metrics.rename(
+        metrics.with_name(".metrics.kept.jsonl")
+    )  # as one leaves it that is killed while it trains round 0 again
+    metrics.write_text("")
     train.main(1, small.written())
+    assert left_of_round_0 == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (outcome, metrics)}
     assert weights_file.read_bytes() == before and not list(round_1.glob(".checkpoint*"))
     assert not list(Path("runs/a/round-0/train").glob("state-*")) and len(list(round_1.glob("train/state-*"))) >= 1
     report.main(small.written(train={"keep_last_state": False}))

@@ -269,10 +269,21 @@ def forget_states(folder: Path, identity: dict[str, Any], step: int, keep: int) 
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether the newest state in a folder is one that a round ended with, as far as its description tells."""
+    try:
+        about = _about(states(folder)[0])
+        return bool(about["step"] == about["steps"])
+    except (IndexError, *DAMAGE):
+        return False
+
+
 def drop_states(folder: Path) -> None:
-    """Remove every state in a folder."""
+    """Remove every state in a folder, and what killed writers left."""
     for path in states(folder):
         forget(path)
+    for leftover in folder.glob(".state-*.tmp"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 def trained(model: Any, tensors: Mapping[str, torch.Tensor], settings: Train) -> Any:

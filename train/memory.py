@@ -52,7 +52,7 @@ def needs(model: Any, settings: Train, longest: int, parts: int = 1) -> Needs:
             `train.micro_batch_tokens`.
         parts: ranks that it will be sharded over; 1: each holds all of it.
     """
-    tokens = max(settings.micro_batch_tokens, longest)
+    tokens = max(longest, min(settings.micro_batch_tokens, settings.batch_size * longest))
     text, width = model.config.get_text_config(), model.dtype.itemsize
     blocks = layers(model)
     count = max(1, len(blocks))

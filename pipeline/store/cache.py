@@ -265,7 +265,7 @@ def remove(cache: Path, entry: Entry) -> bool:
             if users(cache, entry.path):
                 return False
             # The manifest first: without it the rest counts as unfinished.
-            for path in (manifest_path(entry.path), audit_note(entry.path), signature_path(entry.path), entry.path):
+            for path in reversed(files_of(entry.path)):
                 path.unlink(missing_ok=True)
             notes = cache / "users" / entry.path.stem
             for note in notes.glob("*"):
@@ -299,13 +299,18 @@ def _remote(entry: Path, remote: str) -> tuple[Any, str]:
     return fs, f"{root}/{entry.parent.name}"
 
 
+def files_of(entry: Path) -> tuple[Path, ...]:
+    """What an entry may consist of: itself, its signature, the note of a later audit, and the manifest, last, since it
+    vouches for the rest."""
+    return entry, signature_path(entry), audit_note(entry), manifest_path(entry)
+
+
 def upload(entry: Path, remote: str) -> None:
-    """Copy an entry to an `fsspec` location; the manifest last, since it vouches for the rest."""
+    """Copy an entry to an `fsspec` location, in the order of `files_of`."""
     try:
         fs, folder = _remote(entry, remote)
         fs.makedirs(folder, exist_ok=True)
-        signature = [signature_path(entry)] if signature_path(entry).exists() else []
-        for file in (entry, *signature, manifest_path(entry)):
+        for file in (file for file in files_of(entry) if file.exists()):
             part = f"{folder}/.{file.name}.{os.getpid()}.part"
             fs.put_file(str(file), part)
             fs.mv(part, f"{folder}/{file.name}")
@@ -319,9 +324,7 @@ def download(entry: Path, remote: str) -> bool:
         fs, folder = _remote(entry, remote)
         if not fs.exists(f"{folder}/{manifest_path(entry).name}"):
             return False
-        signature = signature_path(entry)
-        signed = [signature] if fs.exists(f"{folder}/{signature.name}") else []
-        for file in (entry, *signed, manifest_path(entry)):
+        for file in (file for file in files_of(entry) if fs.exists(f"{folder}/{file.name}")):
             with publish(file) as temporary:
                 fs.get_file(f"{folder}/{file.name}", str(temporary))
     except (OSError, ValueError, ImportError) as error:

@@ -72,8 +72,8 @@ class Train(Section):
     keep_states: int = Field(2, ge=1, description="newest states of a round that are kept, the final one included")
     keep_last_state: bool = Field(
         False,
-        description="keep the optimiser's state of a finished run, 12 bytes a trained parameter, for rounds that are added "
-        "later; without it the rounds before them are then trained again, to the same bits",
+        description="keep the optimiser's state of a finished run, 12 bytes a trained parameter; without it, if its last "
+        "round is trained again, so are those before it",
     )
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
         (),

@@ -20,7 +20,7 @@ from pipeline.models import ModelRef
 from pipeline.store.shards import read_manifest, versions, write_text
 from schemas.config import Model, consistency
 from schemas.manifest import Manifest
-from stages.run.context import open_prompts, policy_ref, prepared, tuning
+from stages.run.context import policy_ref, prepared, tuning
 from stages.run.results import gate_of
 from stages.run.run import BASE, Run
 
@@ -109,7 +109,6 @@ def _rendered(template: str, run: Run, summary: Mapping[str, Any] | None, checkp
         teacher=described(config.teacher, prepared(run, "teacher", weights=False)),
         licence=licence(base),
         chats=chats(config.student, base),
-        question=question(run),
         longest=config.rollouts.longest,
         measured=found,
         kl_label=KL_LABEL,
@@ -217,11 +216,6 @@ def chats(model: Model, base: ModelRef) -> bool:
         (told := folder / "tokenizer_config.json").exists() and "chat_template" in json.loads(told.read_text())
     )
     return has_template if model.chat is None else model.chat
-
-
-def question(run: Run) -> str:
-    """The first of the held-out prompts."""
-    return str(open_prompts(run).split(run.config.evaluate.split)[0]["prompt"])
 
 
 def share(value: float, interval: Sequence[float]) -> str:

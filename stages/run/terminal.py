@@ -72,9 +72,11 @@ class Job:
     @property
     def lines(self) -> list[str]:
         """What it said; of a job that has not begun to speak, or whose log is not here yet, nothing."""
-        with suppress(OSError):
-            return [line.rstrip() for path in self.logs for line in path.read_text(errors="replace").splitlines()]
-        return []
+        found: list[str] = []
+        for path in self.logs:
+            with suppress(OSError):
+                found += (line.rstrip() for line in path.read_text(errors="replace").splitlines())
+        return found
 
     @property
     def said(self) -> str:

@@ -21,6 +21,7 @@ from pipeline.prepared import PreparedModel
 from pipeline.store.records import write_record
 from pipeline.store.shards import file_digest
 from schemas.config import Config
+from schemas.errors import one_line
 from schemas.outcome import Outcome
 from stages.run import console
 from stages.run.context import prepared
@@ -145,9 +146,6 @@ def train(
             stop_asked,
             console.say,
         )
-    if rank() == 0:
-        told = {"decided": run.decided, "metrics": file_digest(job.phase.metrics)}
-        write_record(job.phase.outcome, outcome.model_copy(update=told))
     return outcome, last
 
 
@@ -158,7 +156,13 @@ def recomputes(job: Training, model: Any, parallel: Parallel) -> bool:
     """
     wanted = job.config.train.gradient_checkpointing
     longest = max(longest_of(rollouts) for rollouts, *_ in job.shards)
-    found = needs(model, job.config.train, longest, ranks() if parallel is Parallel.fsdp else 1)
+    try:
+        found = needs(model, job.config.train, longest, ranks() if parallel is Parallel.fsdp else 1)
+    except (RuntimeError, NotImplementedError, ImportError, ValueError, TypeError) as error:
+        # Attention of its own that can't run where the model is yet, a GPU's before the model is spread over GPUs.
+        if rank() == 0:
+            console.say(f"{job.phase.name} train: no estimate of the memory that it takes: {one_line(error)}")
+        return wanted is True
     device = torch.device("cuda") if torch.cuda.is_available() else model.device
     left = free(device) // (1 if device.type == "cuda" else ranks_here())
     takes = {on: found.total(on) for on in (False, True)}
@@ -181,13 +185,15 @@ def recomputes(job: Training, model: Any, parallel: Parallel) -> bool:
     return chosen
 
 
-def publish_checkpoint(job: Training, card: str, source: str) -> None:
-    """Export what was trained, and write its reference beside it.
+def publish_checkpoint(job: Training, outcome: Outcome, card: str, source: str) -> None:
+    """Write what training ended with, export what was trained, and write its reference beside it.
 
     Args:
         card: the folder's README.md.
         source: what the model is called.
     """
+    ended = {"decided": job.phase.run.decided, "metrics": file_digest(job.phase.metrics)}
+    write_record(job.phase.outcome, outcome.model_copy(update=ended))
     model = trained(job.base.load(device="cpu"), final_state(job.phase.states)[0], job.config.train)
     given = model_config(job.base.ref.path)
     if dtype := given.get("dtype") or given.get("torch_dtype"):

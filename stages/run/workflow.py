@@ -157,5 +157,5 @@ def keep_results(run: Run) -> str | None:
             shutil.copy2(path, kept[-1])
     return (
         f"{run.root} holds results of another config: {excerpt('; '.join(different))}; what depends on that is made anew in "
-        f"their place, checkpoints too. The figures are kept: {', '.join(map(str, kept))}. To keep all, give `run` another name"
+        f"their place. The figures are kept: {', '.join(map(str, kept))}. To keep all, give `run` another name"
     )

@@ -24,7 +24,7 @@ from stages.run.run import Phase, Run, command
 from stages.tools.cli import STAGES
 from stages.tools.folders import RunsArgument, files_of, megabytes, open_folder, opened, places
 
-NAMES = ("run", "cache", "cache_remote")
+NAMES = ("run", "cache", "cache_remote", "cache_keys")
 """Keys that say where things lie, not what they are."""
 JUDGED_BY = {"temperature", "top_p"}
 """Fields of an evaluation that two must share beside the scorer's own, so that their accuracies mean the same."""

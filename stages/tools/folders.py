@@ -33,7 +33,8 @@ def from_anywhere(config: Config) -> dict[str, Any]:
 
     values = config.model_dump(mode="json")
     values["cache"] = str(run_of(config).cache)
-    values["reuse"] = [here(given) for given in config.reuse]
+    for key in ("reuse", "cache_keys"):
+        values[key] = [here(given) for given in getattr(config, key)]
     places = [(values["student"], "model"), (values["teacher"], "model"), (values["prompts"], "source")]
     for held, key in (*places, *((one, "source") for one in values["evaluate"]["also"].values())):
         held[key] = here(held[key])

@@ -17,7 +17,7 @@ from rich.table import Table
 from pipeline.models import IDENTITY_FILES, ORIGIN, TOKENIZER_FILES, ModelRef, is_unchanged
 from pipeline.store import cache as store
 from pipeline.store.records import read_record
-from pipeline.store.shards import manifest_path, read_manifest
+from pipeline.store.shards import read_manifest
 from schemas.errors import OpdError, one_line
 from schemas.manifest import PHASE, PLACED, Manifest
 from schemas.secrets import masked
@@ -144,7 +144,7 @@ def cache_parcel(folder: Path) -> Parcel:
         if problem := store.verify(entry):
             raise OpdError(f"{problem}; nothing was sent")
         manifests.append(read_manifest(entry.path))
-        for file in (entry.path, manifest_path(entry.path)):
+        for file in (file for file in store.files_of(entry.path) if file.exists()):
             files[file.relative_to(folder).as_posix()] = file
     if not files:
         raise OpdError(f"{folder}: an empty cache, nothing to push")

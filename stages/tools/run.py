@@ -1,6 +1,7 @@
 """Run: the whole workflow, from any folder."""
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from stages.run.shipped import shipped
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 SAY_WHERE = ("--cores", "-c", "--jobs", "-j", "--profile", "--executor", "-e")
 """Options of Snakemake's that say how much may run at once; without any it is all that this machine has."""
+SHORT = re.compile(r"-[cj]\d+$")
+"""The same with their number behind them."""
 FOLDERS = ("--profile", "--workflow-profile")
 """Those that name a folder, which may be one that ships with us."""
 
@@ -45,7 +48,8 @@ def snakemake(config_file: Path, arguments: Sequence[str] = ()) -> tuple[list[st
     command = [sys.executable, "-m", "snakemake", "--configfile", str(config_file)]
     command += ["--snakefile", str(folder / "Snakefile")]
     options = given[: given.index("--")] if "--" in given else given
-    if not any(option.partition("=")[0] in SAY_WHERE for option in options):
+    says = any(option.partition("=")[0] in SAY_WHERE or SHORT.match(option) for option in options)
+    if not says and "SNAKEMAKE_PROFILE" not in os.environ:
         command += ["--cores", "all"]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     return [*command, *given], {**os.environ, "PATH": path, "PYTHONSAFEPATH": "1"}
