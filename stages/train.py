@@ -27,7 +27,7 @@ from stages.run.training import (
     train,
 )
 from train import recipes
-from train.checkpoint import drop_states, is_finished, newest_state
+from train.checkpoint import drop_states, is_finished, newest_state, states
 from train.distributed import rank
 
 
@@ -95,9 +95,12 @@ def train_again(job: Training, workers: int, parallel: Parallel) -> None:
     if rank() == 0 and not kept.exists():
         metrics.rename(kept)
     torch.manual_seed(job.config.seed)
-    train(job, detail, workers, parallel)
-    if rank() == 0:
-        kept.replace(metrics)
+    try:
+        train(job, detail, workers, parallel)
+    finally:
+        # Of a round that is under way the metrics belong to its state, and wait.
+        if rank() == 0 and (is_finished(job.phase.states) or not states(job.phase.states)):
+            kept.replace(metrics)
 
 
 def kept_metrics(phase: Phase) -> Path:

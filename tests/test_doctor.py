@@ -108,7 +108,6 @@ BAD: list[tuple[str, Any, dict[str, Any], str]] = [
     ("teacher", None, {"teacher": {"model": "teacher", "stop": ["€€"]}}, "no token of"),
     ("teacher's prompt", None, {"teacher": {"model": "teacher", "prompt": "{{ nothing }}"}}, "'nothing' is undefined"),
     ("fit", with_a_short_context, {}, "leaves room for"),
-    ("memory", None, {"train": {"micro_batch_tokens": 10**12}}, "take a smaller model"),
 ]
 
 
@@ -145,6 +144,12 @@ def test_a_disk_that_is_full_or_not_ours(place: Path, monkeypatch: pytest.Monkey
     assert told.keys() == {"disk, cache", "disk, run"} and "where 0.00 MB are free: make room" in told["disk, run"]
     monkeypatch.setattr(doctor, "os", SimpleNamespace(access=lambda *_: False, W_OK=2, cpu_count=lambda: 2))
     assert "can't be written; set OPD_CACHE" in str(examined("--no-measure", status=1))
+
+
+def test_models_that_are_too_large_for_this_machine(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "memory", lambda: (1000.0, "memory", 1000.0))
+    (line,) = (check for check in examined("--no-measure")["checks"] if check["name"] == "memory")
+    assert line["status"] == "warning" and "take a smaller model" in line["told"]
 
 
 def test_packages_of_another_version() -> None:
