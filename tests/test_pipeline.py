@@ -3,6 +3,7 @@
 Through Snakemake. Runs of their own (killed, stale, other pairs) are in test_other_runs.py.
 """
 
+import ast
 import json
 import re
 import shutil
@@ -153,6 +154,23 @@ def test_without_references_teacher_and_times_the_report_says_not_measured(
     assert summary["fixed"] is None and summary["seconds"] == {}
     shown = capsys.readouterr().err
     assert shown.count("not measured") >= 4 and "fixed" not in shown
+
+
+@pytest.mark.slow
+def test_the_documents_queries_of_shards(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run.folder)
+    page = (Path(__file__).parents[1] / "docs/shards.md").read_text()
+    names: dict[str, Any] = {}
+    found = []
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        *before, last = ast.parse(block).body
+        exec(compile(ast.Module(body=before, type_ignores=[]), "docs", "exec"), names)
+        if isinstance(last, ast.Expr):
+            found.append(eval(compile(ast.Expression(last.value), "docs", "eval"), names))
+        else:
+            exec(compile(ast.Module(body=[last], type_ignores=[]), "docs", "exec"), names)
+    assert len(found) == 10 and all(isinstance(table, pl.DataFrame) and table.width for table in found)
+    assert all(len(table) for table in found[:9])  # no answer may have changed
 
 
 @pytest.mark.slow
