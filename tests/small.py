@@ -33,8 +33,7 @@ def written(**changes: Any) -> Path:
 
 def laid_out() -> None:
     """Models and prompts in the working directory."""
-    for name, merges in (("student", []), ("teacher", [("a", "b"), ("Ġ", "a"), ("1", "2")])):
-        tiny.saved(Path(name), merges)
+    tiny.saved_pair(Path())
     rows = [{"prompt": f"{a} ab 12?", "answer": str(a)} for a in range(30)]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 

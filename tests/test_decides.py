@@ -79,8 +79,7 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reads]:
 
 def first_run(folder: Path) -> dict[str, Any]:
     """Every stage, in order, on two tiny models with different tokenizers."""
-    for name, merges in (("student", []), ("teacher", [("a", "b"), ("Ġ", "a"), ("1", "2")])):
-        tiny.saved(folder / name, merges)
+    tiny.saved_pair(folder)
     rows = [{"prompt": f"{a} ab 12?", "answer": str(a)} for a in range(30)]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = {

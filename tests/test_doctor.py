@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from schemas.config import parse_config
+from stages.run import room
 from stages.tools import doctor
 from stages.tools.cli import app
 from stages.tools.doctor import Sizes, disk_needs, memory_needs, misfits, tokens_of, weights_of
@@ -23,8 +24,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two tiny models and a file of prompts."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPD_CACHE", str(tmp_path / "cache"))
-    for name, merges in (("student", []), ("teacher", [("a", "b"), ("Ġ", "a"), ("1", "2")])):
-        tiny.saved(tmp_path / name, merges)
+    for name in tiny.saved_pair(tmp_path):
         changed(name, "config.json", max_position_embeddings=40)
     rows = [{"prompt": f"{i} ab?", "answer": str(i), "word": "blue"} for i in range(30)]
     Path("p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -138,7 +138,7 @@ def test_without_a_config_the_machine_is_looked_at(place: Path) -> None:
 
 
 def test_a_disk_that_is_full_or_not_ours(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     found = examined("--no-measure", status=1)
     told = {check["name"]: check["told"] for check in found["checks"] if check["status"] == "error"}
     assert told.keys() == {"disk, cache", "disk, run"} and "where 0.00 MB are free: make room" in told["disk, run"]

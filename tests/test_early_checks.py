@@ -149,8 +149,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two tiny models and a file of prompts; a context of 40 tokens, a vocabulary of 257 and 260 ids."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPD_CACHE", str(tmp_path / "cache"))
-    for name, merges in (("student", []), ("teacher", [("a", "b"), ("Ġ", "a"), ("1", "2")])):
-        tiny.saved(tmp_path / name, merges)
+    for name in tiny.saved_pair(tmp_path):
         with_config(tmp_path / name, max_position_embeddings=40)
     rows = [{"prompt": f"{i} ab?", "answer": str(i)} for i in range(30)]
     Path("p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -79,6 +79,13 @@ def saved(folder: Path, merges: list[tuple[str, str]], chat: bool = False) -> No
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
+def saved_pair(folder: Path) -> tuple[str, str]:
+    """Prepared models `student` and `teacher` with other tokens; their names."""
+    saved(folder / "student", [])
+    saved(folder / "teacher", [("a", "b"), ("Ġ", "a"), ("1", "2")])
+    return "student", "teacher"
+
+
 def shards(folder: Path, responses: int = 20, group: int = 8, count: int = 2, seed: int = 0) -> list[Triple]:
     """`count` shards of random rollouts with units (some n:m, some masked, stops) and weights, in row groups of `group`."""
     rng = np.random.default_rng(seed)

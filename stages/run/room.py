@@ -17,8 +17,7 @@ SAID = 100e6
 
 def check_room(folder: Path, needed: float, what: str) -> None:
     """Say how much will be written below a folder, there or not. Raises OpdError where its disk has less room."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    free = room_below(folder)[1]
     if needed > free:
         raise OpdError(
             f"{folder}: {what} takes about {needed / 1e6:,.1f} MB, and the disk has {free / 1e6:,.1f} MB left; make room there "
@@ -26,6 +25,12 @@ def check_room(folder: Path, needed: float, what: str) -> None:
         )
     if needed >= SAID:
         console.say(f"{what}: will write about {needed / 1e6:,.1f} MB")
+
+
+def room_below(folder: Path) -> tuple[Path, int]:
+    """The nearest folder that is there, itself or above, and the bytes that its disk has left."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return there, shutil.disk_usage(there).free
 
 
 def shard_bytes(place: Place, table: str, responses: int) -> float:
@@ -41,8 +46,7 @@ def shard_bytes(place: Place, table: str, responses: int) -> float:
 def training_bytes(model: Any, config: Train, steps: int, existing: Path) -> float:
     """Bytes that a round's training states and checkpoint add to what lies there already.
 
-    A state has master weights and two moments, float32, of each weight that is trained, and with `train.ema` their average;
-    the newest is written before the oldest is removed.
+    The newest state is written before the oldest is removed.
 
     Args:
         model: in the dtype that it is trained in; the checkpoint's may be smaller.
@@ -53,4 +57,9 @@ def training_bytes(model: Any, config: Train, steps: int, existing: Path) -> flo
     states = min(config.keep_states + 1, math.ceil(steps / config.save_every))
     there = sum(path.stat().st_size for path in existing.rglob("*.safetensors"))
     checkpoint = sum(weight.numel() * weight.itemsize for weight in model.parameters())
-    return max(0.0, states * trained * 4.0 * (4 if config.ema else 3) - there) + checkpoint
+    return max(0.0, states * state_bytes(trained, config) - there) + checkpoint
+
+
+def state_bytes(trained: float, config: Train) -> float:
+    """Bytes of a training state: of each trained weight its master, two moments and with `train.ema` an average, float32."""
+    return trained * 4.0 * (4 if config.ema else 3)

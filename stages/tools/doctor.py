@@ -5,7 +5,6 @@ import importlib.util
 import json
 import os
 import platform
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,7 +13,6 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import psutil
 import typer
 import yaml
 from packaging.requirements import Requirement
@@ -25,6 +23,7 @@ from schemas.errors import OpdError
 from schemas.secrets import masked
 from stages.run import console
 from stages.run.context import DEFAULT_CONFIG, ThreadsOption
+from stages.run.room import room_below, state_bytes
 from stages.run.run import Run, cache_root, run_of
 from stages.tools.folders import from_anywhere, megabytes
 from train.memory import HEAD_COPIES
@@ -387,13 +386,14 @@ def memory() -> tuple[float, str, float]:
     """Bytes of the memory that models are in, where it is, and how much of it is free; within the limit of a container."""
     import torch  # noqa: PLC0415
 
+    from pipeline.infer.memory import free  # noqa: PLC0415
+
     if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        return float(total), "the GPU", float(free)
+        return float(torch.cuda.mem_get_info()[1]), "the GPU", float(free(torch.device("cuda")))
     from distributed.system import memory_limit  # noqa: PLC0415
 
     total = memory_limit()
-    return float(total), "memory", float(min(total, psutil.virtual_memory().available))
+    return float(total), "memory", float(min(total, free(torch.device("cpu"))))
 
 
 def of_speed(found: Findings, run: Run) -> dict[str, float] | None:
@@ -454,8 +454,7 @@ def of_cost(found: Findings, config: Config, sizes: dict[str, Sizes] | None, rat
         ("disk, cache", cache_root(config.cache), disk["cache"]),
         ("disk, run", Path("runs").absolute(), disk["run"]),
     ):
-        there = next(folder for folder in (place, *place.parents) if folder.exists())
-        free = shutil.disk_usage(there).free
+        there, free = room_below(place)
         told = f"{megabytes(need)} at most in {place}, where {megabytes(free)} are free"
         if not os.access(there, os.W_OK):
             found.add(name, "error", f"{place}: can't be written; set OPD_CACHE or work elsewhere")
@@ -487,7 +486,7 @@ def disk_needs(config: Config, tokens: dict[str, float], sizes: dict[str, Sizes]
     found = {"cache": scores, "run": scores + OTHER * tokens["rollouts"]}  # units hold the candidates once more
     if sizes:
         of = sizes["student"]
-        state = of.parameters * 4 * (3 + (config.train.ema is not None)) * (0.05 if config.train.lora else 1)
+        state = state_bytes(of.parameters * (0.05 if config.train.lora else 1), config.train)
         found["run"] += config.rollouts.rounds * of.bytes + (config.train.keep_states + 1) * state
     return found
 
