@@ -16,7 +16,7 @@ import whole_run
 from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
-from pipeline.models import ModelRef, load_model
+from pipeline.models import load_model
 from pipeline.store.shards import HOST, METADATA_KEY, file_digest, manifest_path, open_shard, open_writer, read_manifest
 from schemas.errors import OpdError
 from schemas.manifest import Manifest, place_of
@@ -25,6 +25,7 @@ from schemas.tables import TABLES, arrow_schema
 from stages import coverage, diagnostics, evaluate, models, policy, prompts, rollouts, scores, train, units, weights
 from stages.report import page as report
 from stages.run import room
+from stages.run.context import policy_ref
 from stages.run.room import shard_bytes, training_bytes
 from stages.run.run import open_run
 from stages.run.workflow import keep_results
@@ -376,7 +377,7 @@ def test_a_stage_says_what_it_will_write_and_stops_where_the_disk_has_less(
     where = small.written()
     run = open_run(where)
     phase = run.phase("round-1")
-    model = load_model(ModelRef.parse(phase.checkpoint.with_suffix(".json").read_text()), "float32")
+    model = load_model(policy_ref(run, 2), "float32")
     written = sum(path.stat().st_size for path in (*states(phase.states), phase.checkpoint / "model.safetensors"))
     nothing = tmp_path_factory.mktemp("nothing")
     assert training_bytes(model, run.config.train, 2, nothing) == pytest.approx(written, rel=0.15)
