@@ -88,7 +88,8 @@ def _read(run: Run, rule: str, wildcards: Any) -> Iterator[Path]:
             number = int(wildcards.round)
             yield from _table(run.prompts)
             for phase in run.trained_on(number):
-                yield from map(manifest_path, phase.paths("scores"))  # whether they were audited
+                for path in phase.paths("scores"):
+                    yield from _beside(path)  # whether they were audited
                 yield from _foreign(phase)
             if number:
                 yield run.phase(f"round-{number - 1}").states / "states"
