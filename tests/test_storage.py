@@ -90,7 +90,7 @@ def differing(one: Any, other: Any, path: str = "") -> Iterator[str]:
 
 @FS
 @pytest.mark.slow
-def test_stages_read_what_their_rules_declare_and_nothing_else(here: Path) -> None:
+def test_stages_read_what_their_rules_declare_and_nothing_else(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rounds with a replayed one, each job in a folder with its inputs alone: the figures are those of the run in one."""
     small.laid_out()
     where = small.written(rollouts={"replay": 1})
@@ -109,6 +109,7 @@ def test_stages_read_what_their_rules_declare_and_nothing_else(here: Path) -> No
             copied(alone / path, prefix / path)
         shutil.rmtree(alone)
     assert str(here) not in (prefix / run.root / "round-0/checkpoint.json").read_text()
+    monkeypatch.setenv("OPD_CACHE", str(here / "another"))  # else nothing is scored
     whole_run.stages_of(where)
     stored, shared = (json.loads((folder / run.root / "summary.json").read_text()) for folder in (prefix, here))
     assert not list(differing(stored, shared))
