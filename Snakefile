@@ -385,6 +385,26 @@ rule policy:
         " --threads {threads} > {log} 2>&1"
 
 
+rule outcomes:
+    input:
+        lambda wildcards: RUN.phase(wildcards.phase)[int(wildcards.shard)].path("rollouts"),
+        FOLDER / "prompts.parquet",
+    output:
+        shard_of(RUN, "outcomes"),
+    log:
+        FOLDER / "logs/{phase}-outcomes-{shard}.log",
+    benchmark:
+        FOLDER / "timings/{phase}-outcomes-{shard}.tsv"
+    conda:
+        "config/environment.yaml"
+    threads: CORES  # responses are judged side by side where programs are run
+    params:
+        config=SETTINGS,
+        reads=reads(RUN, "outcomes"),
+    shell:
+        "python -m stages.outcomes --config {params.config} --phase {wildcards.phase} --shard {wildcards.shard} > {log} 2>&1"
+
+
 # One job a phase: estimators may compare all of its responses.
 rule weights:
     input:

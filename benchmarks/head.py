@@ -99,6 +99,7 @@ def batch_of(tokens: int, length: int = LENGTH, vocab: int = VOCAB) -> Batch:
         "policy_logp": np.log(share[:, -1]).astype(np.float32),
         "weight": (1 + rng.random(units) / 2).astype(np.float32),
         "credit_shift": np.zeros(units, np.float32),
+        "reward": np.zeros(units, np.float32),
         "cand_id": cand,
         "cand_logp": np.log(share[:, :SLOTS]).astype(np.float32),
     }

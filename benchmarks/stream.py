@@ -106,7 +106,8 @@ def row_group(rng: np.random.Generator, responses: int, length: int) -> dict[str
             "dropped_logp": pa.array(np.full(units, -np.inf), pa.float32()),
         },
         "weights": {name: floats() for name in ("student_logp", "advantage", "credit")}
-        | {"unit": number, "weight": floats(1.0, 1.5), "is_ratio": pa.array(np.ones(units, np.float32))},
+        | {"unit": number, "weight": floats(1.0, 1.5), "is_ratio": pa.array(np.ones(units, np.float32))}
+        | {"reward": pa.nulls(units, pa.float32())},
     }
 
 

@@ -65,6 +65,9 @@ class Weighed(Signed):
     weight: float
     weight_squared: float
     warped: int
+    right: int = 0
+    wrong: int = 0
+    rewarded: int = 0
     shards: dict[str, str] = Field(description="sha256 of each shard by its number")
 
 

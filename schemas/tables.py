@@ -300,6 +300,21 @@ WEIGHTS = (
         low=0,
         high=LARGEST,
     ),
+    Column(
+        "reward",
+        pa.float32(),
+        "advantage of the response's outcome over those of its prompt's other responses (`weights.reward`), the same at each "
+        "of its units; null when not asked for, or where it can't be told",
+        nullable=True,
+        low=-LARGEST,
+        high=LARGEST,
+    ),
+)
+
+OUTCOMES = (
+    Column("rollout_id", pa.string(), "same rows in the same order as rollouts"),
+    Column("judged", pa.string(), "what of the response was judged"),
+    Column("right", pa.bool_(), "whether it is right; null where it can't be told", nullable=True),
 )
 
 ANSWERS = (
@@ -321,6 +336,7 @@ TABLES: dict[str, tuple[Column, ...]] = {
     "scores": SCORES,
     "units": UNITS,
     "policy": POLICY,
+    "outcomes": OUTCOMES,
     "weights": WEIGHTS,
     "answers": ANSWERS,
 }

@@ -45,6 +45,7 @@ class Unit:
     student: float
     teacher: float
     credit_shift: float = 0.0
+    reward: float = 0.0
     log_ratio: float = 0.0
     t_log_z: tuple[float, ...] = ()
     entropy: float = NAN
@@ -135,6 +136,7 @@ def tensors(units: Sequence[Unit], spare: int = 0) -> tuple[UnitLogps, Batch]:
         policy_logp=torch.tensor([u.student for u in units], dtype=torch.float64),
         weight=torch.ones(len(units), dtype=torch.float64),
         credit_shift=torch.tensor([u.credit_shift for u in units], dtype=torch.float64),
+        reward=torch.tensor([u.reward for u in units], dtype=torch.float64),
         cand_id=cand_id,
         cand_logp=cand_logp,
         responses=(),

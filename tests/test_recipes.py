@@ -85,6 +85,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("exopd", {}),
     ("exopd", {"scale": 2.5, "clip": 0.7, "max_unit": 2}),
     ("exopd", {"scale": 0.0}),
+    ("kdrl", {}),
+    ("kdrl", {"kl_weight": 2.0, "clip": 0.7, "max_unit": 2}),
     ("cr_opd", {}),
     ("cr_opd", {"cr_alpha": 0.0, "cr_eps": 0.1}),
     ("cr_opd", {"cr_alpha": 1.0, "cr_eps": 0.0, "clip": 0.5, "max_unit": 2}),
@@ -231,6 +233,7 @@ def reference(u: Unit, x: Numbers, at: Numbers, config: Objective) -> float:
         "cr_opd": cr_opd,
         "rao_blackwell": rao_blackwell,
         "exopd": exopd,
+        "kdrl": lambda u, x, at, config: -config.kl_weight * clamp(u.teacher - at.unit, config.clip) * x.unit,
     }.get(config.recipe)
     if special:
         return special(u, x, at, config)
@@ -335,7 +338,7 @@ def test_a_unit_is_the_same_alone_and_beside_others_and_padding(recipe: str) -> 
         one |= {
             name: getattr(batch, name)[i : i + 1]
             for name in (
-                *("weight", "cand_id", "cand_logp", "response_of_unit"),
+                *("reward", "weight", "cand_id", "cand_logp", "response_of_unit"),
                 *("t_log_z", "teacher_entropy", "behavior_logp", "policy_logp"),
             )
         }
@@ -385,6 +388,7 @@ def test_masked_tokens_carry_nothing_and_a_batch_of_them_is_empty(recipe: str) -
         "policy_logp",
         "weight",
         "credit_shift",
+        "reward",
         "cand_id",
         "cand_logp",
         "response_of_unit",
@@ -862,7 +866,7 @@ def test_what_is_marked_a_divergence_is_one(recipe: str, options: dict[str, Any]
     assert bool((scored.loss < -1e-12).any()) == bool((scored.used & ~scored.diverges).any())
 
 
-SELECT = {"select", "select_share"}
+EVERY = {"select", "select_share", "reward", "reward_clip"}
 DIVERGENCE, PATH, RATIO = {"direction", "tail", "tau", "beta"}, {"clip", "max_unit"}, {"ratio_clip", "trust_region"}
 WIDE = {"scores.min_p": 0.0, "scores.mass": 1.0, "scores.k_max": 1024}
 READS = {
@@ -882,6 +886,7 @@ READS = {
     "cr_opd": PATH | {"cr_alpha", "cr_eps"},
     "rao_blackwell": PATH,
     "exopd": PATH | {"scale"},
+    "kdrl": PATH | {"kl_weight"},
 }
 DPCA = {"clip": 10.0, "max_unit": 6, "ratio_clip": (0.2, 0.28)}
 PAPERS = {
@@ -901,12 +906,13 @@ PRESETS = dict.fromkeys(READS, UNIFORM) | {
     "jsd": UNIFORM | WIDE,
     "lightning": UNIFORM | OFFLINE,
     "exopd": UNIFORM | {"rollouts.rounds": 1},
+    "kdrl": UNIFORM | {"weights.reward": "grpo", "rollouts.samples": 8},
 }
 KINDS = variants(Config.model_fields["objective"].annotation)
 
 
 def test_every_recipe_has_its_keys_and_no_others() -> None:
-    assert {name: set(kind.model_fields) - {"recipe"} - SELECT for name, kind in KINDS.items()} == READS | {
+    assert {name: set(kind.model_fields) - {"recipe"} - EVERY for name, kind in KINDS.items()} == READS | {
         "module:function": {"max_unit", "options"}
     }
     assert {name: kind for name, kind in KINDS.items() if name in NAMES} == dict(zip(NAMES, RECIPES, strict=True))
@@ -1047,7 +1053,7 @@ def test_combinations_without_meaning_are_refused_by_name(objective: dict[str, A
 def test_a_key_that_a_recipe_does_not_read_is_refused_even_at_its_default() -> None:
     every = {key: kind.model_fields[key].default for kind in KINDS.values() for key in kind.model_fields}
     for recipe in NAMES:
-        for key in set(every) - READS[recipe] - SELECT - {"recipe"}:
+        for key in set(every) - READS[recipe] - EVERY - {"recipe"}:
             with pytest.raises(
                 OpdError, match=f"unknown key `objective.{key}`; known keys here, with `recipe: {recipe}`:"
             ):

@@ -11,6 +11,7 @@ from stages import (
     evaluate,
     fit,
     models,
+    outcomes,
     policy,
     prompts,
     retokenise,
@@ -45,7 +46,7 @@ def stages_of(where: Path) -> None:
             if phase.is_foreign:
                 for place in phase:
                     policy.main(phase.name, place.number, where, None)
-                weights.main(phase.name, where)
+                weights.main(phase.name, where)  # outcomes are those of the phase that sampled
             else:
                 tables(phase, where)
         coverage.main(f"round-{number}", where)
@@ -71,4 +72,6 @@ def tables(phase: Phase, where: Path) -> None:
         rollouts.main(phase.name, place.number, where, None)
         scores.main(phase.name, place.number, where, None)
         units.main(phase.name, place.number, where)
+        if phase.is_judged:
+            outcomes.main(phase.name, place.number, where)
     weights.main(phase.name, where)

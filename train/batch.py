@@ -32,6 +32,7 @@ class Batch:
         policy_logp: float32 (U,), nats, under the policy that the weights were made with, which the round starts from.
         credit_shift: float32 (U,), credit less the advantage that it was formed of, as the weights stage saw and clipped them;
             0 where credit is immediate.
+        reward: float32 (U,), the advantage of the response's outcome; 0 where there is none.
         cand_id: int64 (U, K), student ids, STOP_ID for the stop candidate; 0 in unused slots.
         cand_logp: float32 (U, K), -inf in unused slots.
         responses: names of the responses.
@@ -54,6 +55,7 @@ class Batch:
     policy_logp: torch.Tensor
     weight: torch.Tensor
     credit_shift: torch.Tensor
+    reward: torch.Tensor
     cand_id: torch.Tensor
     cand_logp: torch.Tensor
     responses: tuple[str, ...]
@@ -147,6 +149,7 @@ def collate(responses: Sequence[Response]) -> Batch:
         "policy_logp": units["student_logp"][keep].astype(np.float32),
         "weight": units["weight"][keep].astype(np.float32),
         "credit_shift": shift[keep].astype(np.float32),
+        "reward": np.nan_to_num(units["reward"][keep].astype(np.float32)),
         "cand_id": cand_id[keep],
         "cand_logp": cand_logp[keep],
     }

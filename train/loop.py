@@ -213,10 +213,11 @@ def train_step(
 ) -> dict[str, float]:
     """One optimiser step over the micro-batches of all ranks; `step` has this one's, perhaps none.
 
-    The loss is the sum of weight times loss over the units that the recipe uses, divided by all comparable units of the
-    step, so that a recipe that uses fewer units does not take larger steps on them. Its two kinds of part mean different
-    things (`train.recipes`), so each is told alone, as an unweighted mean over the units that it is used on, if there are
-    any: `divergence`, nats, and `surrogate`. `sampled_kl` is the mean of log p_S - log p_T over all comparable units, nats.
+    The loss is the sum of weight times loss over the units that the recipe uses, and of what is added beside it over all that
+    are comparable, divided by these, so that a recipe that uses fewer units does not take larger steps on them. The two kinds
+    of part that a recipe has mean different things (`train.recipes`), so each is told alone, as an unweighted mean over the
+    units that it is used on, if there are any: `divergence`, nats, and `surrogate`. `sampled_kl` is the mean of log p_S - log
+    p_T over all comparable units, nats.
     Ratios (`train.staleness`) are told of an on-policy objective. Figures are of all ranks. Raises OpdError when training
     diverges.
     """
@@ -233,6 +234,8 @@ def train_step(
         scored = losses(student, part, config.objective)
         weight = part.weight * scored.used
         loss = (weight * scored.loss).sum() / units
+        if scored.beside is not None:
+            loss = loss + scored.beside.sum() / units
         loss.backward()
         of_part = {
             "loss": float(loss.detach()),

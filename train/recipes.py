@@ -20,11 +20,13 @@ class Scored:
     """Per-unit losses (U,) and which units they were defined for (bool (U,)); others carry 0.
 
     `diverges`, bool (U,): where the loss is by a part that `divergence` marks; elsewhere by one that `surrogate` does.
+    `beside` (U,), at all units: what is added to the loss whatever a unit weighs; None: nothing.
     """
 
     loss: torch.Tensor
     used: torch.Tensor
     diverges: torch.Tensor
+    beside: torch.Tensor | None = None
 
 
 Losses = Callable[[UnitLogps, Batch, Any, torch.Tensor], torch.Tensor]
@@ -100,7 +102,18 @@ def losses(student: UnitLogps, batch: Batch, objective: config.Recipe) -> Scored
         kept = kept & ~(on_path & outside)
     if objective.select is not None:
         kept = kept & _selected(student, batch, objective, scored.used & kept)
-    return Scored(torch.where(kept, scored.loss, 0.0), scored.used & kept, diverges)
+    beside = _rewarded(student, batch, objective) if objective.reward else None
+    return Scored(torch.where(kept, scored.loss, 0.0), scored.used & kept, diverges, beside)
+
+
+def _rewarded(student: UnitLogps, batch: Batch, objective: config.Recipe) -> torch.Tensor:
+    """GRPO's loss of each unit's tokens, times the reward's coefficient: (U,)."""
+    compared = batch.token_unit < len(batch.unit_row)
+    unit = batch.token_unit[compared]
+    loss = objectives.ppo(
+        batch.reward[unit], student.token[compared], batch.token_behavior_logp[compared], *objective.reward_clip
+    )
+    return objective.reward * torch.zeros_like(student.unit).index_add(0, unit, loss)
 
 
 def _selected(student: UnitLogps, batch: Batch, objective: config.Recipe, among: torch.Tensor) -> torch.Tensor:
@@ -230,6 +243,11 @@ def _path(student: UnitLogps, batch: Batch, objective: config.Clipped, _: torch.
 
 
 @surrogate
+def _kdrl(student: UnitLogps, batch: Batch, objective: config.Kdrl, where: torch.Tensor) -> torch.Tensor:
+    return objective.kl_weight * _path(student, batch, objective, where)
+
+
+@surrogate
 def _exopd(student: UnitLogps, batch: Batch, objective: config.ExOpd, _: torch.Tensor) -> torch.Tensor:
     target = objectives.extrapolated(batch.teacher_logp, batch.policy_logp, objective.scale)
     return objectives.clipped_sampled_path(student.unit, target, objective.clip)
@@ -298,6 +316,7 @@ RECIPES: dict[type[config.Recipe], Parts] = {
     config.CrOpd: Parts(_cr_opd, _cr_opd),
     config.RaoBlackwell: Parts(_rao_blackwell, _path),
     config.ExOpd: Parts(_exopd, _exopd),
+    config.Kdrl: Parts(_kdrl, _kdrl),
 }
 """By the section that holds a recipe's keys."""
 

@@ -45,7 +45,8 @@ RETRIES = 3
 
 @dataclass(frozen=True)
 class Part:
-    """The tables of one shard of a phase, `policy` where another policy than the one that is trained sampled it.
+    """The tables of one shard of a phase, `policy` where another policy than the one that is trained sampled it, `outcomes`
+    where it was judged.
 
     Absolute paths: whoever runs a task has them from the same file system, but another working directory.
     """
@@ -54,6 +55,7 @@ class Part:
     units: Path
     policy: Path | None
     weights: Path
+    outcomes: Path | None = None
 
 
 def tasks(parts: Sequence[Part], options: Weights, loss: Loss = PLAIN) -> list[Delayed]:
@@ -64,7 +66,7 @@ def tasks(parts: Sequence[Part], options: Weights, loss: Loss = PLAIN) -> list[D
     """
     if not compares_responses(options):
         return [delayed(_write)(part, options, loss, None, None) for part in parts]
-    read = [path for part in parts for path in (part.rollouts, part.units, part.policy) if path]
+    read = [path for part in parts for path in (part.rollouts, part.units, part.policy, part.outcomes) if path]
     phase = digest([read_manifest(path).sha256 for path in read])
     sums = reduce(delayed(add), [delayed(_sums)(part, options, loss) for part in parts])
     return [delayed(_write)(part, options, loss, sums, phase) for part in parts]
@@ -115,7 +117,8 @@ def _write(part: Part, options: Weights, loss: Loss, sums: Sums | None, phase: s
         for group in opened.groups(options, check=True):
             own = weigh(group.own, group.rollouts, options, sums, loss)
             writer.write(pa.Table.from_batches(_with_context(group.every, own).to_arrow().to_batches()))
-            total += summary(own, len(group.rollouts), warped(group.rollouts))
+            right = group.rollouts["right"] if "right" in group.rollouts.columns else None
+            total += summary(own, len(group.rollouts), warped(group.rollouts), right)
     return total
 
 
@@ -136,6 +139,7 @@ class _Opened:
     rollouts: Shard
     units: Shard
     policy: Shard | None
+    outcomes: Shard | None
     inputs: dict[str, str]
 
     def groups(self, options: Weights, check: bool = False) -> Iterator[_Group]:
@@ -145,20 +149,23 @@ class _Opened:
         check = check or not set(CANDIDATE_COLUMNS).isdisjoint(of_units)
         kept = list(dict.fromkeys([*UNIT_COLUMNS, *of_units]))
         read = [*kept, *(name for name in CANDIDATE_COLUMNS if check and name not in kept)]
-        names = ["rollout_id", "behavior_logp", "sampler_logp", *of_rollouts]
+        names = ["rollout_id", "behavior_logp", "sampler_logp", *(name for name in of_rollouts if name != "right")]
         tables = [_frames(self.rollouts, names), _frames(self.units, read)]
         tables += [_frames(self.policy, ["policy_logp"])] if self.policy else []
-        for shard in (self.units, self.policy):
+        tables += [_frames(self.outcomes, ["right"])] if self.outcomes else []
+        unjudged = [] if self.outcomes or "right" not in of_rollouts else [pl.lit(None, pl.Boolean).alias("right")]
+        for shard in (self.units, self.policy, self.outcomes):
             if shard and shard.manifest.row_groups != self.rollouts.manifest.row_groups:
                 raise OpdError(
                     f"it has {shard.manifest.row_groups} row groups, and its rollouts {self.rollouts.manifest.row_groups}; "
                     "run the stage that made it again"
                 )
-        for sampled, every, *policy in zip(*tables, strict=True):
+        for sampled, every, *beside in zip(*tables, strict=True):
             if check:
                 check_candidates(every)
             own = every.select(kept).filter(pl.col("kind") != KINDS[CONTEXT])
-            yield _Group(own, every.select("rollout_id", "unit"), pl.concat([sampled, *policy], how="horizontal"))
+            rollouts = pl.concat([sampled, *beside], how="horizontal").with_columns(unjudged)
+            yield _Group(own, every.select("rollout_id", "unit"), rollouts)
 
 
 def _open(part: Part) -> _Opened:
@@ -166,8 +173,10 @@ def _open(part: Part) -> _Opened:
     made_from = {"rollouts": rollouts.manifest.sha256}
     units = open_shard(part.units, "units", inputs=made_from)
     policy = open_shard(part.policy, "policy", inputs=made_from) if part.policy else None
-    inputs = made_from | {"units": units.manifest.sha256}
-    return _Opened(rollouts, units, policy, inputs | ({"policy": policy.manifest.sha256} if policy else {}))
+    outcomes = open_shard(part.outcomes, "outcomes", inputs=made_from) if part.outcomes else None
+    beside = {"units": units, "policy": policy, "outcomes": outcomes}
+    inputs = made_from | {name: shard.manifest.sha256 for name, shard in beside.items() if shard}
+    return _Opened(rollouts, units, policy, outcomes, inputs)
 
 
 def _with_context(every: pl.DataFrame, own: pl.DataFrame) -> pl.DataFrame:

@@ -76,6 +76,16 @@ class Recipe(Section):
     select_share: float = Field(
         0.5, gt=0, le=1, description="`select`: share of a response's units that carry loss; 1: all"
     )
+    reward: float = Field(
+        0.0,
+        ge=0,
+        description="coefficient of a reward term that is added to the loss of every compared unit, GRPO's for the advantage "
+        "that `weights.reward` gives to its response: -min(r A, clip(r) A) of each of its tokens, r = pi_theta / pi_sampler "
+        "(arXiv 2402.03300, without a KL of its own). 0: none",
+    )
+    reward_clip: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0)]] = Field(
+        (0.2, 0.2), description="`reward`: r is clipped to 1 - the first and 1 + the second"
+    )
     source: ClassVar[str] = HERE
     """What it is called where it is from, with the arXiv number."""
     presets: ClassVar[Mapping[str, Any]] = {"weights.scheme": "uniform"}
@@ -96,6 +106,12 @@ class Recipe(Section):
     def _share_is_of_select(self) -> Self:
         if self.select is None and self.select_share != type(self).model_fields["select_share"].default:
             raise ValueError(f"`select_share: {self.select_share:g}` means nothing without `select`; set that too")
+        return self
+
+    @model_validator(mode="after")
+    def _reward_clip_is_of_reward(self) -> Self:
+        if not self.reward and self.reward_clip != type(self).model_fields["reward_clip"].default:
+            raise ValueError(f"`reward_clip: {list(self.reward_clip)}` means nothing with `reward: 0`; set that too")
         return self
 
 
@@ -364,6 +380,31 @@ class ExOpd(Clipped):
     )
 
 
+class Kdrl(Clipped):
+    """A small coefficient of the sampled path beside a reward: KDRL (arXiv 2506.02208), GRPO's loss less beta times the reverse
+    KL to the teacher, whose k2 estimate has the sampled path's gradient. Needs reference answers."""
+
+    recipe: Literal["kdrl"] = "kdrl"
+    source: ClassVar[str] = "KDRL, arXiv 2506.02208"
+    presets: ClassVar[Mapping[str, Any]] = {
+        "weights.scheme": "uniform",
+        "weights.reward": "grpo",
+        "rollouts.samples": 8,
+    }
+    departs: ClassVar[tuple[str, ...]] = (
+        _CLIP,
+        "the policy makes one step on what it sampled; here a round's, with the clip of the ratio that GRPO has for them",
+        "the loss is divided by the tokens of a batch; here by its units, and tokens that can't be aligned carry none",
+        "the coefficient of KL is 0.002, and best falling from 0.005 to 0.001; here it doesn't fall",
+        "KL may be left out of right responses (`weights.gate.right: 0`), or of prompts with any right one, which isn't here",
+        "how many responses a prompt has is stated nowhere we could read; here 8",
+        "a prompt whose outcomes are all alike has advantages of 0; else the deviation is that of its responses, and nothing "
+        "is added to it",
+    )
+    reward: float = Field(1.0, ge=0, description=Recipe.model_fields["reward"].description)
+    kl_weight: float = Field(0.002, ge=0, description="beta, the coefficient of the sampled path; 0: the reward alone")
+
+
 class TokenCredit(RatioClipped):
     """DPCA's two recipes; clips, bounds and longest unit are those of its authors' code."""
 
@@ -459,6 +500,7 @@ Objective = Annotated[
     | Annotated[CrOpd, Tag("cr_opd")]
     | Annotated[RaoBlackwell, Tag("rao_blackwell")]
     | Annotated[ExOpd, Tag("exopd")]
+    | Annotated[Kdrl, Tag("kdrl")]
     | Annotated[Own, Tag(OWN)],
     Discriminator(recipe_of),
 ]

@@ -39,7 +39,12 @@ KL_ITEMS = 100
 BASE = -1
 """Number of the checkpoint before 0, the student as given, where `sft` makes 0 of it; by name it is `base`."""
 
-MADE_FROM = {"policy": ("rollouts",), "units": ("rollouts", "scores"), "weights": ("rollouts", "units")}
+MADE_FROM = {
+    "policy": ("rollouts",),
+    "units": ("rollouts", "scores"),
+    "outcomes": ("rollouts",),
+    "weights": ("rollouts", "units"),
+}
 """Tables whose digests a table's manifest has among its inputs. Scores name the responses instead, which other runs share."""
 
 IDS = {
@@ -282,6 +287,11 @@ class Phase:
         """Whether another policy than the one that the phase trains sampled its rollouts."""
         return self.source is not None or self.sampled_in != self
 
+    @property
+    def is_judged(self) -> bool:
+        """Whether its weights take which of its responses are right."""
+        return self.kind == "round" and self.run.config.weights.judges
+
     def __len__(self) -> int:
         if self.source:
             return self.source.shards
@@ -393,8 +403,8 @@ class Place:
     def inputs(self, table: str) -> dict[str, str]:
         """Digests of the tables that a table is made from, as they lie there; of links whose cache is gone none."""
         made_from = [name for name in MADE_FROM[table] if name != "scores" or manifest_path(self.path(name)).exists()]
-        if table == "weights" and self.phase.is_foreign:
-            made_from.append("policy")
+        if table == "weights":
+            made_from += ["policy"] * self.phase.is_foreign + ["outcomes"] * self.phase.is_judged
         return {name: read_manifest(self.path(name)).sha256 for name in made_from}
 
     def check(self, table: str, manifest: Manifest) -> None:
@@ -454,6 +464,11 @@ class Place:
     def units(self) -> Shard:
         """Their aligned units."""
         return self._opened("units", self.inputs("units"))
+
+    @cached_property
+    def outcomes(self) -> Shard:
+        """Which of its responses are right."""
+        return self._opened("outcomes", self.inputs("outcomes"))
 
     @cached_property
     def policy(self) -> Shard:

@@ -73,11 +73,13 @@ def shards(run: Run, phase: str, *names: str) -> list[Path]:
 
 
 def weighed(run: Run) -> Callable[[Any], list[Path]]:
-    """What the weights of a phase are made from: rollouts of another policy need the log-probs of the one that is trained."""
+    """What the weights of a phase are made from: rollouts of another policy need the log-probs of the one that is trained, and
+    gates and rewards by outcome need outcomes."""
 
     def of(wildcards: Any) -> list[Path]:
-        foreign = run.phase(wildcards.phase).is_foreign
-        return shards(run, wildcards.phase, "rollouts", "units", *(["policy"] if foreign else []))
+        phase = run.phase(wildcards.phase)
+        beside = ["policy"] * phase.is_foreign + ["outcomes"] * phase.is_judged
+        return shards(run, wildcards.phase, "rollouts", "units", *beside)
 
     return of
 

@@ -24,6 +24,7 @@ STAGES = (
     "scores",
     "units",
     "policy",
+    "outcomes",
     "weights",
     "coverage",
     "train",
