@@ -107,7 +107,7 @@ def row_group(rng: np.random.Generator, responses: int, length: int) -> dict[str
         },
         "weights": {name: floats() for name in ("student_logp", "advantage", "credit")}
         | {"unit": number, "weight": floats(1.0, 1.5), "is_ratio": pa.array(np.ones(units, np.float32))}
-        | {"reward": pa.nulls(units, pa.float32())},
+        | dict.fromkeys(("reward", "reference_logp"), pa.nulls(units, pa.float32())),
     }
 
 

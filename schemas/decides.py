@@ -139,6 +139,7 @@ STAGES: dict[str, Keys] = {
     ),
     "units": _named("student") + _named("teacher"),
     "policy": _computes("student") + _on_engine("student") + Keys((), ("scores.batch_tokens",)),
+    "reference": _computes("student") + _on_engine("student") + Keys((), ("scores.batch_tokens",)),
     "outcomes": Keys((*(f"evaluate.{key}" for key in Judged.model_fields), "prompts.source")),
     "weights": Keys(
         (

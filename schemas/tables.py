@@ -309,6 +309,22 @@ WEIGHTS = (
         low=-LARGEST,
         high=LARGEST,
     ),
+    Column(
+        "reference_logp",
+        pa.float32(),
+        "nats, sum of the log-probs of the run's first policy over the unit (`objective.reference`); null when masked, when "
+        "not asked for, and where that is the policy itself",
+        nullable=True,
+    ),
+)
+
+REFERENCE = (
+    Column("rollout_id", pa.string(), "same rows in the same order as rollouts"),
+    Column(
+        "reference_logp",
+        _list(pa.float32()),
+        "nats, one per response id: log-prob under the run's first policy; at a final stop token that of stopping",
+    ),
 )
 
 OUTCOMES = (
@@ -336,6 +352,7 @@ TABLES: dict[str, tuple[Column, ...]] = {
     "scores": SCORES,
     "units": UNITS,
     "policy": POLICY,
+    "reference": REFERENCE,
     "outcomes": OUTCOMES,
     "weights": WEIGHTS,
     "answers": ANSWERS,

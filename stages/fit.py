@@ -56,18 +56,14 @@ def fitted(run: Run, role: Role, model: PreparedModel) -> dict[str, int]:
 
 
 def check_references(run: Run) -> None:
-    """Raise OpdError where no prompt that is trained on has a reference that the scorer reads; say how many haven't one.
+    """Raise OpdError where no train prompt has a reference, or the scorer reads none of the first; say how many haven't one.
 
     A scorer of one's own may need none.
     """
     config, train = run.settings, open_prompts(run).split("train")
     if OWN_CODE.fullmatch(config.evaluate.scorer):
         return
-    lacking, problem = 0, None
-    for start in range(0, len(train), ROW_GROUP):
-        rows = train[start : start + ROW_GROUP]
-        lacking += sum(row["answer"] is None for row in rows)
-        problem = problem or references_problem(config.evaluate, config.prompts.source, rows, "split train")
+    lacking = sum(row["answer"] is None for row in train)
     if lacking == len(train):
         raise OpdError(
             "`weights.gate` and `weights.reward` take which responses are right, but none of the prompts of split train has a "
@@ -77,7 +73,8 @@ def check_references(run: Run) -> None:
         console.warn(
             f"fit: {lacking} of {len(train)} prompts of split train have no reference: not gated, not rewarded"
         )
-    if problem:
+    first = list(train[:ROW_GROUP])
+    if problem := references_problem(config.evaluate, config.prompts.source, first, "the first prompts of split train"):
         console.warn(f"fit: {problem}")
 
 

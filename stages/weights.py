@@ -63,15 +63,12 @@ def say_how_it_was_sampled(phase: Phase, figures: Summary, loss: Loss) -> None:
 
 def part(place: Place) -> Part:
     """The tables of a shard."""
-    path = {name: place.path(name).absolute() for name in ("rollouts", "units", "policy", "weights", "outcomes")}
-    beside = ["policy"] * place.phase.is_foreign + ["outcomes"] * place.phase.is_judged
+    beside = place.phase.beside
+    path = {name: place.path(name).absolute() for name in ("rollouts", "units", "weights", *beside)}
     for name in ("rollouts", "units", *beside):
         place.check(name, read_manifest(path[name]))  # their bytes are whoever's that reads them
-    # Rollouts of another policy need the log-probs of the one that is trained.
-    policy = path["policy"] if place.phase.is_foreign else None
-    return Part(
-        path["rollouts"], path["units"], policy, path["weights"], path["outcomes"] if place.phase.is_judged else None
-    )
+    needed = path["rollouts"], path["units"], path.get("policy"), path["weights"]
+    return Part(*needed, outcomes=path.get("outcomes"), reference=path.get("reference"))
 
 
 if __name__ == "__main__":

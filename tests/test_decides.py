@@ -92,6 +92,7 @@ def first_run(folder: Path) -> dict[str, Any]:
         "rollouts": {"rounds": 2, "prompts": 8, "max_new_tokens": [3, 6], "top_k": 4, "replay": 1},
         "scores": {"support": "union", "k_max": 8},
         "weights": {"scheme": "iw_opd", "gate": {"wrong": 0.5}},
+        "objective": {"reference_kl": 0.1, "reference": "initial"},
         "coverage": {"min_compared": 0, "min_one_to_one": 0, "min_shared_mass": 0},
         "train": {"batch_size": 4, "warmup_steps": 1},
         "evaluate": {"kl_items": 2, "samples": 8, "also": {"more": {"source": "rows.jsonl", "count": 3}}},

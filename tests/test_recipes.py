@@ -84,7 +84,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("rao_blackwell", {"clip": 0.5, "max_unit": 2}),
     ("exopd", {}),
     ("exopd", {"scale": 2.5, "clip": 0.7, "max_unit": 2}),
-    ("exopd", {"scale": 0.0}),
+    ("exopd", {"scale": 0.0, "reference": "round"}),
     ("kdrl", {}),
     ("kdrl", {"kl_weight": 2.0, "clip": 0.7, "max_unit": 2}),
     ("cr_opd", {}),
@@ -203,13 +203,19 @@ def rao_blackwell(u: Unit, x: Numbers, at: Numbers, config: Objective) -> float:
 
 
 def exopd(u: Unit, x: Numbers, at: Numbers, config: Objective) -> float:
-    advantage = config.scale * (u.teacher - started(u)) - (at.unit - started(u))
+    logp = first(u) if config.reference == "initial" else started(u)
+    advantage = config.scale * (u.teacher - logp) - (at.unit - logp)
     return -clamp(advantage, config.clip) * x.unit
 
 
 def started(u: Unit) -> float:
     """What the round's first policy says of a unit; neither the student nor the sampler."""
     return u.student - 0.7 * u.log_ratio - 0.1
+
+
+def first(u: Unit) -> float:
+    """What the first round's first policy says of it, likewise."""
+    return u.student + 0.4 * u.log_ratio - 0.2
 
 
 def cr_opd(u: Unit, x: Numbers, at: Numbers, config: Objective) -> float:
@@ -268,10 +274,9 @@ def told(units: Sequence[Unit], seed: int = 0, spare: int = 0) -> tuple[list[Num
     )
     of_token = torch.repeat_interleave(torch.arange(len(units)), batch.s_len)
     behavior = [logp for u, n in zip(units, numbers, strict=True) for logp in sampled_at(u, n.tokens)]
-    policy = torch.tensor([started(u) for u in units], dtype=torch.float64)
-    batch = replace(
-        batch, policy_logp=policy, token_unit=of_token, token_behavior_logp=torch.tensor(behavior, dtype=torch.float64)
-    )
+    policy, initial = (torch.tensor([of(u) for u in units], dtype=torch.float64) for of in (started, first))
+    batch = replace(batch, policy_logp=policy, first_logp=initial)
+    batch = replace(batch, token_unit=of_token, token_behavior_logp=torch.tensor(behavior, dtype=torch.float64))
     return numbers, replace(student, token=token, log_z=log_z), batch
 
 
@@ -338,7 +343,7 @@ def test_a_unit_is_the_same_alone_and_beside_others_and_padding(recipe: str) -> 
         one |= {
             name: getattr(batch, name)[i : i + 1]
             for name in (
-                *("reward", "weight", "cand_id", "cand_logp", "response_of_unit"),
+                *("reward", "first_logp", "weight", "cand_id", "cand_logp", "response_of_unit"),
                 *("t_log_z", "teacher_entropy", "behavior_logp", "policy_logp"),
             )
         }
@@ -386,6 +391,7 @@ def test_masked_tokens_carry_nothing_and_a_batch_of_them_is_empty(recipe: str) -
         "teacher_entropy",
         "behavior_logp",
         "policy_logp",
+        "first_logp",
         "weight",
         "credit_shift",
         "reward",
@@ -637,7 +643,7 @@ def test_the_gradient_of_exopd_is_that_of_the_kl_to_the_extrapolated_teacher(sca
             student = replace(student, unit=logits.log_softmax(-1))
         s = logits.log_softmax(-1)
         p = s.detach().exp()
-        loss = losses(student, replace(batch, policy_logp=reference), config).loss
+        loss = losses(student, replace(batch, first_logp=reference), config).loss
         (ours,) = torch.autograd.grad((p * loss).sum(), logits, retain_graph=True)
         (exact,) = torch.autograd.grad((s.exp() * (s - target)).sum(), logits)
         np.testing.assert_allclose(ours, exact, atol=1e-12)
@@ -866,7 +872,7 @@ def test_what_is_marked_a_divergence_is_one(recipe: str, options: dict[str, Any]
     assert bool((scored.loss < -1e-12).any()) == bool((scored.used & ~scored.diverges).any())
 
 
-EVERY = {"select", "select_share", "reward", "reward_clip"}
+EVERY = {"select", "select_share", "reward", "reward_clip", "reference", "reference_kl"}
 DIVERGENCE, PATH, RATIO = {"direction", "tail", "tau", "beta"}, {"clip", "max_unit"}, {"ratio_clip", "trust_region"}
 WIDE = {"scores.min_p": 0.0, "scores.mass": 1.0, "scores.k_max": 1024}
 READS = {
@@ -905,7 +911,6 @@ PRESETS = dict.fromkeys(READS, UNIFORM) | {
     "strict_1to1": UNIFORM | WIDE,
     "jsd": UNIFORM | WIDE,
     "lightning": UNIFORM | OFFLINE,
-    "exopd": UNIFORM | {"rollouts.rounds": 1},
     "kdrl": UNIFORM | {"weights.reward": "grpo", "rollouts.samples": 8},
 }
 KINDS = variants(Config.model_fields["objective"].annotation)

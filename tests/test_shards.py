@@ -26,6 +26,8 @@ ROWS = [
         "credit": 0.5,
         "weight": 1.0,
         "is_ratio": 1.0,
+        "reward": None,
+        "reference_logp": None,
     }
     for i in range(5)
 ]

@@ -30,6 +30,8 @@ class Batch:
         behavior_logp: float32 (U,), nats, log-prob under what the response was sampled from, temperature and top-p applied (the
             weights' student_logp less log is_ratio, so up to that ratio's clip).
         policy_logp: float32 (U,), nats, under the policy that the weights were made with, which the round starts from.
+        first_logp: float32 (U,), nats, under the policy that the first round started from, where `objective.reference` asks for
+            it; else `policy_logp`.
         credit_shift: float32 (U,), credit less the advantage that it was formed of, as the weights stage saw and clipped them;
             0 where credit is immediate.
         reward: float32 (U,), the advantage of the response's outcome; 0 where there is none.
@@ -53,6 +55,7 @@ class Batch:
     t_log_z: torch.Tensor
     behavior_logp: torch.Tensor
     policy_logp: torch.Tensor
+    first_logp: torch.Tensor
     weight: torch.Tensor
     credit_shift: torch.Tensor
     reward: torch.Tensor
@@ -130,6 +133,7 @@ def collate(responses: Sequence[Response]) -> Batch:
     rest = np.exp(units["tail_logp"]) + np.exp(units["dropped_logp"])
     cand_logp[used] = rescaled(np.concatenate([r.cand_logp for r in responses]), counts, rest)
     shift = units["credit"] - units["advantage"]
+    first = np.where(np.isnan(units["reference_logp"]), units["student_logp"], units["reference_logp"])
     behavior = units["student_logp"] - np.log(units["is_ratio"])
     arrays: dict[str, Any] = {
         "ids": ids,
@@ -147,6 +151,7 @@ def collate(responses: Sequence[Response]) -> Batch:
         "t_log_z": units["t_log_z"][keep].astype(np.float32),
         "behavior_logp": behavior[keep].astype(np.float32),
         "policy_logp": units["student_logp"][keep].astype(np.float32),
+        "first_logp": first[keep].astype(np.float32),
         "weight": units["weight"][keep].astype(np.float32),
         "credit_shift": shift[keep].astype(np.float32),
         "reward": np.nan_to_num(units["reward"][keep].astype(np.float32)),

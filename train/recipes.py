@@ -102,8 +102,21 @@ def losses(student: UnitLogps, batch: Batch, objective: config.Recipe) -> Scored
         kept = kept & ~(on_path & outside)
     if objective.select is not None:
         kept = kept & _selected(student, batch, objective, scored.used & kept)
-    beside = _rewarded(student, batch, objective) if objective.reward else None
-    return Scored(torch.where(kept, scored.loss, 0.0), scored.used & kept, diverges, beside)
+    return Scored(torch.where(kept, scored.loss, 0.0), scored.used & kept, diverges, _beside(student, batch, objective))
+
+
+def _beside(student: UnitLogps, batch: Batch, objective: config.Recipe) -> torch.Tensor | None:
+    """What the objective adds to any recipe's loss: (U,)."""
+    terms = [_rewarded(student, batch, objective)] if objective.reward else []
+    if objective.reference_kl:
+        squared = objectives.squared_ratio(student.unit, reference_logp(batch, objective))
+        terms.append(objective.reference_kl * squared)
+    return sum(terms[1:], terms[0]) if terms else None
+
+
+def reference_logp(batch: Batch, objective: config.Recipe) -> torch.Tensor:
+    """Log-probs of units under the policy that the objective refers to: (U,), nats."""
+    return batch.first_logp if objective.reference == "initial" else batch.policy_logp
 
 
 def _rewarded(student: UnitLogps, batch: Batch, objective: config.Recipe) -> torch.Tensor:
@@ -249,7 +262,7 @@ def _kdrl(student: UnitLogps, batch: Batch, objective: config.Kdrl, where: torch
 
 @surrogate
 def _exopd(student: UnitLogps, batch: Batch, objective: config.ExOpd, _: torch.Tensor) -> torch.Tensor:
-    target = objectives.extrapolated(batch.teacher_logp, batch.policy_logp, objective.scale)
+    target = objectives.extrapolated(batch.teacher_logp, reference_logp(batch, objective), objective.scale)
     return objectives.clipped_sampled_path(student.unit, target, objective.clip)
 
 

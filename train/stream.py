@@ -135,7 +135,7 @@ _READ = (
         *("rollout_id", "unit", "kind", "s_start", "s_len", "t_len", "teacher_logp", "t_log_z"),
         *("teacher_entropy", "cand_id", "cand_logp", "tail_logp", "dropped_logp"),
     ],
-    ["rollout_id", "unit", "student_logp", "advantage", "credit", "weight", "is_ratio", "reward"],
+    ["rollout_id", "unit", "student_logp", "advantage", "credit", "weight", "is_ratio", "reward", "reference_logp"],
 )
 """Columns of rollouts, units and weights that batches are made of."""
 
@@ -240,7 +240,7 @@ def _of_tokens(rollouts: pa.Table) -> _Group:
         "stops": np.zeros(count, bool),
         "s_start": np.arange(count) - np.repeat(at[:-1], np.diff(at)),
         **{"s_len": ones, "t_len": ones, "teacher_logp": logp, "student_logp": logp},
-        **dict.fromkeys(("teacher_entropy", "t_log_z", "tail_logp", "dropped_logp"), unknown),
+        **dict.fromkeys(("teacher_entropy", "t_log_z", "tail_logp", "dropped_logp", "reference_logp"), unknown),
         **{"advantage": zeros, "credit": zeros, "weight": zeros + 1, "is_ratio": zeros + 1, "reward": zeros},
     }
     columns["stops"][at[1:][pc.equal(rollouts["finish_reason"], "stop").to_numpy()] - 1] = True

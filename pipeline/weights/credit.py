@@ -109,7 +109,12 @@ def _refuse(units: pl.DataFrame, name: str, is_wrong: pl.Series, found: str, exp
         )
 
 
-_HOME = {"behavior_logp": "rollouts", "sampler_logp": "rollouts", "policy_logp": "policy"}
+_HOME = {
+    "behavior_logp": "rollouts",
+    "sampler_logp": "rollouts",
+    "policy_logp": "policy",
+    "reference_logp": "reference",
+}
 """The table that a column is of, if not units."""
 
 
@@ -276,9 +281,21 @@ def weigh(
         table = table.with_columns(weight=pl.col("weight") * truncated(options.truncate))
     elif loss.corrected:
         table = table.with_columns(weight=pl.col("weight") * corrected(loss.corrected))
-    table = gates.gated(table, rollouts, options.gate)
+    table = gates.gated(table, rollouts, options.gate).with_columns(reference_logp=_reference(units, rollouts))
     floats = [c.name for c in WEIGHTS if c.name not in ("rollout_id", "unit")]
     return table.select("rollout_id", "unit", pl.col(floats).cast(pl.Float32))
+
+
+def _reference(units: pl.DataFrame, rollouts: pl.DataFrame) -> pl.Series:
+    """Sum of the reference policy's log-probs over each unit, nats; null when masked, or where `rollouts` has none.
+
+    Raises OpdError as `advantages` does.
+    """
+    if "reference_logp" not in rollouts.columns:
+        return pl.Series([None] * len(units), dtype=pl.Float64)
+    logp = _unit_sums(units, rollouts, "reference_logp")
+    _refuse(units, "reference_logp", ~logp.is_finite(), "missing, NaN or infinite", "finite nats")
+    return units.select(pl.when(~MASKED).then(pl.lit(logp))).to_series()
 
 
 def _prepare(units: pl.DataFrame, rollouts: pl.DataFrame, options: Weights, loss: Loss) -> pl.DataFrame:

@@ -37,6 +37,8 @@ from schemas.manifest import digest
 
 UNIT_COLUMNS = ("rollout_id", "unit", "kind", "s_start", "s_len", "t_len", "teacher_logp")
 CANDIDATE_COLUMNS = ("cand_logp", "tail_logp", "dropped_logp")
+BESIDE = {"policy": "policy_logp", "reference": "reference_logp", "outcomes": "right"}
+"""Tables that a part may have, in step with its rollouts, and the column of each that is read."""
 CONNECT_SECONDS = 10
 """How long a scheduler may take to answer."""
 RETRIES = 3
@@ -46,7 +48,7 @@ RETRIES = 3
 @dataclass(frozen=True)
 class Part:
     """The tables of one shard of a phase, `policy` where another policy than the one that is trained sampled it, `outcomes`
-    where it was judged.
+    where it was judged, `reference` where the loss refers to another policy than that one.
 
     Absolute paths: whoever runs a task has them from the same file system, but another working directory.
     """
@@ -56,6 +58,12 @@ class Part:
     policy: Path | None
     weights: Path
     outcomes: Path | None = None
+    reference: Path | None = None
+
+    @property
+    def beside(self) -> dict[str, Path]:
+        """Tables with a row a response beside its rollouts, those of BESIDE that there are."""
+        return {name: path for name in BESIDE if (path := getattr(self, name))}
 
 
 def tasks(parts: Sequence[Part], options: Weights, loss: Loss = PLAIN) -> list[Delayed]:
@@ -66,7 +74,7 @@ def tasks(parts: Sequence[Part], options: Weights, loss: Loss = PLAIN) -> list[D
     """
     if not compares_responses(options):
         return [delayed(_write)(part, options, loss, None, None) for part in parts]
-    read = [path for part in parts for path in (part.rollouts, part.units, part.policy, part.outcomes) if path]
+    read = [path for part in parts for path in (part.rollouts, part.units, *part.beside.values())]
     phase = digest([read_manifest(path).sha256 for path in read])
     sums = reduce(delayed(add), [delayed(_sums)(part, options, loss) for part in parts])
     return [delayed(_write)(part, options, loss, sums, phase) for part in parts]
@@ -138,8 +146,7 @@ class _Opened:
 
     rollouts: Shard
     units: Shard
-    policy: Shard | None
-    outcomes: Shard | None
+    beside: dict[str, Shard]
     inputs: dict[str, str]
 
     def groups(self, options: Weights, check: bool = False) -> Iterator[_Group]:
@@ -151,11 +158,11 @@ class _Opened:
         read = [*kept, *(name for name in CANDIDATE_COLUMNS if check and name not in kept)]
         names = ["rollout_id", "behavior_logp", "sampler_logp", *(name for name in of_rollouts if name != "right")]
         tables = [_frames(self.rollouts, names), _frames(self.units, read)]
-        tables += [_frames(self.policy, ["policy_logp"])] if self.policy else []
-        tables += [_frames(self.outcomes, ["right"])] if self.outcomes else []
-        unjudged = [] if self.outcomes or "right" not in of_rollouts else [pl.lit(None, pl.Boolean).alias("right")]
-        for shard in (self.units, self.policy, self.outcomes):
-            if shard and shard.manifest.row_groups != self.rollouts.manifest.row_groups:
+        tables += [_frames(shard, [BESIDE[name]]) for name, shard in self.beside.items()]
+        judged = "outcomes" in self.beside or "right" not in of_rollouts
+        unjudged = [] if judged else [pl.lit(None, pl.Boolean).alias("right")]
+        for shard in (self.units, *self.beside.values()):
+            if shard.manifest.row_groups != self.rollouts.manifest.row_groups:
                 raise OpdError(
                     f"it has {shard.manifest.row_groups} row groups, and its rollouts {self.rollouts.manifest.row_groups}; "
                     "run the stage that made it again"
@@ -172,11 +179,9 @@ def _open(part: Part) -> _Opened:
     rollouts = open_shard(part.rollouts, "rollouts")
     made_from = {"rollouts": rollouts.manifest.sha256}
     units = open_shard(part.units, "units", inputs=made_from)
-    policy = open_shard(part.policy, "policy", inputs=made_from) if part.policy else None
-    outcomes = open_shard(part.outcomes, "outcomes", inputs=made_from) if part.outcomes else None
-    beside = {"units": units, "policy": policy, "outcomes": outcomes}
-    inputs = made_from | {name: shard.manifest.sha256 for name, shard in beside.items() if shard}
-    return _Opened(rollouts, units, policy, outcomes, inputs)
+    beside = {name: open_shard(path, name, inputs=made_from) for name, path in part.beside.items()}
+    inputs = made_from | {name: shard.manifest.sha256 for name, shard in ({"units": units} | beside).items()}
+    return _Opened(rollouts, units, beside, inputs)
 
 
 def _with_context(every: pl.DataFrame, own: pl.DataFrame) -> pl.DataFrame:

@@ -86,6 +86,18 @@ class Recipe(Section):
     reward_clip: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0)]] = Field(
         (0.2, 0.2), description="`reward`: r is clipped to 1 - the first and 1 + the second"
     )
+    reference_kl: float = Field(
+        0.0,
+        ge=0,
+        description="coefficient of a divergence from a reference policy that is added to the loss of every compared unit, "
+        "(log pi_theta / pi_reference)^2 / 2 of what was sampled, whose gradient on policy is that of KL(pi_theta || "
+        "pi_reference) (one of StableOPD's cures of rollouts that grow long and repeat themselves, arXiv 2604.08527). 0: none",
+    )
+    reference: Literal["round", "initial"] = Field(
+        "round",
+        description="the reference policy of `reference_kl` and of exopd. round: the policy that a round starts from | "
+        "initial: the one that the first round starts from, for all rounds: it reads each later round's responses once",
+    )
     source: ClassVar[str] = HERE
     """What it is called where it is from, with the arXiv number."""
     presets: ClassVar[Mapping[str, Any]] = {"weights.scheme": "uniform"}
@@ -106,6 +118,17 @@ class Recipe(Section):
     def _share_is_of_select(self) -> Self:
         if self.select is None and self.select_share != type(self).model_fields["select_share"].default:
             raise ValueError(f"`select_share: {self.select_share:g}` means nothing without `select`; set that too")
+        return self
+
+    @property
+    def refers(self) -> bool:
+        """Whether the loss reads a reference policy."""
+        return self.reference_kl > 0
+
+    @model_validator(mode="after")
+    def _reference_is_read(self) -> Self:
+        if not self.refers and self.reference != type(self).model_fields["reference"].default:
+            raise ValueError(f"`reference: {self.reference}` means nothing with `reference_kl: 0`; set that too")
         return self
 
     @model_validator(mode="after")
@@ -362,22 +385,26 @@ class RaoBlackwell(Clipped):
 
 
 class ExOpd(Clipped):
-    """The sampled path towards more of what the teacher adds to a reference policy, here the one that a round starts from:
-    ExOPD (arXiv 2602.12125)."""
+    """The sampled path towards more of what the teacher adds to a reference policy, the student before training: ExOPD (arXiv
+    2602.12125)."""
 
     recipe: Literal["exopd"] = "exopd"
     source: ClassVar[str] = "ExOPD, arXiv 2602.12125"
-    presets: ClassVar[Mapping[str, Any]] = {"weights.scheme": "uniform", "rollouts.rounds": 1}
     departs: ClassVar[tuple[str, ...]] = (
         _CLIP,
-        "the reference is one policy, such as the student before training; so it is here with one round, and with more of them "
-        "each has its own",
+        "the reference may be any model, such as the teacher before its own training; here it is a policy of the run",
     )
+    reference: Literal["round", "initial"] = Field("initial", description=Recipe.model_fields["reference"].description)
     scale: float = Field(
         1.25,
         ge=0,
         description="factor of log p_T - log p_ref; 1: plain distillation, above: beyond the teacher, 0: stay",
     )
+
+    @property
+    def refers(self) -> bool:
+        """Always: it is what the teacher is compared with."""
+        return True
 
 
 class Kdrl(Clipped):

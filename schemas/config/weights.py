@@ -65,7 +65,7 @@ class Gate(Section):
         ge=0,
         description="of a response that was cut at `rollouts.max_new_tokens`; 0: it carries no loss. That such responses may "
         "come to make up most of the rollouts, and repeat themselves, is a finding of StableOPD (arXiv 2604.08527), whose "
-        "cures are others: a divergence from a reference, and rollouts that are mixed in",
+        "cures are others: a divergence from a reference (`objective.reference_kl`), and rollouts that are mixed in",
     )
     repetitive: float = Field(
         1.0,

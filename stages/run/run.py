@@ -42,6 +42,7 @@ BASE = -1
 MADE_FROM = {
     "policy": ("rollouts",),
     "units": ("rollouts", "scores"),
+    "reference": ("rollouts",),
     "outcomes": ("rollouts",),
     "weights": ("rollouts", "units"),
 }
@@ -288,6 +289,18 @@ class Phase:
         return self.source is not None or self.sampled_in != self
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether its weights take log-probs of the run's first policy, which is not the one that it starts from."""
+        objective = self.run.config.objective
+        return self.kind == "round" and self.number > 0 and objective.refers and objective.reference == "initial"
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """The tables that its weights are made from beside rollouts and units."""
+        wanted = {"policy": self.is_foreign, "reference": self.needs_reference, "outcomes": self.is_judged}
+        return tuple(name for name, is_wanted in wanted.items() if is_wanted)
+
+    @property
     def is_judged(self) -> bool:
         """Whether its weights take which of its responses are right."""
         return self.kind == "round" and self.run.config.weights.judges
@@ -404,7 +417,7 @@ class Place:
         """Digests of the tables that a table is made from, as they lie there; of links whose cache is gone none."""
         made_from = [name for name in MADE_FROM[table] if name != "scores" or manifest_path(self.path(name)).exists()]
         if table == "weights":
-            made_from += ["policy"] * self.phase.is_foreign + ["outcomes"] * self.phase.is_judged
+            made_from += self.phase.beside
         return {name: read_manifest(self.path(name)).sha256 for name in made_from}
 
     def check(self, table: str, manifest: Manifest) -> None:
@@ -464,6 +477,11 @@ class Place:
     def units(self) -> Shard:
         """Their aligned units."""
         return self._opened("units", self.inputs("units"))
+
+    @cached_property
+    def reference(self) -> Shard:
+        """Log-probs of the run's first policy."""
+        return self._opened("reference", self.inputs("reference"))
 
     @cached_property
     def outcomes(self) -> Shard:

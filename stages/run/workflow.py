@@ -73,13 +73,10 @@ def shards(run: Run, phase: str, *names: str) -> list[Path]:
 
 
 def weighed(run: Run) -> Callable[[Any], list[Path]]:
-    """What the weights of a phase are made from: rollouts of another policy need the log-probs of the one that is trained, and
-    gates and rewards by outcome need outcomes."""
+    """What the weights of a phase are made from."""
 
     def of(wildcards: Any) -> list[Path]:
-        phase = run.phase(wildcards.phase)
-        beside = ["policy"] * phase.is_foreign + ["outcomes"] * phase.is_judged
-        return shards(run, wildcards.phase, "rollouts", "units", *beside)
+        return shards(run, wildcards.phase, "rollouts", "units", *run.phase(wildcards.phase).beside)
 
     return of
 

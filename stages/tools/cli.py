@@ -24,6 +24,7 @@ STAGES = (
     "scores",
     "units",
     "policy",
+    "reference",
     "outcomes",
     "weights",
     "coverage",
