@@ -168,7 +168,7 @@ def test_outcomes_reach_the_weights_of_a_phase(tmp_path: Path) -> None:
         groups_of = {path: list(open_shard(path, path.parent.name).row_groups()) for path in (sampled, aligned)}
         with open_writer(sampled, "rollouts", {}, {}) as writer:
             for group in groups_of[sampled]:
-                named = pa.array([f"p{zlib % 4}" for zlib in map(len_of, group["rollout_id"].to_pylist())])
+                named = pa.array([f"p{n % 4}" for n in map(len_of, group["rollout_id"].to_pylist())])
                 writer.write(group.set_column(group.schema.names.index("prompt_id"), "prompt_id", named))
         made_from = {"rollouts": open_shard(sampled, "rollouts").manifest.sha256}
         with open_writer(aligned, "units", {}, made_from) as writer:
@@ -188,7 +188,7 @@ def test_outcomes_reach_the_weights_of_a_phase(tmp_path: Path) -> None:
         return pl.concat(pl.from_arrow(open_shard(part.weights, "weights").read()) for part in parts), figures
 
     gate = Gate(right=0.5, wrong=0.25, conflicting=0.0)
-    plain, before = made(Weights(scheme="iw_opd"))
+    plain, before = made(Weights(scheme="iw_opd"), outcomes=False)
     table, figures = made(Weights(scheme="iw_opd", gate=gate, reward="grpo"))
     unjudged, none = made(Weights(scheme="iw_opd", gate=gate, reward="grpo"), outcomes=False)
     assert unjudged.equals(plain) and plain["reward"].null_count() == len(plain)
