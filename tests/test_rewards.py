@@ -198,7 +198,9 @@ def test_outcomes_reach_the_weights_of_a_phase(tmp_path: Path) -> None:
     for name, outcome in right.items():
         of_prompt.setdefault(len_of(name) % 4, []).append(outcome)
     rewards = {name: of_group("grpo", outcome, of_prompt[len_of(name) % 4]) for name, outcome in right.items()}
-    assert own["reward"].to_list() == pytest.approx([rewards[name] for name in own["rollout_id"]], rel=1e-6)
+    expected = [rewards[name] for name in own["rollout_id"]]
+    assert own["reward"].is_null().to_list() == [r is None for r in expected]
+    assert own["reward"].fill_null(0).to_list() == pytest.approx([r or 0.0 for r in expected], rel=1e-6)
     for weight, was, advantage, outcome in zip(
         own["weight"], plain["weight"], own["advantage"], own["outcome"], strict=True
     ):
@@ -315,7 +317,9 @@ def test_prompts_without_references_are_refused_before_anything_is_sampled(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     tiny.saved_pair(Path())
-    Path("rows.jsonl").write_text("".join(json.dumps({"prompt": f"{a} ab 12?"}) + "\n" for a in range(8)))
+    Path("rows.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"{a} ab 12?", "answer": None}) + "\n" for a in range(8))
+    )
     config = {
         "prompts": {"source": "rows.jsonl", "splits": {"examples": 0, "train": 6, "test": 2}},
         "student": {"model": "student"},
