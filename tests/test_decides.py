@@ -24,7 +24,12 @@ ROOT = Path(__file__).parents[1]
 Reads = dict[str, set[str]]
 
 OTHERWISE_READ = {
-    "fit": {"reuse", "evaluate.kl_items", *(f"evaluate.{key}" for key in Judged.model_fields)},  # of other scorers
+    "fit": {
+        "reuse",
+        "evaluate.kl_items",
+        "weights.reward",
+        *(f"evaluate.{key}" for key in Judged.model_fields),
+    },  # of other scorers
     "outcomes": {f"evaluate.{key}" for key in Judged.model_fields},  # likewise
     "models teacher": {"reuse"},
     "reuse": {"reuse"},

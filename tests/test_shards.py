@@ -240,5 +240,5 @@ def test_a_shard_of_format_3_is_read_with_nulls_for_what_it_lacks(
         patch.setattr(shards, "FORMAT", 2)
         with shards.open_writer(path, "rollouts", {}, {}) as writer:
             writer.write(pa.Table.from_pylist([row | {"answer": None}], schema=whole))
-    with pytest.raises(OpdError, match="format: expected 4, found 2"):
+    with pytest.raises(OpdError, match="format: expected 5, found 2"):
         shards.open_shard(path, "rollouts")
