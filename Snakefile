@@ -9,6 +9,7 @@ rate retrains but samples and scores nothing anew.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -20,6 +21,7 @@ from schemas.config.strict_yaml import read_yaml
 from schemas.errors import OpdError
 from stages.run import console
 from stages.run.run import run_of, write_config
+from stages.run.storage import copies_of, declare_all
 from stages.run.terminal import take_over
 from stages.run.workflow import (
     caption,
@@ -56,10 +58,15 @@ except OpdError as error:
     sys.exit(f"error: {error}")
 
 CONFIG, FOLDER = RUN.config, RUN.root
-SETTINGS = f"{FOLDER}/config.yaml"  # the resolved config; no input, for its time stamp says nothing: see `reads`
+COPIES = copies_of(RUN, workflow)  # the same folder, but with a storage plugin
+SETTINGS = f"{COPIES}/config.yaml"  # the resolved config; no input, for its time stamp says nothing: see `reads`
+if COPIES != FOLDER and CONFIG.reuse:
+    sys.exit("error: reuse: jobs don't see another run's folder with a storage plugin; let them share a file system")
 if workflow.is_main_process:
     relink(RUN.cache, FOLDER)  # the cache may have been moved since
     TERMINAL = take_over(RUN, workflow)
+elif COPIES != FOLDER:
+    write_config(replace(RUN, root=COPIES))
 try:
     CORES = workflow.cores
 except WorkflowError:  # a cluster run without --cores: its profile sets the threads of these rules
@@ -577,13 +584,17 @@ rule report:
         "python -m stages.report --config {params.config} > {log} 2>&1"
 
 
+if COPIES != FOLDER:
+    declare_all(RUN, workflow)
+
+
 onstart:
     global held
     try:
         held = hold(RUN)
         if replaced := keep_results(RUN):
             console.warn(replaced)
-        write_config(RUN)
+        write_config(replace(RUN, root=COPIES))
     except OpdError as error:
         sys.exit(f"error: {error}")
     if warning := consistency(CONFIG, declared(CONFIG)):

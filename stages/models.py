@@ -12,6 +12,7 @@ from pipeline.align.texts import Side, misspelt, read_otherwise
 from pipeline.align.tokens import TokenBytes, vocabulary_table
 from pipeline.align.vocabularies import end_ids, stop_ids
 from pipeline.models import (
+    ModelRef,
     embedded,
     file_tokenizer,
     generation_config,
@@ -20,12 +21,12 @@ from pipeline.models import (
     prepare,
     vocabulary,
 )
-from pipeline.store.records import write_record
+from pipeline.store.records import read_record, write_record
 from pipeline.store.shards import open_shard, open_writer
 from schemas.config import consistency, declared
 from schemas.errors import OpdError
 from stages.run import console
-from stages.run.context import DEFAULT_CONFIG, ConfigOption, read_ref, tuning
+from stages.run.context import DEFAULT_CONFIG, ConfigOption, tuning
 from stages.run.run import Run, command, open_run
 
 
@@ -110,7 +111,7 @@ def check_tokenizer(role: str, side: Side, of_file: Tokenizer | None) -> None:
 def take_over(run: Run) -> None:
     """What is needed of a teacher whose scores are all reused: its name and the bytes of its tokens, not its weights."""
     models = run.reused[0].run / "models"
-    ref = read_ref(models / "teacher.json", command("models teacher"), weights=False)
+    ref = read_record(models / "teacher.json", ModelRef, command("models teacher"))
     if ref.source != run.settings.teacher.model:
         raise OpdError(
             f"teacher.model is {run.settings.teacher.model!r}, but the scores of {models.parent} are {ref.source!r}'s"

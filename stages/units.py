@@ -12,7 +12,7 @@ def main(phase: PhaseOption, shard: ShardOption = 0, config_file: ConfigOption =
     """Find the aligned units of a shard and express the teacher's candidates in student ids."""
     run = open_run(config_file, "units", phase)
     place = run.phase(phase)[shard]
-    student, scorer = policy(run, place.phase.number), teacher(run)
+    student, scorer = policy(run, place.phase.number, weights=False), teacher(run, weights=False)
     rollouts, scores = place.rollouts, place.scores
     scores.expect({"teacher": scorer.ref.identity(), "stop_ids": scorer.stop.tolist()})
     pairs = pair_ids(scorer.vocabulary, student.vocabulary)

@@ -90,7 +90,7 @@ def test_shipped_folders_are_copied_to_be_edited(here: Path) -> None:
     assert Path("examples/prompts.jsonl").exists()
     for name in ("../profiles", "profiles/none", "stages"):
         status, said = written("other.yaml", "--copy", name)
-        assert status == 2 and "expected one of examples, profiles/default, profiles/gpu, profiles/slurm" in said
+        assert status == 2 and "expected one of examples, profiles/default, profiles/gpu, profiles/kubernetes" in said
 
 
 def test_run_calls_snakemake_with_what_ships(here: Path) -> None:
@@ -133,14 +133,16 @@ def test_the_container_installs_extras_that_there_are() -> None:
     assert version and project["requires-python"] == f">={version[1]}"
 
 
-@pytest.mark.parametrize("name", ["slurm", "gpu"])
+@pytest.mark.parametrize("name", ["slurm", "gpu", "kubernetes"])
 def test_profiles_are_told_of_every_rule_that_runs_a_model(name: str) -> None:
     profile = yaml.safe_load((ROOT / f"profiles/{name}/config.yaml").read_text())
     assert {"rollouts", "train"} < MODELS and set(profile["set-threads"]) == MODELS
-    if (
-        name == "slurm"
-    ):  # by the plugin's own resource: it refuses a job whose `slurm_extra` says what it manages itself
-        assert profile["set-resources"] == {rule: {"slurm_partition": "gpu", "gpu": 1} for rule in MODELS}
+    # By the plugins' own resources: Slurm's refuses a job whose `slurm_extra` says what it manages itself, and Kubernetes' sets
+    # limits, which GPUs need, with `scale: 0` alone.
+    resources = {"slurm": {"slurm_partition": "gpu", "gpu": 1}}
+    resources["kubernetes"] = {"gpu": 1, "gpu_manufacturer": "nvidia", "scale": 0}
+    if name in resources:
+        assert profile["set-resources"] == dict.fromkeys(MODELS, resources[name])
 
 
 def test_a_notebook_runs_a_stage_and_opens_the_run(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 from pipeline.models import ModelRef
 from pipeline.store.cache import entries, verify
 from schemas.errors import OpdError
+from stages.run.context import located
 from stages.tools.cache import app, damage, held
 from train.checkpoint import load_state, save_pieces, save_state, state_path
 
@@ -181,7 +182,7 @@ def flippable(run: Path) -> dict[str, dict[Path, Path]]:
         kinds.setdefault("cache entries", {})[entry.path] = entry.path
         kinds.setdefault("manifests of cache entries", {})[entry.path.with_suffix(".json")] = entry.path
     for kind, told in (("checkpoints", run / "round-1/checkpoint.json"), ("models", run / "models/student.json")):
-        folder = Path(ModelRef.parse(told.read_text()).path)
+        folder = Path(located(told, ModelRef.parse(told.read_text())).path)
         kinds[kind] = {path: told for path in folder.iterdir() if path.name != "README.md"}  # a card is for people
     return kinds
 

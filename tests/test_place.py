@@ -16,7 +16,7 @@ import whole_run
 from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
-from pipeline.models import ModelRef, load_model
+from pipeline.models import load_model
 from pipeline.store.shards import HOST, METADATA_KEY, file_digest, manifest_path, open_shard, open_writer, read_manifest
 from schemas.errors import OpdError
 from schemas.manifest import Manifest, place_of
@@ -25,6 +25,7 @@ from schemas.tables import TABLES, arrow_schema
 from stages import coverage, diagnostics, evaluate, models, policy, prompts, rollouts, scores, train, units, weights
 from stages.report import page as report
 from stages.run import room
+from stages.run.context import policy_ref
 from stages.run.room import shard_bytes, training_bytes
 from stages.run.run import open_run
 from stages.run.workflow import keep_results
@@ -197,7 +198,7 @@ RECORDS = (
     "round-0/scores/000.origin",
     "round-0/train/result.json",
     "round-0/train/metrics.jsonl",
-    "round-1/train/state-00000002.safetensors",
+    "round-1/train/states/state-00000002.safetensors",
     "round-0/checkpoint/model.safetensors",
     "round-0/checkpoint/teacher.json",
     "eval-2/result.json",
@@ -342,12 +343,11 @@ def test_values_that_no_writer_makes_are_refused_by_column(place: Path, table: s
 
 
 def test_finished_rounds_keep_no_state_and_a_stale_round_is_trained_again_to_the_same_bytes(place: Path) -> None:
-    assert not list(Path("runs/a/round-0/train").glob("state-*"))
+    assert not list(Path("runs/a/round-0/train").rglob("state-*"))
     round_1 = Path("runs/a/round-1")
     weights_file = round_1 / "checkpoint/model.safetensors"
     before = weights_file.read_bytes()
-    for path in round_1.glob("train/*"):
-        path.unlink()
+    shutil.rmtree(round_1 / "train")
     dead = subprocess.Popen(["true"])
     dead.wait()
     left = round_1 / f".checkpoint.{HOST}.{dead.pid}.1.tmp"
@@ -362,7 +362,7 @@ def test_finished_rounds_keep_no_state_and_a_stale_round_is_trained_again_to_the
     train.main(1, small.written())
     assert left_of_round_0 == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (outcome, metrics)}
     assert weights_file.read_bytes() == before and not list(round_1.glob(".checkpoint*"))
-    assert not list(Path("runs/a/round-0/train").glob("state-*")) and len(list(round_1.glob("train/state-*"))) >= 1
+    assert not list(Path("runs/a/round-0/train").rglob("state-*")) and list(round_1.glob("train/states/state-*"))
     report.main(small.written(train={"keep_last_state": False}))
     assert not list(Path("runs/a").rglob("state-*"))
 
@@ -377,7 +377,7 @@ def test_a_stage_says_what_it_will_write_and_stops_where_the_disk_has_less(
     where = small.written()
     run = open_run(where)
     phase = run.phase("round-1")
-    model = load_model(ModelRef.parse(phase.checkpoint.with_suffix(".json").read_text()), "float32")
+    model = load_model(policy_ref(run, 2), "float32")
     written = sum(path.stat().st_size for path in (*states(phase.states), phase.checkpoint / "model.safetensors"))
     nothing = tmp_path_factory.mktemp("nothing")
     assert training_bytes(model, run.config.train, 2, nothing) == pytest.approx(written, rel=0.15)

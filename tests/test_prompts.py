@@ -113,7 +113,7 @@ def test_saved_splits_and_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         collect(config.model_copy(update={"options": {}}), seed=0)
     with pytest.raises(OpdError, match="whose only option is `split`, found name"):
         collect(config.model_copy(update={"options": {"name": "x"}}), seed=0)
-    found = {path.relative_to(tmp_path / "saved").as_posix() for path in local_files(config.source)}
+    found = {Path(path).relative_to(tmp_path / "saved").as_posix() for path in local_files(config.source)}
     assert {"dataset_dict.json", "a/state.json", "b/data-00000-of-00001.arrow"} <= found
 
     asked_for: list[dict[str, Any]] = []

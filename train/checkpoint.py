@@ -188,17 +188,17 @@ def _checksum(what: torch.Tensor | dict[str, Any], begin: list[int] | None = Non
     return zlib.crc32(what.detach().cpu().reshape(-1).view(torch.uint8).numpy().data, of_kind)
 
 
-SUFFIX = ".safetensors"
+SUFFIX, STATES = ".safetensors", "states"
 
 
 def state_path(folder: Path, step: int) -> Path:
-    """The state after so many steps of a round, as a file; names sort by step."""
-    return folder / f"state-{step:08}{SUFFIX}"
+    """The state after so many steps of a round, as a file; names sort by step. States have a folder of their own."""
+    return folder / STATES / f"state-{step:08}{SUFFIX}"
 
 
 def states(folder: Path) -> list[Path]:
     """The states in a folder, the newest (of the most steps) first."""
-    return sorted(folder.glob("state-*"), key=lambda path: path.stem, reverse=True)
+    return sorted((folder / STATES).glob("state-*"), key=lambda path: path.stem, reverse=True)
 
 
 def forget(state: Path) -> None:
@@ -265,7 +265,7 @@ def forget_states(folder: Path, identity: dict[str, Any], step: int, keep: int) 
             kept += 1
         else:
             forget(path)
-    for leftover in folder.glob(".state-*.tmp"):
+    for leftover in (folder / STATES).glob(".state-*.tmp"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
@@ -282,7 +282,7 @@ def drop_states(folder: Path) -> None:
     """Remove every state in a folder, and what killed writers left."""
     for path in states(folder):
         forget(path)
-    for leftover in folder.glob(".state-*.tmp"):
+    for leftover in (folder / STATES).glob(".state-*.tmp"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 

@@ -29,7 +29,7 @@ from stages.run import console
 from stages.run.card import counts, write_cards
 from stages.run.context import DEFAULT_CONFIG, ConfigOption, tuning, vocabulary
 from stages.run.results import read_diagnostics, read_evaluation, steps_of, timings
-from stages.run.run import Run, command, config_text, open_run
+from stages.run.run import Run, command, config_text, open_run, run_of
 from train.checkpoint import drop_states
 
 NOT_MEASURED = "not measured"
@@ -108,6 +108,7 @@ def summarise(run: Run, results: Sequence[dict[str, Any]], answers: Sequence[pl.
         results, answers: of each evaluated checkpoint.
     """
     phases = [read_diagnostics(phase) for phase in run.phases]
+    named = run_of(run.config)  # by the run's own name, wherever its copy lies
     before, *_, after = answers
     split = results[0]["split"]
     sft_jobs = ["sft-"] if run.config.sft.prompts else []
@@ -130,8 +131,8 @@ def summarise(run: Run, results: Sequence[dict[str, Any]], answers: Sequence[pl.
         "seconds": timings(
             run, "prompts", "also", "models-", "fit", *sft_jobs, *(f"{phase.phase}-" for phase in phases)
         ),
-        "checkpoint": str(run.checkpoint(run.rounds[-1])),
-        "report": str(run.root / "report.html"),
+        "checkpoint": str(named.checkpoint(run.rounds[-1])),
+        "report": str(named.root / "report.html"),
     }
 
 
@@ -183,7 +184,7 @@ def sft(run: Run, result: dict[str, Any]) -> dict[str, Any]:
         **counts([place.rollouts.manifest for place in phase]),
         "steps": len(steps),
         "cross_entropy": epochs.sort("epoch")["loss"].to_list(),
-        "checkpoint": str(phase.checkpoint),
+        "checkpoint": str(run_of(run.config).phase("sft").checkpoint),
     }
 
 

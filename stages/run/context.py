@@ -5,12 +5,14 @@ from typing import Annotated
 
 import typer
 
-from pipeline.models import ORIGIN, ModelRef
+from pipeline.models import ORIGIN, ModelRef, prepare
 from pipeline.prepared import PreparedModel, PromptTable
 from pipeline.store.records import read_record
 from pipeline.store.shards import Shard, open_shard
 from schemas.config import Tuning, declared
-from schemas.errors import OpdError
+from schemas.errors import OpdError, excerpt
+from schemas.manifest import differences
+from stages.run import console
 from stages.run.run import Phase, Run, command
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="the run's YAML file", show_default=True)]
@@ -44,22 +46,26 @@ def _opened(run: Run, path: Path, stage: str) -> Shard:
     return shard
 
 
-def read_ref(path: Path, again: str, weights: bool = True) -> ModelRef:
-    """A model's reference, with `weights` to a folder that is there. Raises OpdError naming the command that writes it."""
-    ref = read_record(path, ModelRef, again)
-    if weights and not Path(ref.path).is_dir():
-        raise OpdError(f"{path}: its model folder {ref.path} is gone; delete this file and run `{again}` again")
-    return ref
-
-
 def prepared(run: Run, role: str, weights: bool = True) -> ModelRef:
-    """The reference of a model that the config names. Raises OpdError as `read_ref`, and where it is of another config."""
-    return _of_config(run, run.model_file(role), (f"models {role}", ""), weights)
+    """The reference of a model that the config names, with `weights` to a folder that is there: on another machine than it was
+    prepared on the model is fetched again. Raises OpdError where that is another one, or the reference of another config."""
+    made_by = (f"models {role}", "")
+    ref = _of_config(run, run.model_file(role), made_by)
+    if not weights or Path(ref.path).is_dir():
+        return ref
+    wanted = run.config.student if role == "student" else run.config.teacher
+    found = prepare(wanted.model, run.cache, wanted.revision, console.say)
+    if different := list(differences(ref.identity(), found.identity())):
+        raise OpdError(
+            f"{run.model_file(role)}: {wanted.model} is another model here than where it was prepared "
+            f"({excerpt('; '.join(different))}); name its `revision`, or delete this file and run `{command(*made_by)}` again"
+        )
+    return ref.model_copy(update={"path": found.path})
 
 
-def teacher(run: Run) -> PreparedModel:
-    """The teacher."""
-    ref = prepared(run, "teacher", run.needs_teacher)
+def teacher(run: Run, weights: bool = True) -> PreparedModel:
+    """The teacher, `weights` as of `prepared`."""
+    ref = prepared(run, "teacher", weights and run.needs_teacher)
     return PreparedModel(ref, run.settings.teacher, vocabulary(run, "teacher"), command("models teacher"))
 
 
@@ -82,17 +88,31 @@ def tuning(run: Run) -> Tuning | None:
 
 def policy_ref(run: Run, number: int, weights: bool = True) -> ModelRef:
     """The reference of checkpoint `number` of the student; BASE is the one as given."""
-    return _of_config(run, run.policy_file(number), run.policy_stage(number), weights)
+    path, made_by = run.policy_file(number), run.policy_stage(number)
+    if path == run.model_file("student"):
+        return prepared(run, "student", weights)
+    ref = located(path, _of_config(run, path, made_by))
+    if weights and not Path(ref.path).is_dir():
+        raise OpdError(
+            f"{path}: its model folder {ref.path} is gone; delete this file and run `{command(*made_by)}` again"
+        )
+    return ref
 
 
-def _of_config(run: Run, path: Path, made_by: tuple[str, str], weights: bool) -> ModelRef:
-    ref = read_ref(path, command(*made_by), weights)
+def located(path: Path, ref: ModelRef) -> ModelRef:
+    """The reference in a file, of a checkpoint to the folder beside it, wherever the run lies by now."""
+    folder = path.with_suffix("")
+    return ref.model_copy(update={"path": str(folder)}) if folder.is_dir() else ref
+
+
+def _of_config(run: Run, path: Path, made_by: tuple[str, str]) -> ModelRef:
+    ref = read_record(path, ModelRef, command(*made_by))
     run.check(path, ref, *made_by)
     run.check_trained(path, ref, made_by)
     return ref
 
 
-def policy(run: Run, number: int) -> PreparedModel:
-    """Checkpoint `number` of the student."""
+def policy(run: Run, number: int, weights: bool = True) -> PreparedModel:
+    """Checkpoint `number` of the student, `weights` as of `policy_ref`."""
     again = command(*run.policy_stage(number))
-    return PreparedModel(policy_ref(run, number), run.settings.student, vocabulary(run, "student"), again)
+    return PreparedModel(policy_ref(run, number, weights), run.settings.student, vocabulary(run, "student"), again)

@@ -542,8 +542,10 @@ def run_of(config: Config, stage: str = "", phase: str = "") -> Run:
 
 
 def open_run(config_file: Path, stage: str = "", phase: str = "") -> Run:
-    """The run of a YAML file. Raises OpdError when that can't be read."""
-    return run_of(load_config(config_file), stage, phase)
+    """The run of a YAML file, below the working directory; of the resolved config that lies in a run's folder, that one, which
+    may be a copy elsewhere. Raises OpdError when it can't be read."""
+    run, folder = run_of(load_config(config_file), stage, phase), config_file.parent
+    return replace(run, root=folder) if folder.parts[-2:] == run.root.parts else run
 
 
 def cache_root(configured: str) -> Path:

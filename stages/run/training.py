@@ -202,7 +202,8 @@ def publish_checkpoint(job: Training, outcome: Outcome, card: str, source: str) 
     ref = export(model, job.student.tokenizer, job.phase.checkpoint, card, source, teacher.origin)
     run = job.phase.run
     phases = [job.phase] if job.phase.kind == "sft" else run.trained_on(job.phase.number)
-    told = {"decided": run.decided, "trained_on": {phase.name: phase.trained_shards() for phase in phases}}
+    told: dict[str, Any] = {"path": job.phase.checkpoint.name}  # beside its reference, wherever the run lies
+    told |= {"decided": run.decided, "trained_on": {phase.name: phase.trained_shards() for phase in phases}}
     write_record(job.phase.checkpoint.with_suffix(".json"), ref.model_copy(update=told))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from snakemake.io import local
 
 from pipeline import own_code
 from pipeline.models import IDENTITY_FILES, TOKENIZER_FILES
@@ -86,16 +87,16 @@ def policy(run: Run) -> Callable[[Any], Path]:
     return lambda wildcards: run.policy_file(run.phase(wildcards.phase).number)
 
 
-def local_files(source: str) -> list[Path]:
+def local_files(source: str) -> list[str]:
     """The user's own files that a model's or the prompts' source names, so that an edit is seen; none of packages and the hub.
 
-    Of a folder that is what identifies a model, and what `datasets.save_to_disk` wrote.
+    Of a folder that is what identifies a model, and what `datasets.save_to_disk` wrote. No storage has them: jobs that read
+    them run where Snakemake does.
     """
     path = Path(source).expanduser()
-    if path.is_dir():
-        patterns = {*IDENTITY_FILES, *TOKENIZER_FILES, *SAVED_FILES}
-        return sorted({file for pattern in patterns for file in path.glob(pattern)})
-    return [path] if path.is_file() else []
+    patterns = {*IDENTITY_FILES, *TOKENIZER_FILES, *SAVED_FILES} if path.is_dir() else ()
+    found = sorted({file for pattern in patterns for file in path.glob(pattern)}) or [path] * path.is_file()
+    return [local(str(file)) for file in found]
 
 
 def reused_phases(run: Run, scored: bool) -> str:

@@ -17,6 +17,7 @@ from schemas.config import Config
 from schemas.errors import OpdError, one_line
 from schemas.manifest import stated
 from stages.run import console
+from stages.run.context import located
 from stages.run.run import cache_root
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
@@ -163,7 +164,7 @@ def damage(path: Path) -> str | None:
         else:
             told = stated(path.read_text())
             if "weights" in told and "tokenizer" in told:  # a model's reference
-                model = ModelRef.model_validate(told)
+                model = located(path, ModelRef.model_validate(told))
                 if not is_unchanged(model):
                     return f"{model.path}: the model's files are not those that {path} tells of"
     except (ValueError, OSError, KeyError) as error:
