@@ -280,6 +280,8 @@ def test_figures_of_phases_cost_and_lineage(page: Tables) -> None:
     assert cost["student's tokens sampled, a second"] == f"{sum(student_tokens.values()) / 4:.0f}"
     assert cost["teacher's tokens scored, a second"] == f"{sum(teacher_tokens.values()) / 8:.0f}"
     assert cost["teacher tokens, scored"] == str(sum(teacher_tokens.values()))
+    assert cost["student tokens, sampled"] == str(sum(student_tokens.values()))
+    assert "student tokens, found in the cache" not in cost
     linked = sum(path.stat().st_size for path in RUN.rglob("*") if path.is_symlink())
     assert cost["on disk, in the cache"] == f"{linked / 1e3:.3g} kB"
     steps = [json.loads(line) for line in (RUN / "round-0/train/metrics.jsonl").read_text().splitlines()]
@@ -667,6 +669,7 @@ def test_the_checklist_and_how_training_went(page: Tables) -> None:
         ),
         "clipped on the sampled path": "-" if not (kinds == "n:m").any() else "?",
         "effective sample size of the weights": f"{100 * effective(compared['weight']):.1f} %",
+        "student tokens": f"{tokens} sampled",
         "teacher tokens": f"{len(scores) - len(rollouts)} scored",
         "seconds": "rollouts 4, scores 5, train 7",
     }
