@@ -59,9 +59,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             evaluate={"kl_items": 12, "scorer": "coin:right"},
         )
         svg = charts.svg
-        patch.setattr(
-            charts, "svg", lambda chart, label: (DRAWN.update({label: chart.to_dict()}), svg(chart, label))[1]
-        )
+
+        def drawn(chart: Any, label: str) -> str:
+            DRAWN[label] = chart.to_dict()
+            return svg(chart, label)
+
+        patch.setattr(charts, "svg", drawn)
         whole_run.stages_of(where)
         yield folder
 

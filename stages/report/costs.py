@@ -56,8 +56,8 @@ def cost(run: Run, phases: Sequence[Diagnostics], seconds: Mapping[str, float]) 
         origins, tokens of the teacher; sampled, of the student; bytes, by `room`; online, as `anew` gives it.
     """
     spent = by_stage(seconds)
-    origins = dict(sum((Counter(phase.teacher.tokens) for phase in phases), Counter()))
-    sampled = dict(sum((Counter(phase.sampling.tokens) for phase in phases), Counter()))
+    origins = dict(sum((Counter(phase.teacher.tokens) for phase in phases), Counter[str]()))
+    sampled = dict(sum((Counter(phase.sampling.tokens) for phase in phases), Counter[str]()))
     sampling = sum(phase.seconds.get("rollouts", 0.0) for phase in phases if "sampled" in phase.sampling.tokens)
     scoring = sum(phase.seconds.get("scores", 0.0) for phase in phases if "scored" in phase.teacher.tokens)
     steps = [step for number in run.rounds for step in read_metrics(run.phase(f"round-{number}"))]
