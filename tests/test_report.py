@@ -139,6 +139,7 @@ def text_of(data: bytes | None) -> str:
     return "(start)" if data is None else visible(data.decode(errors="backslashreplace"))
 
 
+@cache
 def said(token: int) -> str:
     """The text of one of the student's tokens."""
     if token < 0:
