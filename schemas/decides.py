@@ -127,7 +127,7 @@ STAGES: dict[str, Keys] = {
             "rollouts.shard_size",
             "rollouts.shard_tokens",
         ),
-        ("rollouts.batch_size",),
+        ("rollouts.batch_size", "cache_remote"),
     ),
     "scores": _computes("teacher")
     + _conversed("teacher")

@@ -49,8 +49,8 @@ class Config(Section):
     )
     cache_remote: Text | None = Field(
         None,
-        description="an fsspec location (s3://..., gs://..., a shared folder) to find scores in and to copy new ones to; "
-        "`${NAME}` in it is a variable of the environment, for a password: the config holds none",
+        description="an fsspec location (s3://..., gs://..., a shared folder) to find entries of the cache in and to copy new "
+        "ones to; `${NAME}` in it is a variable of the environment, for a password: the config holds none",
     )
     cache_keys: tuple[Text, ...] = Field(
         (),

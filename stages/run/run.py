@@ -31,7 +31,7 @@ from schemas.config.reuse import sampled_rounds
 from schemas.decides import decided, of_phase, settings
 from schemas.errors import OpdError, excerpt, shown
 from schemas.manifest import PHASE, Manifest, Signed, differences
-from schemas.records import Provenance, Weighed
+from schemas.records import Provenance, Sampled, Weighed
 
 KL_ITEMS = 100
 """Prompts that the on-policy reverse KL is measured on, at most, where the config doesn't say."""
@@ -507,6 +507,22 @@ class Place:
     def provenance(self, table: str) -> Path:
         """How the run came by what its link to scores or answers points at."""
         return self.path(table).with_suffix(".origin")
+
+    def sampled(self) -> Sampled | None:
+        """The note beside its rollouts; None without one, as of what the cache has no part in.
+
+        Raises OpdError when it is damaged, or of another config or shard than lies here.
+        """
+        home, path = self.phase.sampled_in, self.provenance("rollouts")
+        if not path.exists():
+            return None
+        again = f"{command('rollouts', home.name)} --shard {self.number}"
+        found = read_record(path, Sampled, again)
+        home.run.check(path, found, "rollouts", home.name)
+        here = {"phase": home.name, "shard": self.number, "rollouts": read_manifest(self.path("rollouts")).sha256}
+        if different := list(differences(here, found.model_dump(include=set(here)))):
+            raise OpdError(f"{path}: not of the rollouts that lie here ({'; '.join(different)}); run `{again}` again")
+        return found
 
     def linked(self, table: str) -> Provenance:
         """That note. Raises OpdError when it is missing or damaged, or of another config, place or entry than lie here."""
