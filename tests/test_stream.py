@@ -199,26 +199,23 @@ def test_a_few_micro_batches_of_a_step_are_in_memory(shards: list[Triple], monke
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_rank_reads_and_holds_its_own_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
-    """Sixty row groups of two responses: of eight ranks each reads those that hold its own, an eighth to a quarter of all."""
-    shards = tiny.shards(tmp_path, responses=60, group=2)
+    """Of 16 row groups of two responses each of eight ranks reads those that hold its own four."""
+    shards = tiny.shards(tmp_path, responses=16, group=2)
     group_of = {
         name: (str(rollouts.path), number)
         for rollouts, *_ in shards
         for number, group in enumerate(rollouts.row_groups(["rollout_id"]))
         for name in group["rollout_id"].to_pylist()
     }
-    every: list[str] = []
-    for rank in range(8):
+    for rank in (0, 5):
         reads, mine, most = Reads(monkeypatch), list[str](), 0
-        for step in batches(shards, 8, TOKENS, SEED, range(15), rank=rank, ranks=8, workers=workers):
+        for step in batches(shards, 8, TOKENS, SEED, range(4), rank=rank, ranks=8, workers=workers):
             for part in step.parts:
                 most = max(most, reads.responses)
                 mine += part.responses
-        assert sorted(reads.done) == sorted({group_of[name] for name in mine}) and len(reads.done) <= len(mine) == 15
+        assert sorted(reads.done) == sorted({group_of[name] for name in mine}) and len(reads.done) <= len(mine) == 4
         assert most <= (1 if workers == 0 else AHEAD)
-        every += mine
         monkeypatch.undo()
-    assert sorted(every) == sorted(group_of)
 
 
 def test_responses_of_a_part_of_a_row_group_do_not_keep_the_rest(shards: list[Triple]) -> None:
