@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +118,10 @@ def stream_through(folder: Path, workers: int, steps: int | None, use: Callable[
     waits, tokens, before = [], 0, memory.peak()
     start = asked = time.perf_counter()
     for step in batches(shards, SIZE, TOKENS, 1, range(count_steps(shards, SIZE))[:steps], workers=workers):
+        parts = list(step.parts)
         waits.append(time.perf_counter() - asked)
-        tokens += sum(len(part.rows) for part in step.parts)
-        use(step)
+        tokens += sum(len(part.rows) for part in parts)
+        use(replace(step, parts=parts))
         asked = time.perf_counter()
     seconds = asked - start
     return {

@@ -850,7 +850,8 @@ def test_routing_moves_mass_to_candidates_only_where_the_advantage_is_negative()
 def test_a_models_gradient_is_finite(recipe: str, options: dict[str, Any], tmp_path: Path) -> None:
     """Float32 from a forward pass to the weights."""
     model, stop = tiny.model(), torch.from_numpy(tiny.STOP.astype("int64"))
-    batch = next(batches(tiny.shards(tmp_path), 6, 1000, 1, range(1))).parts[0]
+    (step,) = batches(tiny.shards(tmp_path), 6, 1000, 1, range(1))
+    batch = next(iter(step.parts))
     student = unit_logps(model, batch, stop)
     near = student.unit.detach() + torch.linspace(-1, 1, len(student.unit))  # within and beyond a trust region
     scored = losses(student, replace(batch, behavior_logp=near), tiny.objective(recipe=recipe, **options))

@@ -91,7 +91,7 @@ def test_the_loss_is_the_mean_over_tokens_and_padding_changes_nothing(tokens: in
     wanted = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     (step,) = batches(shards, len(rows), tokens, 0, range(1))
-    parts = len(step.parts)
+    parts = step.passes
     assert parts == len(rows) if tokens == 1 else parts == 1 if tokens > 1000 else 3 < parts < len(rows)
     kept = Gradients(model)
     found = train_step(model, STOP, step, kept, 0.0, settings())  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 """Some responses and their units as tensors."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -83,6 +83,12 @@ class Response:
     cand_count: np.ndarray
     cand_id: np.ndarray
     cand_logp: np.ndarray
+
+    def copy(self) -> "Response":
+        """The same without the row group."""
+        units = {name: column.copy() for name, column in self.units.items()}
+        arrays = {name: value.copy() for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        return replace(self, units=units, **arrays)
 
 
 def collate(responses: Sequence[Response]) -> Batch:

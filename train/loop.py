@@ -129,6 +129,7 @@ def train_round(
             if is_stale(recent, config.train.min_ess):
                 steps = step + 1
             seconds = time.perf_counter() - began
+            waited += sum(batch.waits)
             figures |= {
                 "round": round_index,
                 "step": step,
@@ -222,14 +223,16 @@ def train_step(
     diverges.
     """
     units = step.units
-    parts = [part for part in step.parts if len(part.unit_row)]
     # Asked before the first pass: those of a sharded model are collective themselves, and the order is the same everywhere.
-    passes = int(gather([len(parts)]).max())
+    passes = int(gather([step.passes]).max())
     sums = dict.fromkeys(
         ("loss", "sampled_kl", "tokens", *KINDS, *(f"{kind}_units" for kind in KINDS), *RATIO_SUMS), 0.0
     )
-    sums["tokens"] = sum(int(part.mask.sum()) for part in step.parts)
-    for part in (part.to(model.device) for part in parts):
+    for given in step.parts:
+        sums["tokens"] += int(given.mask.sum())
+        if not len(given.unit_row):
+            continue
+        part = given.to(model.device)
         student = student_logps(model, part, stop)
         scored = losses(student, part, config.objective)
         weight = part.weight * scored.used
@@ -249,7 +252,7 @@ def train_step(
         for name, value in of_part.items():
             sums[name] += value
     if is_sharded(model):
-        for _ in range(passes - len(parts)):
+        for _ in range(passes - step.passes):
             idle_pass(model, stop)
     sums = dict(zip(sums, gather(list(sums.values())).sum(0).tolist(), strict=True))
     norm = optimiser.step(rate) if units else 0.0

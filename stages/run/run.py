@@ -403,10 +403,14 @@ class Place:
     """The tables of the same responses. Each is opened once, when it is asked for, and checked against what it was made from.
 
     A replayed round has its own `policy` and `weights`; all that does not depend on the policy in training is the original's.
+
+    Attributes:
+        whole: whether rollouts, units, policy and weights are read to the last byte when they are opened (`open_shard`).
     """
 
     phase: Phase
     number: int
+    whole: bool = True
 
     def path(self, table: str) -> Path:
         """Where a table's shard lies, whether or not it is there yet."""
@@ -449,7 +453,7 @@ class Place:
         return self._opened("rollouts", made_from)
 
     def _opened(self, table: str, inputs: dict[str, str]) -> Shard:
-        shard = open_shard(self.path(table), table, inputs=inputs)
+        shard = open_shard(self.path(table), table, inputs=inputs, whole=self.whole)
         self.check(table, shard.manifest)
         return self._bounded(shard, IDS.get(table, ()), "student")
 
@@ -497,7 +501,7 @@ class Place:
     def weights(self) -> Shard:
         """Weights of their units, as the phase's figures have them on record."""
         path, phase = self.path("weights"), self.phase
-        shard = open_shard(path, "weights", inputs=self.inputs("weights"))
+        shard = open_shard(path, "weights", inputs=self.inputs("weights"), whole=self.whole)
         told = phase.record(phase.weights, Weighed, "weights").shards.get(path.stem)
         if told != shard.manifest.sha256:
             again = command("weights", phase.name)
