@@ -392,6 +392,50 @@ rule policy:
         " --threads {threads} > {log} 2>&1"
 
 
+# For a loss that refers to the policy that the first round started from.
+rule reference:
+    input:
+        lambda wildcards: RUN.phase(wildcards.phase)[int(wildcards.shard)].path("rollouts"),
+        RUN.policy_file(0),
+    output:
+        shard_of(RUN, "reference"),
+    log:
+        FOLDER / "logs/{phase}-reference-{shard}.log",
+    benchmark:
+        FOLDER / "timings/{phase}-reference-{shard}.tsv"
+    conda:
+        "config/environment.yaml"
+    threads: CORES
+    resources:
+        model=1,
+    params:
+        config=SETTINGS,
+        reads=reads(RUN, "reference"),
+    shell:
+        "python -m stages.reference --config {params.config} --phase {wildcards.phase} --shard {wildcards.shard}"
+        " --threads {threads} > {log} 2>&1"
+
+
+rule outcomes:
+    input:
+        lambda wildcards: RUN.phase(wildcards.phase)[int(wildcards.shard)].path("rollouts"),
+        FOLDER / "prompts.parquet",
+    output:
+        shard_of(RUN, "outcomes"),
+    log:
+        FOLDER / "logs/{phase}-outcomes-{shard}.log",
+    benchmark:
+        FOLDER / "timings/{phase}-outcomes-{shard}.tsv"
+    conda:
+        "config/environment.yaml"
+    threads: CORES  # responses are judged side by side where programs are run
+    params:
+        config=SETTINGS,
+        reads=reads(RUN, "outcomes"),
+    shell:
+        "python -m stages.outcomes --config {params.config} --phase {wildcards.phase} --shard {wildcards.shard} > {log} 2>&1"
+
+
 # One job a phase: estimators may compare all of its responses.
 rule weights:
     input:

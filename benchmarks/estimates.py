@@ -74,7 +74,7 @@ def measured(shape: str, way: str, tokens: int, folder: Path) -> dict[str, float
         config = parse_config({**sections, "train": train}, "benchmark")
         assert pack(model) is None
         steps = list(batches([opened], 2 * count, micro, 1, range(2)))
-        assert [len(step.parts) for step in steps] == [2, 2]
+        assert [step.passes for step in steps] == [2, 2]
         found = needs(model, config.train, longest(opened[0]))
         estimate = float(found.total(way == "recomputed"))
         if way == "recomputed":

@@ -96,9 +96,10 @@ def batch_of(tokens: int, length: int = LENGTH, vocab: int = VOCAB) -> Batch:
         "teacher_entropy": -(share * np.log(share)).sum(1).astype(np.float32),
         "t_log_z": np.full(units, np.nan, np.float32),
         "behavior_logp": np.log(share[:, -1]).astype(np.float32),
-        "policy_logp": np.log(share[:, -1]).astype(np.float32),
+        **dict.fromkeys(("policy_logp", "first_logp"), np.log(share[:, -1]).astype(np.float32)),
         "weight": (1 + rng.random(units) / 2).astype(np.float32),
         "credit_shift": np.zeros(units, np.float32),
+        "reward": np.zeros(units, np.float32),
         "cand_id": cand,
         "cand_logp": np.log(share[:, :SLOTS]).astype(np.float32),
     }

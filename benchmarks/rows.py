@@ -2,7 +2,8 @@
 
 A shard of rollouts and scores is made of random tokens with 78 candidates each, in the row groups that the pipeline cuts, or
 with `--by-responses` in those of 256 responses whatever their length, as it once did. Then each stage runs over it in a
-process of its own. `memory` is what the peak of resident memory lies over its value before the first row group is read.
+process of its own, and the stream once more as the first of `--ranks`. Seconds are the processor's; MB are what the peak of
+resident memory lies over its value before the first row group is read.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import memory
@@ -110,22 +112,24 @@ def weights(folder: Path) -> None:
     compute([Part(paths[0], paths[1], None, paths[2])], Weights())
 
 
-def stream(folder: Path) -> None:
-    """An epoch of a trainer that does nothing, which reads ahead."""
+def stream(folder: Path, ranks: int = 1) -> None:
+    """An epoch of a trainer that does nothing, the first of so many, which reads ahead."""
     opened = tuple(open_shard(folder / f"{kind}.parquet", kind) for kind in ("rollouts", "units", "weights"))
     tokens: int = Train.model_fields["micro_batch_tokens"].default
-    for _ in batches([opened], SIZE, tokens, 1, range(count_steps([opened], SIZE)), workers=1):  # type: ignore[list-item]
-        pass
+    steps = range(count_steps([opened], SIZE))  # type: ignore[list-item]
+    for step in batches([opened], SIZE, tokens, 1, steps, ranks=ranks, workers=1):  # type: ignore[list-item]
+        for _ in step.parts:
+            pass
 
 
 STAGES: dict[str, Callable[[Path], None]] = {"units": units, "weights": weights, "stream": stream}
 
 
-def measured(stage: str, folder: Path) -> dict[str, float]:
+def measured(stage: Callable[[Path], None], folder: Path) -> dict[str, float]:
     """A stage in this process."""
-    before, began = memory.peak(), time.perf_counter()
-    STAGES[stage](folder)
-    return {"seconds": time.perf_counter() - began, "memory": (memory.peak() - before) / 1e6}
+    before, began = memory.peak(), time.process_time()
+    stage(folder)
+    return {"seconds": time.process_time() - began, "memory": (memory.peak() - before) / 1e6}
 
 
 def main() -> None:
@@ -134,14 +138,16 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, action="append", help="all by default")
     parser.add_argument("--responses", type=int, action="append", help="how many, in place of the shape's")
     parser.add_argument("--by-responses", action="store_true", help="row groups of 256 responses")
-    parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
+    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    stages = STAGES | {f"stream of {options.ranks} ranks": partial(stream, ranks=options.ranks)}
     if options.stage:
-        print(json.dumps(measured(options.stage, options.folder)))
+        print(json.dumps(measured(stages[options.stage], options.folder)))
         return
-    print(f"| responses | row groups | {' | '.join(f'{name}, s | MB' for name in STAGES)} |")
-    print(f"|---|---|{'---|---|' * len(STAGES)}")
+    print(f"| responses | row groups | {' | '.join(f'{name}, s | MB' for name in stages)} |")
+    print(f"|---|---|{'---|---|' * len(stages)}")
     for shape in options.shape or SHAPES:
         length, counts = SHAPES[shape]
         for responses in options.responses or counts:
@@ -149,8 +155,9 @@ def main() -> None:
                 fabricate(Path(folder), responses, length, options.by_responses)
                 groups = open_shard(Path(folder) / "rollouts.parquet", "rollouts").manifest.row_groups
                 cells = []
-                for stage in STAGES:
+                for stage in stages:
                     command = [sys.executable, __file__, "--stage", stage, "--folder", folder]
+                    command += ["--ranks", str(options.ranks)]
                     got = json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
                     cells += [f"{got['seconds']:.1f}", f"{got['memory']:,.0f}"]
                 print(f"| {responses} of {shape} | {groups} | {' | '.join(cells)} |", flush=True)

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,8 @@ def row_group(rng: np.random.Generator, responses: int, length: int) -> dict[str
             "dropped_logp": pa.array(np.full(units, -np.inf), pa.float32()),
         },
         "weights": {name: floats() for name in ("student_logp", "advantage", "credit")}
-        | {"unit": number, "weight": floats(1.0, 1.5), "is_ratio": pa.array(np.ones(units, np.float32))},
+        | {"unit": number, "weight": floats(1.0, 1.5), "is_ratio": pa.array(np.ones(units, np.float32))}
+        | dict.fromkeys(("reward", "reference_logp"), pa.nulls(units, pa.float32())),
     }
 
 
@@ -116,9 +118,10 @@ def stream_through(folder: Path, workers: int, steps: int | None, use: Callable[
     waits, tokens, before = [], 0, memory.peak()
     start = asked = time.perf_counter()
     for step in batches(shards, SIZE, TOKENS, 1, range(count_steps(shards, SIZE))[:steps], workers=workers):
+        parts = list(step.parts)
         waits.append(time.perf_counter() - asked)
-        tokens += sum(len(part.rows) for part in step.parts)
-        use(step)
+        tokens += sum(len(part.rows) for part in parts)
+        use(replace(step, parts=parts))
         asked = time.perf_counter()
     seconds = asked - start
     return {

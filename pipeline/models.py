@@ -26,6 +26,8 @@ from schemas.errors import OpdError, one_line
 from schemas.manifest import Signed, digest
 
 IDENTITY_FILES = ("*.safetensors", "*.safetensors.index.json", CONFIG, GENERATION)
+FOR_PEOPLE = ("README.md", "LICENSE*")
+"""Its card, which names the licence, and that; no part of what identifies it."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.*.json",  # of a certain `transformers` version, as `fast_tokenizer_files` names it
@@ -102,7 +104,7 @@ def prepare(
         folder = from_package(source, cache, say)
     elif not (folder := Path(source).expanduser()).is_dir():
         _refuse_missing_folder(source)
-        folder = _from_hub(source, revision, ["*.safetensors*", "*.json", *TOKENIZER_FILES])
+        folder = _from_hub(source, revision, ["*.safetensors*", "*.json", *TOKENIZER_FILES, *FOR_PEOPLE])
     found = reference(source, folder)
     check_generation(folder)
     check_values(source, folder)

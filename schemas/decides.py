@@ -78,6 +78,10 @@ STAGES: dict[str, Keys] = {
             "rollouts.top_k",
             "sft.prompts",
             "sft.max_new_tokens",
+            *(f"evaluate.{key}" for key in Judged.model_fields),
+            "prompts.source",
+            "weights.gate",
+            "weights.reward",
         )
     ),
     "reuse": _conversed("student") + Keys(("reuse", "rollouts.max_new_tokens")),
@@ -123,7 +127,7 @@ STAGES: dict[str, Keys] = {
             "rollouts.shard_size",
             "rollouts.shard_tokens",
         ),
-        ("rollouts.batch_size",),
+        ("rollouts.batch_size", "cache_remote"),
     ),
     "scores": _computes("teacher")
     + _conversed("teacher")
@@ -135,6 +139,8 @@ STAGES: dict[str, Keys] = {
     ),
     "units": _named("student") + _named("teacher"),
     "policy": _computes("student") + _on_engine("student") + Keys((), ("scores.batch_tokens",)),
+    "reference": _computes("student") + _on_engine("student") + Keys((), ("scores.batch_tokens",)),
+    "outcomes": Keys((*(f"evaluate.{key}" for key in Judged.model_fields), "prompts.source")),
     "weights": Keys(
         (
             *(f"weights.{key}" for key in Config.model_fields["weights"].annotation.model_fields if key != "scheduler"),  # type: ignore[union-attr]

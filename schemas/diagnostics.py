@@ -75,6 +75,10 @@ class Sampling(Section):
     top_p: float | None = Field(description="nucleus mass")
     max_new_tokens: int | None = Field(description="tokens per response at most")
     seed: int | None = Field(description="`seed` of the run that sampled")
+    tokens: dict[str, int] = Field(
+        description="student tokens by origin: sampled, or cache, where another run had sampled the same; empty where another "
+        "run's rollouts are reused and where a round is replayed"
+    )
     sampler_logp: float | None = Field(
         description="share of responses with the sampler's own log-probs, temperature and top-p applied, which ratios are to; "
         "0 where nothing but the model itself was sampled from"

@@ -10,15 +10,16 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-FORMAT = 4
+FORMAT = 5
 """Version of the on-disk contracts that shards are written in."""
-READABLE = (3, FORMAT)
-"""Versions that are read; what an older one lacks is null. A shard of any other is refused. 4 added segments of responses."""
+READABLE = (3, 4, FORMAT)
+"""Versions that are read; what an older one lacks is null. A shard of any other is refused. 4 added segments of responses, 5
+rewards and references to weights."""
 
 
 PHASE = re.compile(r"sft|eval-(?P<of_eval>base|\d{1,9})|round-(?P<of_round>\d{1,9})(@(?P<replayed>\d{1,9}))?", re.ASCII)
 """Name of a phase of a run."""
-PLACED = ("rollouts", "units", "policy", "weights")
+PLACED = ("rollouts", "units", "policy", "reference", "outcomes", "weights")
 """Tables whose shards belong to one place of a run. Scores and the teacher's answers are of a content: runs share them."""
 
 

@@ -20,6 +20,17 @@ class Provenance(Signed):
     bytes: int = Field(description="its size")
 
 
+class Sampled(Signed):
+    """`<phase>/rollouts/<shard>.origin`: whether a run sampled a shard of rollouts, or took what the cache had of them."""
+
+    phase: str = Field(description="the phase that the shard is of")
+    shard: int = Field(description="its number")
+    rollouts: str = Field(description="sha256 of the shard")
+    entry: str = Field(description="name of the cache's entry: sha256 of all that determines what is sampled")
+    origin: str = Field(description="sampled | cache")
+    tokens: int = Field(description="tokens of the student in it")
+
+
 class Audited(Signed):
     """`<entry>.audit` beside scores whose own audit memory was too small for: what a later one found."""
 
@@ -65,6 +76,9 @@ class Weighed(Signed):
     weight: float
     weight_squared: float
     warped: int
+    right: int = 0
+    wrong: int = 0
+    rewarded: int = 0
     shards: dict[str, str] = Field(description="sha256 of each shard by its number")
 
 

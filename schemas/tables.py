@@ -300,6 +300,37 @@ WEIGHTS = (
         low=0,
         high=LARGEST,
     ),
+    Column(
+        "reward",
+        pa.float32(),
+        "advantage of the response's outcome over those of its prompt's other responses (`weights.reward`), the same at each "
+        "of its units; null when not asked for, or where it can't be told",
+        nullable=True,
+        low=-LARGEST,
+        high=LARGEST,
+    ),
+    Column(
+        "reference_logp",
+        pa.float32(),
+        "nats, sum of the log-probs of the run's first policy over the unit (`objective.reference`); null when masked, when "
+        "not asked for, and where that is the policy itself",
+        nullable=True,
+    ),
+)
+
+REFERENCE = (
+    Column("rollout_id", pa.string(), "same rows in the same order as rollouts"),
+    Column(
+        "reference_logp",
+        _list(pa.float32()),
+        "nats, one per response id: log-prob under the run's first policy; at a final stop token that of stopping",
+    ),
+)
+
+OUTCOMES = (
+    Column("rollout_id", pa.string(), "same rows in the same order as rollouts"),
+    Column("judged", pa.string(), "what of the response was judged"),
+    Column("right", pa.bool_(), "whether it is right; null where it can't be told", nullable=True),
 )
 
 ANSWERS = (
@@ -321,6 +352,8 @@ TABLES: dict[str, tuple[Column, ...]] = {
     "scores": SCORES,
     "units": UNITS,
     "policy": POLICY,
+    "reference": REFERENCE,
+    "outcomes": OUTCOMES,
     "weights": WEIGHTS,
     "answers": ANSWERS,
 }

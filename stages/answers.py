@@ -1,10 +1,9 @@
 """Answers: have the teacher answer the prompts that the student is fine-tuned on, unless the cache has its answers."""
 
-import hashlib
 from pathlib import Path
 
 from pipeline.infer.engines import open_sampler
-from pipeline.infer.rollout_table import answers_of_teacher, sampled_tables
+from pipeline.infer.rollout_table import answers_of_teacher, asked_digest, sampled_by, sampled_tables
 from pipeline.store.cache import fetch_or_make
 from pipeline.store.shards import open_writer, read_manifest
 from stages.run import console
@@ -23,17 +22,8 @@ def main(shard: ShardOption = 0, config_file: ConfigOption = DEFAULT_CONFIG, thr
     wanted = answers_of_teacher(run.settings, prompts, mine)
     renderer = model.renderer(prompts)
     ids = renderer.ids([one.prompt for one in wanted], model.context - options.longest)
-    asked = hashlib.sha256()
-    for one, prompt in zip(wanted, ids, strict=True):
-        told = f"{one.rollout_id}\0{one.prompt['answer']!r}\0{len(prompt)}\0"
-        asked.update(told.encode() + prompt.tobytes())
-    identity = {
-        "policy": model.ref.identity(),
-        "engine": model.config.engine,
-        "dtype": model.dtype,
-        "prompt": renderer.identity,
-        "roles": model.roles.identity,
-        "stop_ids": model.stop.tolist(),
+    inputs = {"asked": asked_digest(wanted, ids)}
+    identity = sampled_by(model, renderer) | {
         "sampling": {
             "max_new_tokens": options.longest,
             "temperature": sft.temperature,
@@ -48,7 +38,7 @@ def main(shard: ShardOption = 0, config_file: ConfigOption = DEFAULT_CONFIG, thr
         with (
             open_sampler(model, longest, options.batch_size, console.say) as sampler,
             console.progress("sft answers", len(wanted), "answers") as advance,
-            open_writer(path, "rollouts", identity, {"asked": asked.hexdigest()}, origin) as writer,
+            open_writer(path, "rollouts", identity, inputs, origin) as writer,
         ):
             tokens, how = 0, (run.settings.seed, options.longest, sft.temperature, sft.top_p)
             for table in sampled_tables(sampler, model, wanted, BASE, ids, *how, advance=advance):
@@ -56,7 +46,7 @@ def main(shard: ShardOption = 0, config_file: ConfigOption = DEFAULT_CONFIG, thr
                 writer.write(table)
             writer.figures["tokens"] = tokens
 
-    inputs, link = {"asked": asked.hexdigest()}, place.path("answers")
+    link = place.path("answers")
     found = fetch_or_make(
         run.cache, identity, inputs, make, link, run.settings.cache_remote, "rollouts", run.cache_keys
     )

@@ -163,9 +163,24 @@ def sampling_of(phase: Phase, rollouts: Manifest, total: Sums) -> Sampling:
         top_p=settings.get("top_p"),
         max_new_tokens=settings.get("max_new_tokens"),
         seed=identity.get("seed"),
+        tokens=sampled_tokens(phase),
         sampler_logp=ratio(total["warped"], total["responses"]),
         warning=lost(phase.name, settings, int(total["warped"]), int(total["responses"])),
     )
+
+
+def sampled_tokens(phase: Phase) -> dict[str, int]:
+    """Student tokens by how the run came by them: `sampled` by it, or found in the `cache`.
+
+    Empty for a replayed round, which has them already, and for what another run sampled.
+    """
+    found: dict[str, int] = {}
+    if phase.is_foreign:
+        return found
+    for place in phase:
+        if note := place.sampled():
+            found[note.origin] = found.get(note.origin, 0) + note.tokens
+    return found
 
 
 def teacher_of(phase: Phase, scores: Manifest) -> Teacher:

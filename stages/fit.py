@@ -6,10 +6,12 @@ from typing import Literal
 import numpy as np
 
 from pipeline.infer.rollout_table import prompts_of_round
+from pipeline.measure.scorers import references_problem
 from pipeline.models import embedded, model_config
 from pipeline.prepared import PreparedModel, PromptRows
 from pipeline.prompts import ROW_GROUP
 from pipeline.store.records import write_record
+from schemas.config.options import OWN_CODE
 from schemas.errors import OpdError
 from schemas.records import Fit
 from stages.run import console
@@ -26,6 +28,8 @@ def main(config_file: ConfigOption = DEFAULT_CONFIG) -> None:
     models: dict[Role, PreparedModel] = {"student": policy(run, BASE)}
     if run.needs_teacher:
         models["teacher"] = teacher(run)
+    if run.settings.weights.gate.judges or run.settings.weights.reward != "none":
+        check_references(run)
     found = {role: fitted(run, role, model) for role, model in models.items()}
     write_record(run.fit, Fit.model_validate({"decided": run.decided, **found}))
     for role, figures in found.items():
@@ -49,6 +53,29 @@ def fitted(run: Run, role: Role, model: PreparedModel) -> dict[str, int]:
             check_embedded(role, model.ref.source, row["prompt_id"], ids, ids_end)
             longest = max(longest, len(ids))
     return {"context": model.context, "prompt": longest, "response": run.settings.rollouts.longest}
+
+
+def check_references(run: Run) -> None:
+    """Raise OpdError where no train prompt has a reference, or the scorer reads none of the first; say how many haven't one.
+
+    A scorer of one's own may need none.
+    """
+    config, train = run.settings, open_prompts(run).split("train")
+    if OWN_CODE.fullmatch(config.evaluate.scorer):
+        return
+    lacking = sum(row["answer"] is None for row in train)
+    if lacking == len(train):
+        raise OpdError(
+            "`weights.gate` and `weights.reward` take which responses are right, but none of the prompts of split train has a "
+            "reference answer: see `prompts.answer_field`, or use neither"
+        )
+    if lacking:
+        console.warn(
+            f"fit: {lacking} of {len(train)} prompts of split train have no reference: not gated, not rewarded"
+        )
+    first = list(train[:ROW_GROUP])
+    if problem := references_problem(config.evaluate, config.prompts.source, first, "the first prompts of split train"):
+        console.warn(f"fit: {problem}")
 
 
 def check_embedded(role: Role, name: str, prompt_id: str, ids: np.ndarray, ids_end: int | None) -> None:

@@ -1,7 +1,7 @@
 """Policy: log-probs of the phase's policy over rollouts that another policy sampled."""
 
 from pipeline.infer.engines import open_teacher
-from pipeline.infer.policy_logps import longest, policy_table
+from pipeline.infer.policy_logps import identity, longest, policy_table
 from pipeline.store.shards import open_writer
 from stages.run import console
 from stages.run.context import (
@@ -26,13 +26,11 @@ def main(
     console.threads(threads)
     place = run.phase(phase)[shard]
     rollouts, student = place.rollouts, policy(run, place.phase.number)
-    identity = {"policy": student.ref.identity(), "dtype": student.dtype, "stop_ids": student.stop.tolist()}
-    if student.config.engine != "transformers":  # which all shards were made with that name none
-        identity["engine"] = student.config.engine
+    inputs = place.inputs("policy")
     with (
         open_teacher(student, longest(rollouts), run.settings.scores.batch_tokens, console.say) as scorer,
         console.progress(f"{phase} policy", rollouts.rows, "responses") as advance,
-        open_writer(place.path("policy"), "policy", identity, place.inputs("policy"), decided=run.decided) as writer,
+        open_writer(place.path("policy"), "policy", identity(student), inputs, decided=run.decided) as writer,
     ):
         for group in rollouts.row_groups():
             writer.write(policy_table(scorer, student, group))

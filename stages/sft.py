@@ -7,6 +7,7 @@ from schemas.errors import OpdError
 from stages.run import console
 from stages.run.card import sft_card
 from stages.run.context import DEFAULT_CONFIG, ConfigOption, ThreadsOption, policy
+from stages.run.rounds import shared
 from stages.run.run import BASE, open_run
 from stages.run.training import (
     Parallel,
@@ -17,7 +18,7 @@ from stages.run.training import (
     publish_checkpoint,
     train,
 )
-from train.distributed import rank
+from train.distributed import rank, together
 from train.loop import Progress
 from train.stream import Tables, count_steps
 
@@ -40,7 +41,8 @@ def main(
     config = settings.model_copy(update={"train": optimiser, "objective": CrossEntropy()})
     torch.manual_seed(settings.seed)
     with only_trainer(part, threads):
-        shards: list[Tables] = [(place.rollouts,) for place in part]
+        with together():
+            shards: list[Tables] = [(place.rollouts,) for place in shared(part)]
         budget = count_steps(shards, optimiser.batch_size) * optimiser.epochs
         if not budget:
             raise OpdError(

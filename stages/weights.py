@@ -26,6 +26,13 @@ def main(phase: PhaseOption, config_file: ConfigOption = DEFAULT_CONFIG) -> None
         f"{phase} weights: {figures.units:,} units, mean advantage {figures.advantage_mean:.3f} nats, "
         f"effective sample size {100 * figures.ess:.1f} %"
     )
+    if whole.is_judged:
+        told = figures.right + figures.wrong
+        console.say(
+            f"{phase} weights: of {figures.responses:,} responses {figures.right:,} are right and {figures.wrong:,} wrong, "
+            f"{figures.responses - told:,} can't be judged and are neither gated nor rewarded; {figures.rewarded:,} have a "
+            "reward other than 0"
+        )
     if figures.incomparable:
         console.say(
             f"{phase} weights: {figures.incomparable:,} of {figures.responses:,} responses have no unit that is compared "
@@ -56,12 +63,12 @@ def say_how_it_was_sampled(phase: Phase, figures: Summary, loss: Loss) -> None:
 
 def part(place: Place) -> Part:
     """The tables of a shard."""
-    path = {name: place.path(name).absolute() for name in ("rollouts", "units", "policy", "weights")}
-    for name in ("rollouts", "units", *(["policy"] if place.phase.is_foreign else [])):
+    beside = place.phase.beside
+    path = {name: place.path(name).absolute() for name in ("rollouts", "units", "weights", *beside)}
+    for name in ("rollouts", "units", *beside):
         place.check(name, read_manifest(path[name]))  # their bytes are whoever's that reads them
-    # Rollouts of another policy need the log-probs of the one that is trained.
-    policy = path["policy"] if place.phase.is_foreign else None
-    return Part(path["rollouts"], path["units"], policy, path["weights"])
+    needed = path["rollouts"], path["units"], path.get("policy"), path["weights"]
+    return Part(*needed, outcomes=path.get("outcomes"), reference=path.get("reference"))
 
 
 if __name__ == "__main__":

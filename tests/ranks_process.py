@@ -13,7 +13,7 @@ from schemas.errors import OpdError
 from stages.run import console
 from train.adapters import attach
 from train.checkpoint import final_state
-from train.distributed import is_sharded, processes, rank, shard
+from train.distributed import is_sharded, processes, rank, ranks, shard, together
 from train.layers import recompute
 from train.loop import keep_state
 from train.optimiser import MasterAdamW
@@ -44,7 +44,11 @@ def train(folder: Path, job: dict[str, Any]) -> None:
             raise OpdError("this is wrong")
 
     tables = ("rollouts", "units", "weights")
-    shards = [tuple(open_shard(folder / name / f"{i:03}.parquet", name) for name in tables) for i in range(2)]
+    with together():
+        shards = [
+            tuple(open_shard(folder / name / f"{i:03}.parquet", name, whole=i % ranks() == rank()) for name in tables)
+            for i in range(2)
+        ]
     try:
         test_train.start(folder / job["name"], shards, settings, model=model, report=report)
     except Interrupted:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import small
 import tiny
 import torch
 import yaml
@@ -23,9 +24,12 @@ from typer.testing import CliRunner
 from pipeline.store import cache
 from pipeline.store.shards import manifest_path, open_shard, open_writer
 from pipeline.store.signatures import check_signature, signature_path
+from schemas.config import load_config
 from schemas.errors import OpdError
 from schemas.tables import arrow_schema
 from stages import models, prompts, rollouts, scores, train, units
+from stages.diagnostics import sampled_tokens
+from stages.run.run import Phase, run_of
 from stages.tools import audit
 from stages.tools.cli import app
 from stages.train import check_audited
@@ -204,6 +208,88 @@ def test_entries_of_a_signed_cache_are_of_a_trusted_key(tmp_path: Path) -> None:
 def test_a_remote_that_can_not_be_reached_is_told(tmp_path: Path) -> None:
     with pytest.raises(OpdError, match="cache_remote nosuch://x"):
         fetch(tmp_path / "c", tmp_path / "run/round-0/scores/000.parquet", maker(), remote="nosuch://x")
+
+
+class Sampling:
+    """Rollouts of a run in the working directory, and how often its policy was opened for them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.opened, opening = 0, rollouts.open_sampler
+
+        def counted(*arguments: Any) -> Any:
+            self.opened += 1
+            return opening(*arguments)
+
+        monkeypatch.setattr(rollouts, "open_sampler", counted)
+
+    def __call__(self, run: str, shards: dict[str, int], **changes: Any) -> tuple[int, dict[str, bytes], list[Phase]]:
+        """Openings, files and phases of a run of this name; `shards` of each phase that are made."""
+        before, where = self.opened, small.written(run=run, **changes)
+        prompts.main(where)
+        models.main("student", where)
+        for phase, count in shards.items():
+            for shard in range(count):
+                rollouts.main(phase, shard, where, None)
+        files = [
+            Path(f"runs/{run}/{phase}/rollouts/{n:03}.parquet") for phase, count in shards.items() for n in range(count)
+        ]
+        phases = [run_of(load_config(where)).phase(phase) for phase in shards]
+        return self.opened - before, {str(path.relative_to(f"runs/{run}")): path.read_bytes() for path in files}, phases
+
+
+def test_what_another_run_has_sampled_is_not_sampled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Round 0 and eval-0 of a run under another name, whose training differs: bit for bit what it would have sampled."""
+    monkeypatch.chdir(tmp_path)
+    small.laid_out()
+    tiny.saved(tmp_path / "other", [("1", "2"), ("a", "b")])
+    sample = Sampling(monkeypatch)
+    both, other = {"round-0": 2, "eval-0": 1}, {"train": {"learning_rate": 0.01}, "objective": {"recipe": "simct"}}
+    monkeypatch.setenv("OPD_CACHE", str(tmp_path / "empty"))
+    opened, alone, (fresh, _) = sample("b", both, **other)
+    tokens = sum(sum(map(len, place.rollouts.read()["response_ids"].to_pylist())) for place in fresh)
+    assert opened == 3 and sampled_tokens(fresh) == {"sampled": tokens}
+    monkeypatch.setenv("OPD_CACHE", str(tmp_path / "cache"))
+    assert sample("a", both)[0] == 3
+    capsys.readouterr()
+    opened, found, (taken, _) = sample("b", both, **other)
+    assert opened == 0 and found == alone and sampled_tokens(taken) == {"cache": tokens}
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("tokens found in the cache, none sampled") == 3 and "round-0 rollouts:" in said
+    # A longer run walks through the same prompts; its first shard has them.
+    assert sample("c", {"round-0": 1}, rollouts={"prompts": 12, "rounds": 1})[0] == 0
+    changes: list[dict[str, Any]] = [
+        {"seed": 2},
+        {"student": {"model": "other"}},
+        {"rollouts": {"temperature": 0.7}},
+        {"rollouts": {"max_new_tokens": 5}},
+        {"rollouts": {"batch_size": 2}},
+    ]
+    for change in changes:
+        opened, _, _ = sample("d", {"round-0": 1}, **change)
+        assert opened == 1, change
+    # What is damaged is never taken.
+    entry = Path(json.loads(Path("runs/a/round-0/rollouts/000.origin").read_text())["entry"]).with_suffix(".parquet")
+    path = tmp_path / "cache/sampled" / entry
+    good = path.read_bytes()
+    path.write_bytes(good[:200] + bytes([good[200] ^ 1]) + good[201:])
+    opened, again, _ = sample("b", both, **other)
+    assert opened == 1 and again == alone and path.read_bytes() == good
+    # A note is of the shard that it lies beside.
+    shutil.copy("runs/b/round-0/rollouts/000.origin", "runs/b/round-0/rollouts/001.origin")
+    with pytest.raises(OpdError, match=r"001\.origin: not of the rollouts that lie here"):
+        sampled_tokens(taken)
+    result = CliRunner().invoke(app, ["cache", "ls", "--json"])
+    rows = [json.loads(line) for line in result.output.splitlines()]
+    assert len(rows) == 3 + len(changes) and {(row["kind"], row["student"]) for row in rows} == {
+        ("rollouts", "student"),
+        ("rollouts", "other"),
+    }
+    assert CliRunner().invoke(app, ["cache", "verify"]).exit_code == 0
+    assert sum(row["tokens"] for row in rows if row["entry"] == entry.stem) > 0
+    assert CliRunner().invoke(app, ["cache", "gc", "--delete"]).exit_code == 0
+    assert not list(cache.entries(tmp_path / "cache")) and taken[0].rollouts.rows == 4
 
 
 def test_ls_verify_and_gc(tmp_path: Path) -> None:

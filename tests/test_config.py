@@ -96,7 +96,7 @@ def test_the_papers_that_are_named_are_cited_and_the_licence_is_there() -> None:
     }
     named = set(re.findall(r"arxiv\.org/abs/([\d.]+\d)", Path("docs/how.md").read_text()))
     named |= set(re.findall(r"arXiv (\d{4}\.\d{5})", Path("config/README.md").read_text()))
-    assert cited == named and len(cited) == 12
+    assert cited == named and len(cited) == 17
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
     assert project["license"] == "Apache-2.0" and "Apache License" in Path("LICENSE").read_text()[:200]
 

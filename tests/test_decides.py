@@ -24,7 +24,13 @@ ROOT = Path(__file__).parents[1]
 Reads = dict[str, set[str]]
 
 OTHERWISE_READ = {
-    "fit": {"reuse", "evaluate.kl_items"},
+    "fit": {
+        "reuse",
+        "evaluate.kl_items",
+        "weights.reward",
+        *(f"evaluate.{key}" for key in Judged.model_fields),
+    },  # of other scorers
+    "outcomes": {f"evaluate.{key}" for key in Judged.model_fields},  # likewise
     "models teacher": {"reuse"},
     "reuse": {"reuse"},
     "answers": {"rollouts.shard_size", "rollouts.shard_tokens"},
@@ -90,7 +96,8 @@ def first_run(folder: Path) -> dict[str, Any]:
         "sft": {"prompts": 4, "batch_size": 2},
         "rollouts": {"rounds": 2, "prompts": 8, "max_new_tokens": [3, 6], "top_k": 4, "replay": 1},
         "scores": {"support": "union", "k_max": 8},
-        "weights": {"scheme": "iw_opd"},
+        "weights": {"scheme": "iw_opd", "gate": {"wrong": 0.5}},
+        "objective": {"reference_kl": 0.1, "reference": "initial"},
         "coverage": {"min_compared": 0, "min_one_to_one": 0, "min_shared_mass": 0},
         "train": {"batch_size": 4, "warmup_steps": 1},
         "evaluate": {"kl_items": 2, "samples": 8, "also": {"more": {"source": "rows.jsonl", "count": 3}}},
@@ -189,7 +196,8 @@ def test_rules_and_stages_ask_for_the_same_entries() -> None:
         ("train", "save_every", 3, set()),
         ("train", "weight_decay", 1.0, {"sft", "train"}),
         ("teacher", "dtype", "bfloat16", {"answers", "scores"}),
-        ("evaluate", "extract", "whole", {"retokenise", "evaluate"}),
+        ("evaluate", "extract", "whole", {"fit", "retokenise", "outcomes", "evaluate"}),
+        ("weights", "gate", {"wrong": 0.0}, {"fit", "weights", "diagnostics"}),
         ("evaluate", "every_round", True, set()),
         ("sft", "temperature", 0.5, {"answers"}),
         ("sft", "right_only", True, {"retokenise"}),

@@ -89,28 +89,37 @@ def test_shares_of_all_tables_add_up_to_the_sampled_kl(groups: list[Any], tables
     total = sum(unit["student"] - unit["teacher_logp"] for unit in loops(groups) if unit["kind"] != "masked")
     for name in ("texts", "contexts", "kinds", "tenths", "responses"):
         assert tables[name]["lost"].sum() == pytest.approx(total, rel=1e-5), name
-    every = ranked(tables["texts"], 1000)
+    every = ranked(tables, "texts", 1000)
     losing = tables["texts"].filter(pl.col("lost") > 0)
     assert len(every) == len(losing) and every["lost"].is_sorted(descending=True)
     assert every["share"].sum() == pytest.approx(losing["lost"].sum() / total)
     first = every.to_dicts()[0]
     assert first["student_mean"] - first["teacher_mean"] == pytest.approx(first["lost"] / first["count"])
-    assert ranked(tables["texts"], 2).equals(every.head(2))
+    assert ranked(tables, "texts", 2).equals(every.head(2))
 
 
 def test_of_more_texts_than_are_kept_those_that_move_most_stay(groups: list[Any]) -> None:
     every = disagreement.measure(groups[:1], NO_STOP)["contexts"]
-    kept = disagreement.measure(groups[:1] * 2, NO_STOP, keep=5)["contexts"]
+    found = disagreement.measure(groups[:1] * 2, NO_STOP, keep=5)
+    kept = found["contexts"]
     assert len(kept) == 5 < len(every)
     most = every.top_k(5, by=pl.col("lost").abs())
     assert set(kept["lost"].round(3)) == set((2 * most["lost"]).round(3))
+    # Shares are of all that is lost all the same.
+    total = 2 * every["lost"].sum()
+    assert abs(kept["lost"].sum() - total) > 1e-3
+    rows = ranked(found, "contexts", 5)
+    assert rows["share"].to_list() == pytest.approx((rows["lost"] / total).to_list(), rel=1e-9) and len(rows)
+    none = {name: table.clear() for name, table in found.items()}
+    changed = change(none, found, (1, 4), 9)
+    assert changed["share"].to_list() == pytest.approx((changed["change"] / (total / 4)).to_list(), rel=1e-9)
 
 
 def test_what_the_teacher_would_have_said_is_its_mean_probability(
     groups: list[Any], tables: disagreement.Tables
 ) -> None:
     for name in ("texts", "contexts"):
-        chosen = ranked(tables[name], 4)
+        chosen = ranked(tables, name, 4)
         keys = [key for key in disagreement.KEYS["contexts"] if key in chosen.columns]
         found = {
             tuple(row[key] for key in keys): row["candidates"] for row in instead(groups, chosen, STUDENT).to_dicts()
@@ -128,10 +137,9 @@ def test_what_the_teacher_would_have_said_is_its_mean_probability(
 
 
 def test_a_change_is_told_by_text() -> None:
-    def table(**rows: tuple[int, float]) -> pl.DataFrame:
-        return pl.DataFrame(
-            [{"text": text, "kind": "1:1", "count": n, "lost": lost} for text, (n, lost) in rows.items()]
-        )
+    def table(**rows: tuple[int, float]) -> disagreement.Tables:
+        texts = [{"text": text, "kind": "1:1", "count": n, "lost": lost} for text, (n, lost) in rows.items()]
+        return {"texts": pl.DataFrame(texts), "kinds": pl.DataFrame({"lost": [sum(row["lost"] for row in texts)]})}
 
     before, after = table(To=(5, 40.0), a=(10, 10.0)), table(a=(20, 4.0), b=(4, 12.0))
     found = change(before, after, (10, 20), 2).to_dicts()

@@ -164,3 +164,16 @@ def test_an_error_ends_all_ranks_and_is_told_once(tmp_path: Path, failing: list[
     assert done.returncode != 0
     assert done.stderr.count("error: this is wrong\n") == 1
     assert "RuntimeError" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_damaged_table_that_another_rank_reads_stops_all(tmp_path: Path) -> None:
+    """The second rank alone reads the second shard to the last byte; the first one waits for it, and not in vain."""
+    tiny.shards(tmp_path)
+    path = tmp_path / "units" / "001.parquet"
+    good = path.read_bytes()
+    path.write_bytes(good[:99] + bytes([good[99] ^ 1]) + good[100:])
+    done = torchrun(tmp_path, [{"name": "damaged", "parallel": "ddp"}])
+    assert done.returncode != 0 and not (tmp_path / "damaged").exists()
+    assert done.stderr.count("001.parquet: damaged, its bytes differ from its manifest") == 1
+    assert "Traceback" not in done.stderr.partition("ChildFailedError")[0]

@@ -16,7 +16,8 @@ from schemas.config import parse_config
 from stages.run import room
 from stages.tools import doctor
 from stages.tools.cli import app
-from stages.tools.doctor import Sizes, disk_needs, memory_needs, misfits, tokens_of, weights_of
+from stages.tools.doctor import misfits
+from stages.tools.estimates import Sizes, disk_needs, memory_needs, tokens_of, weights_of
 
 
 @pytest.fixture

@@ -63,6 +63,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             "credit": read - said,
             "weight": [1.0, 0.5, 0.25],
             "is_ratio": [1.0] * 3,
+            **dict.fromkeys(("reward", "reference_logp"), pa.nulls(3, pa.float32())),
         }
     ).select(arrow_schema("weights").names)
     folder = tmp_path_factory.mktemp("example")

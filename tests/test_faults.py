@@ -38,7 +38,7 @@ JOBS: dict[str, tuple[str, list[Any], tuple[str, ...]]] = {
     "prompts": ("prompts", [C], ("runs/a/prompts.*",)),
     "models": ("models", ["student", C], ("runs/a/models/student*",)),
     "fit": ("fit", [C], ("runs/a/fit.json",)),
-    "rollouts": ("rollouts", ["round-0", 0, C], ("runs/a/round-0/rollouts/000.*",)),
+    "rollouts": ("rollouts", ["round-0", 0, C], ("runs/a/round-0/rollouts/000.*", "cache/sampled/*")),
     "scores": ("scores", ["round-0", 0, C], ("runs/a/round-0/scores/000.*", "cache/scores/*", "cache/users/*")),
     "units": ("units", ["round-0", 0, C], ("runs/a/round-0/units/000.*",)),
     "weights": ("weights", ["round-0", C], ("runs/a/round-0/weights*",)),

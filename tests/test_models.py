@@ -6,17 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from test_units import byte_level, spaced_bpe
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
 from pipeline.align.texts import PROBES, Side
 from pipeline.align.tokens import token_bytes
-from pipeline.models import ModelRef, load_tokenizer, reference
+from pipeline.models import ModelRef, load_tokenizer, prepare, reference
 from pipeline.store.shards import file_digest
 from schemas.errors import OpdError
 from schemas.manifest import digest
 from stages.models import check_tokenizer
 from stages.run import console
+from stages.run.card import licence
 
 
 @pytest.fixture
@@ -62,6 +64,28 @@ def test_all_files_of_a_tokenizer_are_part_of_its_digest(folder: Path, name: str
 def test_an_index_of_weights_is_part_of_their_digest(folder: Path) -> None:
     plain, more = refs_with(folder, "model.safetensors.index.json", {"weight_map": {}})
     assert plain.weights != more.weights and plain.tokenizer == more.tokenizer
+
+
+def test_a_hub_models_card_comes_with_it_and_counts_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = tmp_path / "hub"
+    tiny.saved(hub, [])
+    plain = reference("some/model", hub)
+    (hub / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
+    for name in ("LICENSE", "notes.txt"):
+        (hub / name).write_text("text")
+
+    def download(_: str, revision: str | None, allow_patterns: list[str]) -> str:
+        for path in {path for pattern in allow_patterns for path in hub.glob(pattern)}:
+            (tmp_path / "got").mkdir(exist_ok=True)
+            shutil.copy(path, tmp_path / "got")
+        return str(tmp_path / "got")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    found = prepare("some/model", tmp_path / "cache")
+    assert found.identity() == plain.identity() and licence(found) == "apache-2.0"
+    assert {path.name for path in hub.iterdir()} - {path.name for path in (tmp_path / "got").iterdir()} == {"notes.txt"}
 
 
 def test_the_models_type_counts_where_it_decides_on_the_class(folder: Path) -> None:

@@ -45,6 +45,7 @@ class Unit:
     student: float
     teacher: float
     credit_shift: float = 0.0
+    reward: float = 0.0
     log_ratio: float = 0.0
     t_log_z: tuple[float, ...] = ()
     entropy: float = NAN
@@ -133,8 +134,10 @@ def tensors(units: Sequence[Unit], spare: int = 0) -> tuple[UnitLogps, Batch]:
         t_log_z=torch.tensor([sum(u.t_log_z) / u.t_len - u.t_log_z[0] if u.t_log_z else NAN for u in units]).double(),
         behavior_logp=torch.tensor([u.behavior for u in units], dtype=torch.float64),
         policy_logp=torch.tensor([u.student for u in units], dtype=torch.float64),
+        first_logp=torch.tensor([u.student for u in units], dtype=torch.float64),
         weight=torch.ones(len(units), dtype=torch.float64),
         credit_shift=torch.tensor([u.credit_shift for u in units], dtype=torch.float64),
+        reward=torch.tensor([u.reward for u in units], dtype=torch.float64),
         cand_id=cand_id,
         cand_logp=cand_logp,
         responses=(),

@@ -51,12 +51,15 @@ def test_the_jobs_of_a_run(tmp_path: Path) -> None:
     per_phase = dict.fromkeys(("rollouts", "scores", "units", "weights", "diagnostics"), 3)
     once = dict.fromkeys(("all", "prompts", "fit", "coverage", "train", "report"), 1)
     assert planned(Run(tmp_path).snakemake("-n")) == {**per_phase, **once, "models": 2, "evaluate": 2, "total": 25}
-    # Fine-tuning on the teacher's answers, one more evaluation, and a second round that replays the first.
+    # Fine-tuning on the teacher's answers, one more evaluation, and a second round that replays the first; what is trained on
+    # is judged, and the second round asks the first policy too.
     rollouts = {"rounds": 2, "replay": 1, "prompts": 6, "shard_size": 12}
-    tuned = Run(tmp_path / "tuned", sft={"prompts": 8}, rollouts=rollouts).snakemake("-n")
+    losses = {"weights": {"gate": {"wrong": 0}}, "objective": {"reference_kl": 1, "reference": "initial"}}
+    tuned = Run(tmp_path / "tuned", sft={"prompts": 8}, rollouts=rollouts, **losses).snakemake("-n")
     per_phase = {"rollouts": 5, "scores": 5, "units": 5, "weights": 6, "diagnostics": 6}
     once |= dict.fromkeys(("answers", "retokenise", "sft", "policy"), 1) | dict.fromkeys(("coverage", "train"), 2)
-    assert planned(tuned) == {**per_phase, **once, "models": 2, "evaluate": 3, "total": 44}
+    beside = {"models": 2, "outcomes": 2, "reference": 2, "evaluate": 3}
+    assert planned(tuned) == {**per_phase, **once, **beside, "total": 48}
 
 
 @pytest.mark.slow

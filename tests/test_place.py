@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 from pipeline.models import load_model
+from pipeline.store import shards
 from pipeline.store.shards import HOST, METADATA_KEY, file_digest, manifest_path, open_shard, open_writer, read_manifest
 from schemas.errors import OpdError
 from schemas.manifest import Manifest, place_of
@@ -24,9 +26,10 @@ from schemas.records import RunSummary, Weighed
 from schemas.tables import TABLES, arrow_schema
 from stages import coverage, diagnostics, evaluate, models, policy, prompts, rollouts, scores, train, units, weights
 from stages.report import page as report
-from stages.run import room
+from stages.run import room, rounds
 from stages.run.context import policy_ref
 from stages.run.room import shard_bytes, training_bytes
+from stages.run.rounds import open_shards
 from stages.run.run import open_run
 from stages.run.workflow import keep_results
 from stages.tools.cache import app, damage, held
@@ -97,6 +100,38 @@ def test_a_link_to_another_shards_scores_is_refused(place: Path) -> None:
     moved("round-0/scores/001.parquet", "round-0/scores/000.parquet")
     with pytest.raises(OpdError, match=r"000\.origin: not of the scores that lie here \(shard: expected 0, found 1\)"):
         units.main("round-0", 0, small.written())
+
+
+def test_each_table_is_read_to_the_last_byte_by_one_rank_of_a_machine(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phase, read = open_run(Path("config.yaml")).phase("round-0"), list[Path]()
+
+    def digest_of(path: Path) -> str:
+        read.append(path)
+        return file_digest(path)
+
+    monkeypatch.setattr(shards, "file_digest", digest_of)
+    monkeypatch.setattr(rounds, "ranks_here", lambda: 2)
+    tables = [path for table in ("rollouts", "units", "weights") for path in phase.paths(table)]
+    damaged = phase.paths("units")[1]
+    for rank in range(2):
+        monkeypatch.setattr(rounds, "local_rank", lambda rank=rank: rank)
+        assert [len(triple) for triple in open_shards(phase)] == [3] * len(phase)
+        good = damaged.read_bytes()
+        damaged.write_bytes(good[:50] + bytes([good[50] ^ 1]) + good[51:])
+        with pytest.raises(OpdError, match="damaged") if rank == 1 else nullcontext():
+            open_shards(phase)
+        damaged.write_bytes(good[:-1])
+        with pytest.raises(OpdError, match="damaged, its bytes differ from its manifest"):
+            open_shards(phase)
+        damaged.write_bytes(good)
+    assert len(phase) > 1 and {path for path in read if path in tables} == set(tables)
+    read.clear()
+    for rank in range(2):
+        monkeypatch.setattr(rounds, "local_rank", lambda rank=rank: rank)
+        open_shards(phase)
+    assert sorted(read) == sorted([*tables, phase.run.prompts])
 
 
 def test_manifests_without_a_place_or_a_config_are_read(place: Path) -> None:

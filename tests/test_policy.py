@@ -116,6 +116,7 @@ def batch_of(told: Sequence[Told]) -> Batch:
             **{name: np.zeros(len(one.units), np.float32) for name in ("advantage", "credit", "student_logp")},
             **{name: np.full(len(one.units), math.nan, np.float32) for name in ("tail_logp", "dropped_logp")},
             "is_ratio": np.ones(len(one.units), np.float32),
+            **{name: np.full(len(one.units), np.nan, np.float32) for name in ("reward", "reference_logp")},
             "comparable": np.array([not unit.masked for unit in one.units]),
             "stops": np.array([one.stopped and j == len(one.units) - 1 for j in range(len(one.units))])
             & np.array([not unit.masked for unit in one.units]),

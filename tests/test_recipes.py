@@ -84,7 +84,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("rao_blackwell", {"clip": 0.5, "max_unit": 2}),
     ("exopd", {}),
     ("exopd", {"scale": 2.5, "clip": 0.7, "max_unit": 2}),
-    ("exopd", {"scale": 0.0}),
+    ("exopd", {"scale": 0.0, "reference": "round"}),
+    ("kdrl", {}),
+    ("kdrl", {"kl_weight": 2.0, "clip": 0.7, "max_unit": 2}),
     ("cr_opd", {}),
     ("cr_opd", {"cr_alpha": 0.0, "cr_eps": 0.1}),
     ("cr_opd", {"cr_alpha": 1.0, "cr_eps": 0.0, "clip": 0.5, "max_unit": 2}),
@@ -201,13 +203,19 @@ def rao_blackwell(u: Unit, x: Numbers, at: Numbers, config: Objective) -> float:
 
 
 def exopd(u: Unit, x: Numbers, at: Numbers, config: Objective) -> float:
-    advantage = config.scale * (u.teacher - started(u)) - (at.unit - started(u))
+    logp = first(u) if config.reference == "initial" else started(u)
+    advantage = config.scale * (u.teacher - logp) - (at.unit - logp)
     return -clamp(advantage, config.clip) * x.unit
 
 
 def started(u: Unit) -> float:
     """What the round's first policy says of a unit; neither the student nor the sampler."""
     return u.student - 0.7 * u.log_ratio - 0.1
+
+
+def first(u: Unit) -> float:
+    """What the first round's first policy says of it, likewise."""
+    return u.student + 0.4 * u.log_ratio - 0.2
 
 
 def cr_opd(u: Unit, x: Numbers, at: Numbers, config: Objective) -> float:
@@ -231,6 +239,7 @@ def reference(u: Unit, x: Numbers, at: Numbers, config: Objective) -> float:
         "cr_opd": cr_opd,
         "rao_blackwell": rao_blackwell,
         "exopd": exopd,
+        "kdrl": lambda u, x, at, config: -config.kl_weight * clamp(u.teacher - at.unit, config.clip) * x.unit,
     }.get(config.recipe)
     if special:
         return special(u, x, at, config)
@@ -265,10 +274,9 @@ def told(units: Sequence[Unit], seed: int = 0, spare: int = 0) -> tuple[list[Num
     )
     of_token = torch.repeat_interleave(torch.arange(len(units)), batch.s_len)
     behavior = [logp for u, n in zip(units, numbers, strict=True) for logp in sampled_at(u, n.tokens)]
-    policy = torch.tensor([started(u) for u in units], dtype=torch.float64)
-    batch = replace(
-        batch, policy_logp=policy, token_unit=of_token, token_behavior_logp=torch.tensor(behavior, dtype=torch.float64)
-    )
+    policy, initial = (torch.tensor([of(u) for u in units], dtype=torch.float64) for of in (started, first))
+    batch = replace(batch, policy_logp=policy, first_logp=initial)
+    batch = replace(batch, token_unit=of_token, token_behavior_logp=torch.tensor(behavior, dtype=torch.float64))
     return numbers, replace(student, token=token, log_z=log_z), batch
 
 
@@ -335,7 +343,7 @@ def test_a_unit_is_the_same_alone_and_beside_others_and_padding(recipe: str) -> 
         one |= {
             name: getattr(batch, name)[i : i + 1]
             for name in (
-                *("weight", "cand_id", "cand_logp", "response_of_unit"),
+                *("reward", "first_logp", "weight", "cand_id", "cand_logp", "response_of_unit"),
                 *("t_log_z", "teacher_entropy", "behavior_logp", "policy_logp"),
             )
         }
@@ -383,8 +391,10 @@ def test_masked_tokens_carry_nothing_and_a_batch_of_them_is_empty(recipe: str) -
         "teacher_entropy",
         "behavior_logp",
         "policy_logp",
+        "first_logp",
         "weight",
         "credit_shift",
+        "reward",
         "cand_id",
         "cand_logp",
         "response_of_unit",
@@ -633,7 +643,7 @@ def test_the_gradient_of_exopd_is_that_of_the_kl_to_the_extrapolated_teacher(sca
             student = replace(student, unit=logits.log_softmax(-1))
         s = logits.log_softmax(-1)
         p = s.detach().exp()
-        loss = losses(student, replace(batch, policy_logp=reference), config).loss
+        loss = losses(student, replace(batch, first_logp=reference), config).loss
         (ours,) = torch.autograd.grad((p * loss).sum(), logits, retain_graph=True)
         (exact,) = torch.autograd.grad((s.exp() * (s - target)).sum(), logits)
         np.testing.assert_allclose(ours, exact, atol=1e-12)
@@ -840,7 +850,8 @@ def test_routing_moves_mass_to_candidates_only_where_the_advantage_is_negative()
 def test_a_models_gradient_is_finite(recipe: str, options: dict[str, Any], tmp_path: Path) -> None:
     """Float32 from a forward pass to the weights."""
     model, stop = tiny.model(), torch.from_numpy(tiny.STOP.astype("int64"))
-    batch = next(batches(tiny.shards(tmp_path), 6, 1000, 1, range(1))).parts[0]
+    (step,) = batches(tiny.shards(tmp_path), 6, 1000, 1, range(1))
+    batch = next(iter(step.parts))
     student = unit_logps(model, batch, stop)
     near = student.unit.detach() + torch.linspace(-1, 1, len(student.unit))  # within and beyond a trust region
     scored = losses(student, replace(batch, behavior_logp=near), tiny.objective(recipe=recipe, **options))
@@ -862,7 +873,7 @@ def test_what_is_marked_a_divergence_is_one(recipe: str, options: dict[str, Any]
     assert bool((scored.loss < -1e-12).any()) == bool((scored.used & ~scored.diverges).any())
 
 
-SELECT = {"select", "select_share"}
+EVERY = {"select", "select_share", "reward", "reward_clip", "reference", "reference_kl"}
 DIVERGENCE, PATH, RATIO = {"direction", "tail", "tau", "beta"}, {"clip", "max_unit"}, {"ratio_clip", "trust_region"}
 WIDE = {"scores.min_p": 0.0, "scores.mass": 1.0, "scores.k_max": 1024}
 READS = {
@@ -882,6 +893,7 @@ READS = {
     "cr_opd": PATH | {"cr_alpha", "cr_eps"},
     "rao_blackwell": PATH,
     "exopd": PATH | {"scale"},
+    "kdrl": PATH | {"kl_weight"},
 }
 DPCA = {"clip": 10.0, "max_unit": 6, "ratio_clip": (0.2, 0.28)}
 PAPERS = {
@@ -900,13 +912,13 @@ PRESETS = dict.fromkeys(READS, UNIFORM) | {
     "strict_1to1": UNIFORM | WIDE,
     "jsd": UNIFORM | WIDE,
     "lightning": UNIFORM | OFFLINE,
-    "exopd": UNIFORM | {"rollouts.rounds": 1},
+    "kdrl": UNIFORM | {"weights.reward": "grpo", "rollouts.samples": 8},
 }
 KINDS = variants(Config.model_fields["objective"].annotation)
 
 
 def test_every_recipe_has_its_keys_and_no_others() -> None:
-    assert {name: set(kind.model_fields) - {"recipe"} - SELECT for name, kind in KINDS.items()} == READS | {
+    assert {name: set(kind.model_fields) - {"recipe"} - EVERY for name, kind in KINDS.items()} == READS | {
         "module:function": {"max_unit", "options"}
     }
     assert {name: kind for name, kind in KINDS.items() if name in NAMES} == dict(zip(NAMES, RECIPES, strict=True))
@@ -1020,7 +1032,7 @@ MINIMAL: dict[str, Any] = {"prompts": {"source": "p.jsonl"}, "student": {"model"
         ({"tau": 0}, "`objective.tau`: input should be greater than or equal to 0.01"),
         (
             {"recipe": "jsd", "clip": 5.0},
-            "unknown key `objective.clip`; known keys here, with `recipe: jsd`: recipe, select, select_share, tail",
+            "unknown key `objective.clip`; known keys here, with `recipe: jsd`: recipe, select, select_share, reward, ",
         ),
         (
             {"clp": 5.0},
@@ -1047,7 +1059,7 @@ def test_combinations_without_meaning_are_refused_by_name(objective: dict[str, A
 def test_a_key_that_a_recipe_does_not_read_is_refused_even_at_its_default() -> None:
     every = {key: kind.model_fields[key].default for kind in KINDS.values() for key in kind.model_fields}
     for recipe in NAMES:
-        for key in set(every) - READS[recipe] - SELECT - {"recipe"}:
+        for key in set(every) - READS[recipe] - EVERY - {"recipe"}:
             with pytest.raises(
                 OpdError, match=f"unknown key `objective.{key}`; known keys here, with `recipe: {recipe}`:"
             ):

@@ -1,22 +1,31 @@
 """The report: its numbers from the tables by other queries, and the page in a browser, as people use it."""
 
 import hashlib
+import importlib.metadata
 import json
+import math
 import re
 from collections.abc import Iterator
+from functools import cache, reduce
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import browser
+import numpy as np
 import polars as pl
 import pytest
 import small
+import torch
 import whole_run
+import yaml
+from transformers import AutoModelForCausalLM
 
-from stages.report import costs
+from pipeline.measure.accuracy import accuracy, gain
+from stages.report import charts, costs
 from stages.report.charts import LABELS
-from stages.report.page import answered, whens
+from stages.report.page import answered, sets, whens
 from stages.report.verdict import difference, direction, verdict, visible
 
 RUN = Path("runs/a")
@@ -25,6 +34,8 @@ SECONDS = {"prompts": 2.0, "round-0-rollouts-000": 4.0, "round-0-scores-000": 5.
     "round-0-train": 7.0,
 }
 """As Snakemake would have timed them, by job."""
+DRAWN: dict[str, dict[str, Any]] = {}
+"""Of each plot of the run's report, by its label, what it was drawn from."""
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +47,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("OPD_CACHE", str(folder / "cache"))
         small.laid_out()
         # Right by a coin that falls the same for the same answer to the same prompt.
-        coin = "import zlib\ndef right(said, answer, _):\n    return zlib.crc32((said + answer).encode()) % 2 == 0\n"
+        coin = "import zlib\ndef right(said, answer, _):\n    return zlib.crc32((said + answer).encode()) % 3 == 2\n"
         Path("coin.py").write_text(coin)
         (RUN / "timings").mkdir(parents=True)
         for job, seconds in SECONDS.items():
@@ -47,6 +58,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             train={"learning_rate": 0.004},
             evaluate={"kl_items": 12, "scorer": "coin:right"},
         )
+        svg = charts.svg
+
+        def drawn(chart: Any, label: str) -> str:
+            DRAWN[label] = chart.to_dict()
+            return svg(chart, label)
+
+        patch.setattr(charts, "svg", drawn)
         whole_run.stages_of(where)
         yield folder
 
@@ -112,12 +130,22 @@ def units_of(phase: str) -> pl.DataFrame:
     spelled = pl.col("response").cast(pl.Binary).bin.slice("byte_start", size)
     text = pl.when(kind="stop").then(pl.lit(b"<stop>")).otherwise(spelled)
     told = joined.with_columns(text=text, student=logps.list.sum())
-    told = told.with_columns(before=pl.col("text").shift(1).over("rollout_id"))
+    place = pl.int_range(pl.len()).over("rollout_id") * 10 // pl.len().over("rollout_id")
+    told = told.with_columns(before=pl.col("text").shift(1).over("rollout_id"), tenth=place)
     return told.filter(pl.col("kind") != "masked").with_columns(lost=pl.col("student") - pl.col("teacher_logp"))
 
 
 def text_of(data: bytes | None) -> str:
     return "(start)" if data is None else visible(data.decode(errors="backslashreplace"))
+
+
+@cache
+def said(token: int) -> str:
+    """The text of one of the student's tokens."""
+    if token < 0:
+        return "<stop>"
+    row = pl.read_parquet(RUN / "models/student-vocabulary.parquet").row(token, named=True)
+    return f"<{row['role'] or token}>" if row["bytes"] is None else row["bytes"].decode(errors="backslashreplace")
 
 
 def by_text(units: pl.DataFrame, *keys: str) -> pl.DataFrame:
@@ -151,16 +179,21 @@ def test_texts_that_the_teacher_disagreed_with(page: Tables, heading: str, phase
         assert cells[len(keys) : -1] == expected[tuple(cells[: len(keys)])]
     lost = [float(cells[-3]) for cells in rows]
     assert lost == sorted(lost, reverse=True) and lost[0] == round(table["lost"][0], 1)
-    # What the teacher would have said, of the first row.
-    here = units.filter(pl.all_horizontal(pl.col(name).eq_missing(table[name][0]) for name in (*keys, "kind")))
-    mass = (
-        here.select(id="cand_id", p="cand_logp")
-        .explode("id", "p")
-        .group_by("id")
-        .agg(pl.col("p").exp().sum() / len(here))
-    )
-    shares = [f"{100 * share:.0f} %" for share in mass["p"].sort(descending=True).head(5)]
-    assert re.findall(r"\d+ %", rows[0][-1])[-len(shares) :] == shares
+    # What the teacher would have said.
+    for cells, row in zip(rows, table.to_dicts(), strict=False):
+        here = units.filter(pl.all_horizontal(pl.col(name).eq_missing(pl.lit(row[name])) for name in (*keys, "kind")))
+        mass = (
+            here.select(id="cand_id", p="cand_logp")
+            .explode("id", "p")
+            .group_by("id")
+            .agg(pl.col("p").cast(pl.Float64).exp().sum() / len(here))
+            .sort("p", descending=True)
+            .head(5)
+        )
+        shares = [f"{100 * share:.0f} %" for share in mass["p"]]
+        assert re.findall(r"\d+ %", cells[-1])[-len(shares) :] == shares
+        if mass["p"][0] > mass["p"][1] + 1e-9:
+            assert cells[-1].startswith(" ".join(f"{visible(said(mass['id'][0]))} {shares[0]}".split()))
 
 
 @pytest.mark.slow
@@ -251,6 +284,8 @@ def test_figures_of_phases_cost_and_lineage(page: Tables) -> None:
     assert cost["student's tokens sampled, a second"] == f"{sum(student_tokens.values()) / 4:.0f}"
     assert cost["teacher's tokens scored, a second"] == f"{sum(teacher_tokens.values()) / 8:.0f}"
     assert cost["teacher tokens, scored"] == str(sum(teacher_tokens.values()))
+    assert cost["student tokens, sampled"] == str(sum(student_tokens.values()))
+    assert "student tokens, found in the cache" not in cost
     linked = sum(path.stat().st_size for path in RUN.rglob("*") if path.is_symlink())
     assert cost["on disk, in the cache"] == f"{linked / 1e3:.3g} kB"
     steps = [json.loads(line) for line in (RUN / "round-0/train/metrics.jsonl").read_text().splitlines()]
@@ -296,9 +331,462 @@ def test_the_token_view_holds_the_tables_rows(page: Tables) -> None:
             t.decode(errors="backslashreplace") for t in compared["text"]
         ]
         assert all(unit[10] for unit in one["units"] if unit[1] == "masked")
+        assert [unit[6] for unit in one["units"]] == pytest.approx(weights["weight"].to_list(), abs=1e-3)
         for unit, row in zip(told, compared.to_dicts(), strict=True):
+            assert unit[4] == pytest.approx(row["teacher_logp"] - row["student"], abs=1e-3)
+            assert unit[9] == pytest.approx(math.exp(row["tail_logp"]) + math.exp(row["dropped_logp"]), abs=1e-3)
+            assert [data["texts"][text] for text in unit[8]] == list(map(said, row["top_id"][row["s_start"]]))
+            logps = dict(zip(map(said, row["cand_id"]), row["cand_logp"], strict=True))
+            assert unit[7][1::2] == pytest.approx([logps[data["texts"][text]] for text in unit[7][::2]], abs=6e-3)
             assert unit[7][1::2] == pytest.approx(sorted(row["cand_logp"], reverse=True)[:6], abs=6e-3)
             assert len(unit[8]) == len(row["top_id"][row["s_start"]]) == 4
+
+
+PHASES = ("eval-0", "round-0", "eval-1")
+MASKED = "masked"
+
+
+def numbers(text: str) -> list[float]:
+    return [float(number) for number in re.findall(r"[+-]?\d+\.?\d*(?:e-\d+)?", text)]
+
+
+def table(phase: str, name: str) -> pl.DataFrame:
+    return pl.read_parquet(RUN / phase / name / "*.parquet")
+
+
+def manifest(phase: str, name: str) -> dict[str, Any]:
+    return json.loads((RUN / phase / name / "000.json").read_text())
+
+
+def steps() -> pl.DataFrame:
+    return pl.read_ndjson(RUN / "round-0/train/metrics.jsonl")
+
+
+def result(phase: str) -> dict[str, Any]:
+    return json.loads((RUN / phase / "result.json").read_text())
+
+
+def sha256(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def wilsons(right: float, total: float) -> list[float]:
+    """The two shares that `right` of `total` lies 1.96 of their own standard deviations from."""
+    zz, share = NormalDist().inv_cdf(0.975) ** 2 / total, right / total
+    return sorted(np.roots([1 + zz, -2 * share - zz, share**2]).real.tolist())
+
+
+def sign_test(fixed: int, broken: int) -> float:
+    among = fixed + broken
+    return min(1.0, 2 * sum(math.comb(among, k) for k in range(max(fixed, broken), among + 1)) / 2**among)
+
+
+@pytest.mark.slow
+def test_intervals_of_the_score_and_of_its_change(page: Tables) -> None:
+    before, after = (pl.read_parquet(RUN / f"eval-{n}/answers.parquet").sort("prompt_id") for n in (0, 1))
+    label, *ends, change = page.rows("Answers")[0]
+    assert label == "held-out accuracy (17 items of test, greedy)"
+    for cell, answers in zip(ends, (before, after), strict=True):
+        right = answers["right"].sum()
+        assert numbers(cell) == pytest.approx([100 * x for x in (right / 17, *wilsons(right, 17))], abs=0.051)
+    difference = after["right"].cast(int) - before["right"].cast(int)
+    told = numbers(change)
+    assert told[0] == pytest.approx(100 * difference.mean(), abs=0.051) and told[0] != 0
+    # Sums of 17 draws from these differences, exactly: what 2000 of them are an estimate of.
+    one = [(difference == value).mean() for value in (-1, 0, 1)]
+    below = np.cumsum(reduce(np.convolve, [one] * 17))
+    for end, level in zip(told[1:3], (0.025, 0.975), strict=True):
+        at = round(end * 17 / 100) + 17
+        assert below[at - 1] - 0.005 < level < below[at] + 0.005
+    fixed, broken = (difference == 1).sum(), (difference == -1).sum()
+    assert change.endswith(f"p {sign_test(fixed, broken):.2g}") and sign_test(fixed, broken) < 1
+    points = f"{told[0]:+.1f} points (95 %: {told[1]:+.1f} to {told[2]:+.1f}, p {told[3]:.2g})"
+    went = " to ".join(f"{100 * answers['right'].mean():.1f} %" for answers in (before, after))
+    assert f"Held-out accuracy went from {went} on 17 items: {points}." in page.text
+    assert f"{fixed} answers fixed, {broken} broken." in page.text and told[1] < 0 < told[2]
+
+
+@cache
+def kl_of_responses(phase: str, checkpoint: str) -> pl.DataFrame:
+    """Sums over each response's comparable units by the formulas, from a forward pass of its own; one response at a time."""
+    stop = manifest(phase, "rollouts")["identity"]["stop_ids"]
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float64)
+    units = table(phase, "units").filter(pl.col("kind") != MASKED).partition_by("rollout_id", as_dict=True)
+    found = []
+    for row in table(phase, "rollouts").to_dicts():
+        prompt, response = row["prompt_ids"], row["response_ids"]
+        with torch.no_grad():
+            logp = model(torch.tensor([[*prompt, *response]])).logits[0].log_softmax(-1)
+        logp = torch.cat([logp, logp[:, stop].logsumexp(-1, keepdim=True)], 1)  # what STOP_ID, -1, points at
+        sums = {"full": 0.0, "sampled": 0.0, "bound": 0.0, "tokens": 0}
+        for unit in units[row["rollout_id"],].to_dicts() if (row["rollout_id"],) in units else []:
+            first, length = unit["s_start"], unit["s_len"]
+            said = [-1] if unit["kind"] == "stop" else response[first : first + length]
+            here = logp[len(prompt) - 1 + first]
+            own = sum(float(logp[len(prompt) - 1 + first + k, token]) for k, token in enumerate(said))
+            log_ratio = own - unit["teacher_logp"]
+            cand = np.array(unit["cand_logp"], np.float64)
+            rest = math.exp(unit["tail_logp"]) + math.exp(unit["dropped_logp"])
+            teacher = dict(zip(unit["cand_id"], cand + math.log((1 - rest) / np.exp(cand).sum()), strict=True))
+            f = {token: float(here[token]) - value for token, value in teacher.items()}
+            full = log_ratio - f.get(said[0], 0.0) + sum(math.exp(float(here[token])) * f[token] for token in f)
+            bound = log_ratio
+            if length == 1 and unit["t_len"] <= 1:
+                classes = {said[0]: unit["teacher_logp"]} | teacher
+                p, q = (np.exp([float(of[token]) for token in classes]) for of in (here, classes))
+                p, q = (np.append(x, 1 - x.sum()) for x in (p, q))
+                bound = float((p * np.log(p / q)).sum())
+            for name, value in zip(sums, (full, log_ratio, bound, length), strict=True):
+                sums[name] += value
+        found.append(sums)
+    return pl.DataFrame(found)
+
+
+@pytest.mark.slow
+def test_the_unbiased_kl_its_bound_and_their_intervals_by_another_forward_pass(page: Tables) -> None:
+    checkpoints = {"eval-0": json.loads((RUN / "models/student.json").read_text())["path"]}
+    checkpoints["eval-1"] = str(RUN / "round-0/checkpoint")
+    rows = {cells[0].split(",")[0].split(":")[0]: cells[1:3] for cells in page.rows("Answers")}
+    labels = {
+        "full": ("on-policy reverse KL", "reverse_kl"),
+        "sampled": ("the same by what was sampled alone", "sampled_kl"),
+        "bound": ("a lower bound", "reverse_kl_bound"),
+    }
+    rng = np.random.default_rng(7)
+    for column, (phase, checkpoint) in enumerate(checkpoints.items()):
+        found = kl_of_responses(phase, checkpoint)
+        figures = result(phase)
+        for name, (label, key) in labels.items():
+            value, (low, high) = figures[key], figures[f"{key}_95"]
+            assert rows[label][column] == f"{value:.3f} ({low:.3f} to {high:.3f})"
+            assert value == pytest.approx(found[name].sum() / found["tokens"].sum(), abs=3e-5), (phase, name)
+            picks = rng.integers(0, len(found), (20_000, len(found)))
+            drawn = found[name].to_numpy()[picks].sum(1) / found["tokens"].to_numpy()[picks].sum(1)
+            ends = np.quantile(drawn, [0.025, 0.975])
+            assert [low, high] == pytest.approx(ends, abs=0.16 * drawn.std()), (phase, name)
+        assert abs(found["full"].sum() - found["sampled"].sum()) > 5e-4 * found["tokens"].sum()
+    assert f"reverse KL, nats per token ({len(found)} responses)" in page.text
+    # The change: distances to the interval's ends add as squares (Zou and Donner's MOVER).
+    (a, a_low, a_high), (b, b_low, b_high) = ([r["reverse_kl"], *r["reverse_kl_95"]] for r in map(result, checkpoints))
+    low = a - b + math.hypot(a_high - a, b - b_low)
+    ends = f"{b - a - math.hypot(b - b_low, a_high - a):+.3f} to {b - a + math.hypot(b_high - b, a - a_low):+.3f}"
+    assert f"from {a:.3f} to {b:.3f} nats per token (change {b - a:+.3f}, 95 %: {ends})." in page.text
+    assert -low < 0 < b - a + math.hypot(b_high - b, a - a_low)
+    same = "The score did not measurably change, and the student is not measurably nearer to its teacher."
+    assert same in page.text and "What moved:" in page.text
+
+
+@pytest.mark.slow
+def test_the_sentences_that_say_why(page: Tables) -> None:
+    sides = [units_of(phase) for phase in ("eval-0", "eval-1")]
+    responses = len(table("eval-0", "rollouts"))
+    sums = [units["lost"].sum() / responses for units in sides]
+    way = "fell" if sums[1] < sums[0] else "rose"
+    assert f"{way} from {sums[0]:.2f} to {sums[1]:.2f} nats." in page.text
+    assert f"The largest parts of these {sums[1] - sums[0]:+.2f} nats: " in page.text
+    of_text = [
+        units.group_by("text", "kind").agg(times=100 * pl.len() / responses, lost=pl.col("lost").sum() / responses)
+        for units in sides
+    ]
+    both = of_text[0].join(of_text[1], on=["text", "kind"], how="full", coalesce=True, suffix="_after").fill_null(0.0)
+    both = both.with_columns(part=(pl.col("lost_after") - pl.col("lost")) / (sums[1] - sums[0]))
+    largest = both.sort(pl.col("part").abs(), descending=True).head(12).filter(pl.col("part") > 0).head(3).to_dicts()
+    told = [
+        f"“{text_of(row['text'])}” (said {row['times']:.0f} times in 100 responses before, {row['times_after']:.0f} "
+        f"after; {100 * row['part']:.0f} %)"
+        for row in largest
+    ]
+    assert len(told) == 3 and f"nats: {', '.join(told)}." in page.text
+    first = sides[0].filter(text=largest[0]["text"], kind=largest[0]["kind"])
+    means = f"{first['teacher_logp'].mean():.1f} nats, the student {first['student'].mean():.1f};"
+    said = re.search(
+        r"Where the student said “.*?” before, the teacher gave it (.*?) the teacher would have said (.*?)\.\s",
+        page.text,
+    )
+    assert said and said[1] == means
+    mass = first.explode("cand_id", "cand_logp").group_by("cand_id").agg(pl.col("cand_logp").exp().sum() / len(first))
+    shares = mass["cand_logp"].sort(descending=True).head(3)
+    assert re.findall(r"(\d+) %", said[2]) == [f"{100 * share:.0f}" for share in shares]
+    tenths = [dict(u.group_by("tenth").agg(pl.col("lost").mean()).iter_rows()) for u in sides]
+    worst = max(tenths[0], key=lambda tenth: tenths[0][tenth])
+    ordinal = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "last"][worst]
+    told_worst = f"{tenths[0][worst]:.2f} nats per unit before, {tenths[1].get(worst, 0):.2f} after."
+    assert f"most was lost in the {ordinal} tenth of a response: {told_worst}" in page.text
+    stopped = [pl.read_parquet(RUN / f"eval-{n}/answers.parquet")["stopped"].mean() for n in (0, 1)]
+    before, after = (f"{100 * share:.0f} %" for share in stopped)
+    assert f"{before} of the held-out answers stopped by themselves before, {after} after." in page.text
+    about = f"{responses} before (eval-0), {responses} after (eval-1)"
+    sentence = f"the sum over a response is {sums[0]:.2f} nats before and {sums[1]:.2f} after"
+    assert about in page.text and sentence in page.text
+    masked = table("eval-0", "units").filter(kind=MASKED)["s_len"].sum()
+    shares_masked = [float(cells[3].split()[0]) for cells in page.rows("Masked, and why")]
+    tokens = table("eval-0", "rollouts")["response_ids"].list.len().sum()
+    assert sum(shares_masked) == pytest.approx(100 * masked / tokens, abs=0.05 * len(shares_masked))
+
+
+def rows_drawn(name: str) -> list[list[dict[str, Any]]]:
+    """What a plot is drawn from, a list of rows for each of its tables."""
+    return list(DRAWN[LABELS[name]]["datasets"].values())
+
+
+def fields_drawn(name: str) -> set[str]:
+    """Columns that are drawn."""
+    return set(re.findall(r'"field": "(\w[\w ]*)"', json.dumps(DRAWN[LABELS[name]])))
+
+
+@pytest.mark.slow
+def test_plots_are_drawn_from_the_tables(page: Tables) -> None:
+    html = (RUN / "report.html").read_text()
+    for name, key in (("accuracy", "accuracy"), ("reverse_kl", "reverse_kl")):
+        (rows,) = rows_drawn(name)
+        assert [row["when"] for row in rows] == ["before", "after"] and {"value", "low", "high"} < fields_drawn(name)
+        for row, figures in zip(rows, map(result, ("eval-0", "eval-1")), strict=True):
+            assert [row["value"], row["low"], row["high"]] == [figures[key], *figures[f"{key}_95"]]
+            said = f"{100 * row['value']:.1f}%" if key == "accuracy" else f"{row['value']:.3f}"
+            assert f">{said}</text>" in html
+    before, after = (pl.read_parquet(RUN / f"eval-{n}/answers.parquet").sort("prompt_id")["right"] for n in (0, 1))
+    (flips,) = rows_drawn("flips")
+    assert {row["answers"]: row["count"] for row in flips} == {
+        "fixed": (~before & after).sum(),
+        "broken": (before & ~after).sum(),
+        "stayed right": (before & after).sum(),
+        "stayed wrong": (~before & ~after).sum(),
+    }
+    (tenths,) = rows_drawn("tenths")
+    expected = {}
+    for when, phase in (("before", "eval-0"), ("after", "eval-1")):
+        for tenth, lost in units_of(phase).group_by("tenth").agg(pl.col("lost").mean()).iter_rows():
+            expected[when, tenth] = lost
+    assert {(row["of"], row["tenth"]): row["lost"] for row in tenths} == pytest.approx(expected, abs=1e-6)
+    (kinds,) = rows_drawn("kinds")
+    tokens = table("eval-0", "units").group_by("kind").agg(pl.col("s_len").sum())
+    lost = units_of("eval-0").group_by("kind").agg(pl.col("lost").sum())
+    shares = {("tokens", kind): n / tokens["s_len"].sum() for kind, n in tokens.iter_rows()}
+    shares |= {("lost nats", MASKED): 0.0} | {("lost nats", k): n / lost["lost"].sum() for k, n in lost.iter_rows()}
+    assert {(row["of"], row["kind"]): row["share"] for row in kinds} == pytest.approx(shares, abs=1e-6)
+    coverage = {(row["phase"], row["kind"]): row["share"] for row in rows_drawn("coverage")[0]}
+    credit = {(row["phase"], row["tenth"]): row["share"] for row in rows_drawn("credit")[0]}
+    for phase in PHASES:
+        units, weights = table(phase, "units"), table(phase, "weights")
+        for kind in ("1:1", "n:m", "stop", "role", MASKED):
+            own = units.filter(kind=kind)["s_len"].sum() / units["s_len"].sum()
+            assert coverage.pop((phase, kind)) == pytest.approx(own)
+        size = weights.select(
+            tenth=pl.col("unit") * 10 // pl.len().over("rollout_id"), size=pl.col("advantage").cast(pl.Float64).abs()
+        )
+        for tenth in range(10):
+            share = size.filter(tenth=tenth)["size"].sum() / size["size"].sum()
+            if phase == "round-0":
+                assert credit.pop((phase, tenth)) == pytest.approx(share, abs=1e-6)
+    assert not coverage and not credit
+    taken = steps()
+    named = {"losses": {"sampled, all units": "sampled_kl", "over candidates": "divergence"}}
+    named |= {"sizes": {"what sampled": "ess"}, "moved": {"responses": "response_log_ratio"}}
+    for name, figures in named.items():
+        long = {
+            (row["figure"], row["at"]): row["value"] for rows in rows_drawn(name) for row in rows if "figure" in row
+        }
+        wanted = {(figure, at): value for figure, key in figures.items() for at, value in enumerate(taken[key])}
+        assert long == pytest.approx(wanted) and {"at", "value"} < fields_drawn(name)
+    spans = next(rows for rows in rows_drawn("moved") if "low" in rows[0])
+    mean, spread = taken["response_log_ratio"], taken["response_log_ratio_sd"]
+    for row, low, high in zip(spans, mean - spread, mean + spread, strict=True):
+        assert (row["low"], row["high"]) == pytest.approx((low, high))
+    (seconds,) = rows_drawn("cost")
+    stages = {"prompts": 2.0, "rollouts": 4.0, "scores": 8.0, "evaluate": 1.5, "train": 7.0}
+    assert {row["stage"]: row["seconds"] for row in seconds} == stages
+
+
+@pytest.mark.slow
+def test_the_checklist_and_how_training_went(page: Tables) -> None:
+    rows = {cells[0]: cells[1] for cells in page.rows("Round by round") if len(cells) > 1}
+    phase = "round-0"
+    rollouts, units, weights, scores = (table(phase, name) for name in ("rollouts", "units", "weights", "scores"))
+    kinds, identity = units["kind"], manifest(phase, "rollouts")["identity"]
+    teacher = manifest(phase, "scores")["identity"]
+    compared = weights.filter(kinds != MASKED).with_columns(pl.col("is_ratio", "weight", "advantage").cast(pl.Float64))
+    tokens = rollouts["response_ids"].list.len().sum()
+    size = rollouts["response"].cast(pl.Binary).bin.size().sum()
+
+    def share(of: pl.Series) -> str:
+        return f"{100 * units.filter(of)['s_len'].sum() / tokens:.1f} %"
+
+    def digests(model: dict[str, str], prompt: Any) -> str:
+        return f"weights {model['weights'][:12]}, tokenizer {model['tokenizer'][:12]}, template {sha256(prompt)[:12]}"
+
+    def effective(of: pl.Series) -> float:
+        return of.sum() ** 2 / len(of) / (of**2).sum()
+
+    by_response = compared.group_by("rollout_id").agg(pl.col("is_ratio").log().mean())["is_ratio"]
+    kept, dropped = units["cand_logp"].explode().exp().sum(), units["dropped_logp"].exp().sum()
+    repeated = []
+    for ids in rollouts["response_ids"].to_list():
+        grams = [tuple(ids[at : at + 4]) for at in range(len(ids) - 3)]
+        repeated.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
+    ends = (
+        scores.join(rollouts, on="rollout_id")
+        .filter((pl.col("token_id") >= 0) | (pl.col("finish_reason") == "stop"))["entropy"]
+        .cast(pl.Float64)
+    )
+    surprise = -rollouts["behavior_logp"].explode().cast(pl.Float64).sum()
+    advantage = weights["advantage"].cast(pl.Float64).abs()
+    tenth = weights.select(pl.col("unit") * 10 // pl.len().over("rollout_id"))["unit"]
+    taken = steps()
+    first, last = taken.row(0, named=True), taken.row(-1, named=True)
+    sampling = identity["sampling"] | {name: identity[name] for name in ("seed", "engine", "dtype")}
+    order = ("temperature", "top_p", "max_new_tokens", "seed", "engine", "dtype")
+    scored = teacher["scores"]
+    percent = f"{100 * scored['mass']:.1f} % of the mass, at most {scored['k_max']}"
+    expected = {
+        "support": f"{scored['support']}'s likeliest tokens, p ≥ {scored['min_p']:g} up to {percent}",
+        "teacher": f"teacher, reads text, {teacher['engine']}, {teacher['dtype']}",
+        "teacher's digests": digests(teacher["teacher"], teacher["prompt"]),
+        "responses sampled by": "checkpoint 0",
+        "digests of that student": digests(identity["policy"], identity["prompt"]),
+        "sampler": ", ".join(f"{name} {sampling[name]}" for name in order),
+        "sampler's log-probs, which ratios are to": f"{100 * rollouts['sampler_logp'].is_not_null().mean():.1f} %",
+        "rounds behind": "0",
+        "effective sample size, units": f"{100 * effective(compared['is_ratio']):.1f} %",
+        "χ², units": f"{1 / effective(compared['is_ratio']) - 1:.3f}",
+        "log-ratio of responses, nats per unit": f"{by_response.mean():.3f} (± {by_response.std(ddof=0):.3f})",
+        "in training, first and last step: effective sample size, units": ", ".join(
+            f"{100 * step['ess']:.1f} %" for step in (first, last)
+        ),
+        "likewise: log-ratio of responses": ", ".join(
+            f"{step['response_log_ratio']:.3f} (± {step['response_log_ratio_sd']:.3f})" for step in (first, last)
+        ),
+        "steps taken, budget": f"{len(taken)}, {-(-len(rollouts) // 4)}",
+        "responses, student tokens": f"{len(rollouts)}, {tokens}",
+        "tokens in units that carry loss": share(kinds != MASKED),
+        "tokens in 1:1 units and stops": share(kinds.is_in(["1:1", "stop"])),
+        "teacher's kept mass with a student id": f"{100 * kept / (kept + dropped):.3f} %",
+        "cut at max_new_tokens": f"{100 * (rollouts['finish_reason'] == 'length').mean():.1f} %",
+        "mean seq-rep-4, responses above 50 %": ", ".join(
+            f"{100 * np.mean(of):.1f} %" for of in (repeated, np.array(repeated) > 0.5)
+        ),
+        "teacher's entropy, nats a token": f"{ends.mean():.3f} ({ends.sum() / size:.3f} a byte)",
+        "student's entropy, nats a token": f"{surprise / tokens:.3f} ({surprise / size:.3f} a byte)",
+        "mean advantage, nats per unit": f"{compared['advantage'].mean():.3f}",
+        "|advantage| in the first and last tenth": ", ".join(
+            f"{100 * advantage.filter(tenth == n).sum() / advantage.sum():.1f} %" for n in (0, 9)
+        ),
+        "clipped on the sampled path": "-" if not (kinds == "n:m").any() else "?",
+        "effective sample size of the weights": f"{100 * effective(compared['weight']):.1f} %",
+        "student tokens": f"{tokens} sampled",
+        "teacher tokens": f"{len(scores) - len(rollouts)} scored",
+        "seconds": "rollouts 4, scores 5, train 7",
+    }
+    assert {label: rows[label] for label in expected} == expected
+    words = {"KL direction, estimator", "mass outside the candidates", "credit", "weights", "normaliser"}
+    assert rows.keys() - expected.keys() == words | {"student fine-tuned on samples of"}
+    ended = page.rows("Training, drift")
+    assert ended == [["round-0", "3 of 3", "took all steps of its budget", f"{100 * last['drift_ess']:.1f} %"]]
+    # Of the sums that the trainer adds up, those that the tables tell too: before its first step the policy is what sampled.
+    lengths = rollouts["prompt_ids"].list.len() + rollouts["response_ids"].list.len() - 1
+    assert taken["tokens"].sum() == lengths.sum() and taken["units"].sum() == len(compared)
+    assert first["ess"] == pytest.approx(1) and first["response_log_ratio"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_what_is_left_of_cost_lineage_and_configuration(page: Tables) -> None:
+    assert "1 round of 12 prompts." in page.text and "All 17 held-out answers" in page.text
+    cost = dict(cells for cells in page.tables["Wall seconds by stage"] if len(cells) == 2)
+    taken = steps()
+    rate = taken["tokens"].sum() / taken["seconds"].sum()
+    assert cost["tokens trained on, prompts included, a second"] == f"{rate:,.0f}"
+    files = [path for path in RUN.rglob("*") if path.is_file() and not path.is_symlink()]
+    made_after = {
+        "report.html",
+        "summary.json",
+        "README.md",
+    }  # or made again: the report tells of what was there before
+    groups = {
+        "checkpoints": [path for path in files if "checkpoint" in path.parts],
+        "training states": [path for path in files if path.suffix == ".safetensors" and "checkpoint" not in path.parts],
+        "tables": [path for path in files if path.suffix == ".parquet"],
+    }
+    groups["all else"] = [path for path in files if not any(path in group for group in groups.values())]
+    for name, group in groups.items():
+        size = sum(path.stat().st_size for path in group if path.name not in made_after)
+        told = float(cost[f"on disk, {name}"].split()[0]) * 1e3
+        assert cost[f"on disk, {name}"].endswith(" kB") and told == pytest.approx(
+            size, rel=6e-3, abs=5e3 * (name == "checkpoints")
+        )
+    lineage = {cells[0]: cells[1:] for cells in page.rows("Lineage")}
+    for name, record in (
+        ("teacher", "models/teacher"),
+        ("student", "models/student"),
+        ("checkpoint 1", "round-0/checkpoint"),
+    ):
+        about = json.loads((RUN / f"{record}.json").read_text())
+        assert lineage[name][1:] == [about["weights"][:12], about["tokenizer"][:12]]
+    for phase in PHASES:
+        for column, name in enumerate(("rollouts", "scores", "units", "weights")):
+            digests = [hashlib.sha256((RUN / phase / name / f"00{n}.parquet").read_bytes()).hexdigest() for n in (0, 1)]
+            assert lineage[phase][column] == f"{sha256(digests)[:12]} (2 shards)"
+    text = re.search(
+        r"All keys, defaults included</summary><pre[^>]*>(.*?)</pre>", (RUN / "report.html").read_text(), re.DOTALL
+    )
+    assert text
+    config = yaml.safe_load(text[1].replace("&#39;", "'").replace("&#34;", '"').replace("&amp;", "&"))
+    prompts = hashlib.sha256((RUN / "prompts.parquet").read_bytes()).hexdigest()
+    assert config["rollouts"]["prompts"] == 12 and config["train"]["learning_rate"] == 0.004
+    assert f"Config {sha256(config)[:12]}, prompts {prompts[:12]};" in page.text
+    for package in ("numpy", "pyarrow", "tokenizers", "torch", "transformers"):
+        assert f"{package} {importlib.metadata.version(package)}" in page.text
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+def test_rows_of_accuracy_of_several_sets_and_pass_at_k(samples: int) -> None:
+    """By their formulas: pass@k as a product of chances to miss, its interval and that of avg@n at the effective number."""
+    rng, names, seed = np.random.default_rng(3), ("test", "other"), 5
+    right = {name: [rng.random((9, samples)) < share for share in (0.4, 0.6)] for name in names}
+
+    def figures(end: int) -> dict[str, Any]:
+        return {name: accuracy(answers(right[name][end])) for name in names}
+
+    def answers(of: np.ndarray) -> pl.DataFrame:
+        prompts, number = np.indices(of.shape)
+        columns = {"prompt_id": prompts.ravel().astype(str), "sample": number.ravel(), "right": of.ravel()}
+        return pl.DataFrame(columns).with_columns(stopped=True)
+
+    before, after = (
+        {"split": "test", "samples": samples, "also": {"other": f["other"]}} | f["test"] for f in map(figures, (0, 1))
+    )
+    gains = {name: gain(*map(answers, ends), seed) for name, ends in right.items()}
+    rows = sets({"before": before, "after": after, "sft": None, "gain": gains})
+    how = "greedy" if samples == 1 else "avg@4"
+    heads = [f"held-out accuracy (9 items of {name}, {how})" for name in names]
+    passed = [f"pass@{k}" for k in (2, 4)] if samples == 4 else []
+    labels = [
+        label for head, name in zip(heads, names, strict=True) for label in (head, *(f"{p} of {name}" for p in passed))
+    ]
+    assert [row["label"] for row in rows] == labels
+    for row in rows:
+        name = re.search(r"of (test|other)", row["label"])[1]  # type: ignore[index]
+        for cell, of in zip(row["ends"], right[name], strict=True):
+            count = of.sum(1)
+            if k := re.match(r"pass@(\d)", row["label"]):
+                missed = [np.prod([(samples - c - i) / (samples - i) for i in range(int(k[1]))]) for c in count]
+                values = 1 - np.array(missed)
+            else:
+                values = count / samples
+            mean = values.mean()
+            effective = min(9 * mean * (1 - mean) / values.var(), 9 * samples)
+            expected = [100 * x for x in (mean, *wilsons(mean * effective, effective))]
+            assert numbers(cell) == pytest.approx(expected, abs=0.051)
+        told = numbers(row["gain"])
+        if "pass@" in row["label"]:
+            assert told == []
+            continue
+        differences = (right[name][1].sum(1) - right[name][0].sum(1)).tolist()
+        signs = np.array(np.meshgrid(*[[-1, 1]] * 9)).reshape(9, -1)
+        chance = (np.abs(np.array(differences) @ signs) >= abs(sum(differences))).mean()
+        assert told[0] == pytest.approx(100 * sum(differences) / 9 / samples, abs=0.051)
+        assert told[3] == pytest.approx(chance, rel=0.06)
+        picks = np.array(differences)[np.random.default_rng(11).integers(0, 9, (20_000, 9))].mean(1) / samples
+        assert told[1:3] == pytest.approx(100 * np.quantile(picks, [0.025, 0.975]), abs=100 * (1 / 9 / samples) + 0.06)
 
 
 NO_BROWSER = pytest.mark.skipif(browser.CHROMIUM is None, reason="no chromium here")

@@ -121,7 +121,8 @@ def test_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return options.scale * (student.unit - batch.teacher_logp) ** 2
 
     monkeypatch.setitem(recipes.RECIPES, Squared, recipes.Parts(part, None))
-    batch = next(batches(tiny.shards(tmp_path), 20, 10_000, 0, range(1))).parts[0]
+    (step,) = batches(tiny.shards(tmp_path), 20, 10_000, 0, range(1))
+    batch = next(iter(step.parts))
     student = unit_logps(tiny.model(), batch, torch.from_numpy(tiny.STOP.astype("int64")))
     scored = recipes.losses(student, batch, Squared(scale=3.0))
     one = (batch.s_len == 1) & (batch.t_len == 1)

@@ -91,7 +91,7 @@ def test_the_loss_is_the_mean_over_tokens_and_padding_changes_nothing(tokens: in
     wanted = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     (step,) = batches(shards, len(rows), tokens, 0, range(1))
-    parts = len(step.parts)
+    parts = step.passes
     assert parts == len(rows) if tokens == 1 else parts == 1 if tokens > 1000 else 3 < parts < len(rows)
     kept = Gradients(model)
     found = train_step(model, STOP, step, kept, 0.0, settings())  # type: ignore[arg-type]
@@ -250,6 +250,23 @@ def test_it_is_measured_before_and_after_and_the_rounds_start_from_it(run: Run) 
     assert len(losses) == 3 and losses[2] < losses[0] and summary["sft"]["steps"] == 3 * -(-summary["sft"]["kept"] // 3)
     page = (run.root / "report.html").read_text()
     assert "The teacher's answers" in page and "<th>after sft</th>" in page and f"{losses[2]:.3f}" in page
+    # The page's figures by other queries.
+    given, told = table(run, "sft/answers"), table(run, "sft/rollouts")
+    right = given["response"].str.contains(" is ").sum()
+    steps = pl.read_ndjson(run.phase("sft").metrics)
+    per_epoch = len(steps) // 3
+    epochs = [steps.slice(per_epoch * n, per_epoch) for n in range(3)]
+    assert per_epoch == -(-len(told) // 3) and all(
+        epoch["units"].sum() == told["response_ids"].list.len().sum() for epoch in epochs
+    )
+    means = [np.average(epoch["loss"], weights=epoch["units"]) for epoch in epochs]
+    stopped = (told["finish_reason"] == "stop").sum()
+    said = (
+        f"fine-tuned on {len(told)} of {len(given)} answers of the teacher ({right} right; only these were kept), "
+        f"{told['response_ids'].list.len().sum()} tokens of the student, {stopped} answers that stop. {len(steps)} steps; "
+        f"cross-entropy by epoch {', '.join(f'{mean:.3f}' for mean in means)} nats per token."
+    )
+    assert said in " ".join(page.split())
     card = (run.root / "sft/checkpoint/README.md").read_text()
     assert f"{summary['sft']['kept']} answers" in card and "only these were kept" in card
     diagnostics = json.loads((run.root / "eval-base/diagnostics.json").read_text())

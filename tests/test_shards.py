@@ -26,6 +26,8 @@ ROWS = [
         "credit": 0.5,
         "weight": 1.0,
         "is_ratio": 1.0,
+        "reward": None,
+        "reference_logp": None,
     }
     for i in range(5)
 ]
@@ -95,6 +97,20 @@ def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
                 open_shard(path, "weights")
         file.write_bytes(good)
     open_shard(path, "weights")
+
+
+def test_a_page_that_changes_after_a_shard_was_opened_is_found_when_it_is_read(tmp_path: Path) -> None:
+    """By its checksum: the last byte of each column of a row group."""
+    path = tmp_path / "000.parquet"
+    write(path)
+    shard, good, names = open_shard(path, "weights"), path.read_bytes(), arrow_schema("weights").names
+    about = pq.read_metadata(path).row_group(1)
+    for column in map(about.column, range(about.num_columns)):
+        at = (column.dictionary_page_offset or column.data_page_offset) + column.total_compressed_size - 1
+        path.write_bytes(good[:at] + bytes([good[at] ^ 0x20]) + good[at + 1 :])
+        assert shard.row_group(0, names).to_pylist() == ROWS[:3]
+        with pytest.raises(OpdError, match=r"000\.parquet: changed since it was opened, or unreadable: .*CRC"):
+            shard.row_group(1, names)
 
 
 @pytest.mark.parametrize(
@@ -238,5 +254,5 @@ def test_a_shard_of_format_3_is_read_with_nulls_for_what_it_lacks(
         patch.setattr(shards, "FORMAT", 2)
         with shards.open_writer(path, "rollouts", {}, {}) as writer:
             writer.write(pa.Table.from_pylist([row | {"answer": None}], schema=whole))
-    with pytest.raises(OpdError, match="format: expected 4, found 2"):
+    with pytest.raises(OpdError, match="format: expected 5, found 2"):
         shards.open_shard(path, "rollouts")

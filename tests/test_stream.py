@@ -4,6 +4,7 @@ import math
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from schemas.config import parse_config
 from schemas.errors import OpdError
 from schemas.tables import STOP_ID
 from train import stream
-from train.batch import Batch
+from train.batch import Batch, collate
 from train.loop import train_step
 from train.optimiser import MasterAdamW
 from train.order import WINDOW, cut, epoch_order, share
-from train.stream import Step, Triple, batches, count_steps
+from train.stream import AHEAD, Step, Triple, batches, count_steps
 
 SIZE, TOKENS, SEED = 6, 40, 1
 PER_EPOCH = 7
@@ -50,7 +51,9 @@ def threads() -> list[str]:
 
 
 def steps_of(shards: Sequence[Triple], steps: range = range(PER_EPOCH), seed: int = SEED, **options: Any) -> list[Step]:
-    return list(batches(shards, SIZE, TOKENS, seed, steps, **options))
+    """With all of their micro-batches."""
+    found = batches(shards, SIZE, TOKENS, seed, steps, **options)
+    return [replace(step, parts=list(step.parts)) for step in found]
 
 
 def names(steps: Sequence[Step]) -> list[list[str]]:
@@ -59,14 +62,15 @@ def names(steps: Sequence[Step]) -> list[list[str]]:
 
 def same(a: Sequence[Step], b: Sequence[Step]) -> bool:
     """Every tensor of every micro-batch."""
+    parts = [[list(step.parts) for step in steps] for steps in (a, b)]
 
     def equal(one: Batch, other: Batch) -> bool:
         pairs = zip(vars(one).values(), vars(other).values(), strict=True)
         return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
 
     return len(a) == len(b) and all(
-        x.units == y.units and len(x.parts) == len(y.parts) and all(map(equal, x.parts, y.parts))
-        for x, y in zip(a, b, strict=True)
+        x.units == y.units and len(one) == len(other) and all(map(equal, one, other))
+        for x, y, one, other in zip(a, b, *parts, strict=True)
     )
 
 
@@ -75,20 +79,30 @@ class Reads:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.done: list[tuple[str, int]] = []
-        self._alive: list[weakref.ref[Any]] = []
-        decode = stream._decode
+        self._alive: list[list[weakref.ref[Any]]] = []
+        decode, load = stream._decode, stream._load
 
-        def watched(triple: Triple, group: int) -> Any:
-            decoded = decode(triple, group)
+        def decoded(triple: Triple, group: int) -> Any:
             self.done.append((str(triple[0].path), group))
-            self._alive.append(weakref.ref(decoded))
-            return decoded
+            return decode(triple, group)
 
-        monkeypatch.setattr(stream, "_decode", watched)
+        def loaded(triple: Triple, group: int, rows: Sequence[int]) -> Any:
+            found = load(triple, group, rows)
+            self._alive.append([weakref.ref(one) for one in found.values()])
+            return found
+
+        monkeypatch.setattr(stream, "_decode", decoded)
+        monkeypatch.setattr(stream, "_load", loaded)
+
+    @property
+    def responses(self) -> int:
+        """Responses in memory, each a view of its row group or a copy."""
+        return sum(ref() is not None for refs in self._alive for ref in refs)
 
     @property
     def alive(self) -> int:
-        return sum(ref() is not None for ref in self._alive)
+        """Row groups that some of them are of."""
+        return sum(any(ref() is not None for ref in refs) for refs in self._alive)
 
 
 def test_every_response_comes_once_an_epoch_in_an_order_of_seed_and_epoch(shards: list[Triple]) -> None:
@@ -109,6 +123,16 @@ def test_workers_and_a_start_in_the_middle_change_nothing(shards: list[Triple], 
         assert same(steps_of(shards, range(first, 2 * PER_EPOCH), workers=workers), whole[first:])
 
 
+def still_needed(steps: range) -> list[int]:
+    """Places, counted on from epoch to epoch, of the row groups that hold a response of these steps."""
+    found: set[int] = set()
+    for number in steps:
+        epoch, at = divmod(number, PER_EPOCH)
+        places, _ = epoch_order(np.full(20, 2), SEED, epoch).pick(at * SIZE, min(40, (at + 1) * SIZE))
+        found |= {20 * epoch + int(place) for place in places}
+    return sorted(found)
+
+
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_row_groups_are_read_once_and_none_before_the_first_step(
     shards: list[Triple], monkeypatch: pytest.MonkeyPatch, workers: int
@@ -118,11 +142,10 @@ def test_row_groups_are_read_once_and_none_before_the_first_step(
     for first in range(2 * PER_EPOCH):
         reads = Reads(monkeypatch)
         steps_of(shards, range(first, 2 * PER_EPOCH), workers=workers)
-        response = first // PER_EPOCH * 40 + first % PER_EPOCH * SIZE
-        needed = order[response // (2 * WINDOW) * WINDOW :]
-        assert sorted(reads.done) == sorted(needed)
+        needed = still_needed(range(first, 2 * PER_EPOCH))
+        assert sorted(reads.done) == sorted(order[place] for place in needed)
         if workers < 2:
-            assert reads.done == needed
+            assert reads.done == [order[place] for place in needed]
         monkeypatch.undo()
 
 
@@ -131,7 +154,8 @@ def test_one_step_reads_its_windows_only(shards: list[Triple], monkeypatch: pyte
         reads = Reads(monkeypatch)
         next(batches(shards, SIZE, TOKENS, SEED, range(number, 1000)))
         last = min(number * SIZE + SIZE, 40) - 1
-        assert len(reads.done) == WINDOW * (last // (2 * WINDOW) - number * SIZE // (2 * WINDOW) + 1)
+        end = WINDOW * (last // (2 * WINDOW) + 1)
+        assert len(reads.done) == sum(place < end for place in still_needed(range(number, 2 * PER_EPOCH)))
         monkeypatch.undo()
 
 
@@ -143,11 +167,66 @@ def test_a_bounded_number_of_row_groups_is_in_memory(
     shards, reads = tiny.shards(tmp_path, responses=120, group=8), Reads(monkeypatch)
     most = 0
     for step in batches(shards, 4, TOKENS, SEED, range(60), workers=workers):
-        most = max(most, reads.alive)
-        assert step.parts
+        for part in step.parts:
+            most = max(most, reads.alive)
+            assert part.responses
     assert len(reads.done) == 30 and WINDOW <= most <= windows * WINDOW
     del step
     assert reads.alive == 0
+
+
+def test_a_few_micro_batches_of_a_step_are_in_memory(shards: list[Triple], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of forty, each a response; what is not had in time is kept."""
+    made: list[weakref.ref[Batch]] = []
+
+    def collated(responses: Any) -> Batch:
+        found = collate(responses)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(stream, "collate", collated)
+    for workers, most in ((0, 2), (1, AHEAD + 3)):
+        made.clear()
+        for step in batches(shards, 40, 1, SEED, range(2), workers=workers):
+            assert step.passes <= 40
+            for _ in step.parts:
+                assert sum(ref() is not None for ref in made) <= most
+            assert len(step.waits) == 40
+        assert len(made) == 80
+    (step,) = batches(shards, 40, 1, SEED, range(1))
+    assert sorted(name for part in step.parts for name in part.responses) == sorted(ALL)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_rank_reads_and_holds_its_own_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    """Of 16 row groups of two responses each of eight ranks reads those that hold its own four."""
+    shards = tiny.shards(tmp_path, responses=16, group=2)
+    group_of = {
+        name: (str(rollouts.path), number)
+        for rollouts, *_ in shards
+        for number, group in enumerate(rollouts.row_groups(["rollout_id"]))
+        for name in group["rollout_id"].to_pylist()
+    }
+    for rank in (0, 5):
+        reads, mine, most = Reads(monkeypatch), list[str](), 0
+        for step in batches(shards, 8, TOKENS, SEED, range(4), rank=rank, ranks=8, workers=workers):
+            for part in step.parts:
+                most = max(most, reads.responses)
+                mine += part.responses
+        assert sorted(reads.done) == sorted({group_of[name] for name in mine}) and len(reads.done) <= len(mine) == 4
+        assert most <= (1 if workers == 0 else AHEAD)
+        monkeypatch.undo()
+
+
+def test_responses_of_a_part_of_a_row_group_do_not_keep_the_rest(shards: list[Triple]) -> None:
+    whole, some = stream._load(shards[0], 0, [0, 1]), stream._load(shards[0], 0, [1])
+    for name, value in vars(whole[1]).items():
+        pairs = [(value, getattr(some[1], name))]
+        if isinstance(value, dict):
+            pairs = [(column, some[1].units[key]) for key, column in value.items()]
+        for one, other in pairs:
+            np.testing.assert_array_equal(one, other)
+            assert not isinstance(other, np.ndarray) or other.base is None
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 5])
@@ -162,6 +241,7 @@ def test_ranks_share_each_step(shards: list[Triple], ranks: int) -> None:
         assert {share[number].units for share in shares} == {step.units}
         assert sum(len(part.unit_row) for share in shares for part in share[number].parts) == step.units
     assert any(not share[-1].parts for share in shares) == (ranks == 5)
+    assert all(step.passes == sum(len(part.unit_row) > 0 for part in step.parts) for share in shares for step in share)
 
 
 def test_losses_of_ranks_add_up(shards: list[Triple]) -> None:

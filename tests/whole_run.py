@@ -11,8 +11,10 @@ from stages import (
     evaluate,
     fit,
     models,
+    outcomes,
     policy,
     prompts,
+    reference,
     retokenise,
     rollouts,
     scores,
@@ -45,7 +47,9 @@ def stages_of(where: Path) -> None:
             if phase.is_foreign:
                 for place in phase:
                     policy.main(phase.name, place.number, where, None)
-                weights.main(phase.name, where)
+                    if phase.needs_reference:
+                        reference.main(phase.sampled_in.name, place.number, where, None)
+                weights.main(phase.name, where)  # outcomes are those of the phase that sampled
             else:
                 tables(phase, where)
         coverage.main(f"round-{number}", where)
@@ -71,4 +75,8 @@ def tables(phase: Phase, where: Path) -> None:
         rollouts.main(phase.name, place.number, where, None)
         scores.main(phase.name, place.number, where, None)
         units.main(phase.name, place.number, where)
+        if phase.needs_reference:
+            reference.main(phase.name, place.number, where, None)
+        if phase.is_judged:
+            outcomes.main(phase.name, place.number, where)
     weights.main(phase.name, where)

@@ -1,7 +1,7 @@
 """Some responses and their units as tensors."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,8 +30,11 @@ class Batch:
         behavior_logp: float32 (U,), nats, log-prob under what the response was sampled from, temperature and top-p applied (the
             weights' student_logp less log is_ratio, so up to that ratio's clip).
         policy_logp: float32 (U,), nats, under the policy that the weights were made with, which the round starts from.
+        first_logp: float32 (U,), nats, under the policy that the first round started from, where `objective.reference` asks for
+            it; else `policy_logp`.
         credit_shift: float32 (U,), credit less the advantage that it was formed of, as the weights stage saw and clipped them;
             0 where credit is immediate.
+        reward: float32 (U,), the advantage of the response's outcome; 0 where there is none.
         cand_id: int64 (U, K), student ids, STOP_ID for the stop candidate; 0 in unused slots.
         cand_logp: float32 (U, K), -inf in unused slots.
         responses: names of the responses.
@@ -52,8 +55,10 @@ class Batch:
     t_log_z: torch.Tensor
     behavior_logp: torch.Tensor
     policy_logp: torch.Tensor
+    first_logp: torch.Tensor
     weight: torch.Tensor
     credit_shift: torch.Tensor
+    reward: torch.Tensor
     cand_id: torch.Tensor
     cand_logp: torch.Tensor
     responses: tuple[str, ...]
@@ -78,6 +83,12 @@ class Response:
     cand_count: np.ndarray
     cand_id: np.ndarray
     cand_logp: np.ndarray
+
+    def copy(self) -> "Response":
+        """The same without the row group."""
+        units = {name: column.copy() for name, column in self.units.items()}
+        arrays = {name: value.copy() for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        return replace(self, units=units, **arrays)
 
 
 def collate(responses: Sequence[Response]) -> Batch:
@@ -128,6 +139,7 @@ def collate(responses: Sequence[Response]) -> Batch:
     rest = np.exp(units["tail_logp"]) + np.exp(units["dropped_logp"])
     cand_logp[used] = rescaled(np.concatenate([r.cand_logp for r in responses]), counts, rest)
     shift = units["credit"] - units["advantage"]
+    first = np.where(np.isnan(units["reference_logp"]), units["student_logp"], units["reference_logp"])
     behavior = units["student_logp"] - np.log(units["is_ratio"])
     arrays: dict[str, Any] = {
         "ids": ids,
@@ -145,8 +157,10 @@ def collate(responses: Sequence[Response]) -> Batch:
         "t_log_z": units["t_log_z"][keep].astype(np.float32),
         "behavior_logp": behavior[keep].astype(np.float32),
         "policy_logp": units["student_logp"][keep].astype(np.float32),
+        "first_logp": first[keep].astype(np.float32),
         "weight": units["weight"][keep].astype(np.float32),
         "credit_shift": shift[keep].astype(np.float32),
+        "reward": np.nan_to_num(units["reward"][keep].astype(np.float32)),
         "cand_id": cand_id[keep],
         "cand_logp": cand_logp[keep],
     }

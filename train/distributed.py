@@ -61,6 +61,28 @@ def ranks_here() -> int:
     return int(os.environ["LOCAL_WORLD_SIZE"]) if dist.is_initialized() else 1
 
 
+def local_rank() -> int:
+    """This process' place among those of its machine."""
+    return int(os.environ["LOCAL_RANK"]) if dist.is_initialized() else 0
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What each rank does a part of: nobody goes on before all have, and an OpdError of one is raised on all."""
+    failed: OpdError | None = None
+    try:
+        yield
+    except OpdError as error:
+        failed = error
+    told = [str(failed) if failed else None] * ranks()
+    if dist.is_initialized():
+        dist.all_gather_object(told, told[0])
+    if failed:
+        raise failed
+    if first := next(filter(None, told), None):
+        raise OpdError(first)
+
+
 def gather(values: Sequence[float]) -> torch.Tensor:
     """The same figures of every rank: n numbers -> float64 (ranks, n) on the CPU; n at least 1."""
     own = torch.tensor(values, dtype=torch.float64)

@@ -129,6 +129,7 @@ def train_round(
             if is_stale(recent, config.train.min_ess):
                 steps = step + 1
             seconds = time.perf_counter() - began
+            waited += sum(batch.waits)
             figures |= {
                 "round": round_index,
                 "step": step,
@@ -213,26 +214,31 @@ def train_step(
 ) -> dict[str, float]:
     """One optimiser step over the micro-batches of all ranks; `step` has this one's, perhaps none.
 
-    The loss is the sum of weight times loss over the units that the recipe uses, divided by all comparable units of the
-    step, so that a recipe that uses fewer units does not take larger steps on them. Its two kinds of part mean different
-    things (`train.recipes`), so each is told alone, as an unweighted mean over the units that it is used on, if there are
-    any: `divergence`, nats, and `surrogate`. `sampled_kl` is the mean of log p_S - log p_T over all comparable units, nats.
+    The loss is the sum of weight times loss over the units that the recipe uses, and of what is added beside it over all that
+    are comparable, divided by these, so that a recipe that uses fewer units does not take larger steps on them. The two kinds
+    of part that a recipe has mean different things (`train.recipes`), so each is told alone, as an unweighted mean over the
+    units that it is used on, if there are any: `divergence`, nats, and `surrogate`. `sampled_kl` is the mean of log p_S - log
+    p_T over all comparable units, nats.
     Ratios (`train.staleness`) are told of an on-policy objective. Figures are of all ranks. Raises OpdError when training
     diverges.
     """
     units = step.units
-    parts = [part for part in step.parts if len(part.unit_row)]
     # Asked before the first pass: those of a sharded model are collective themselves, and the order is the same everywhere.
-    passes = int(gather([len(parts)]).max())
+    passes = int(gather([step.passes]).max())
     sums = dict.fromkeys(
         ("loss", "sampled_kl", "tokens", *KINDS, *(f"{kind}_units" for kind in KINDS), *RATIO_SUMS), 0.0
     )
-    sums["tokens"] = sum(int(part.mask.sum()) for part in step.parts)
-    for part in (part.to(model.device) for part in parts):
+    for given in step.parts:
+        sums["tokens"] += int(given.mask.sum())
+        if not len(given.unit_row):
+            continue
+        part = given.to(model.device)
         student = student_logps(model, part, stop)
         scored = losses(student, part, config.objective)
         weight = part.weight * scored.used
         loss = (weight * scored.loss).sum() / units
+        if scored.beside is not None:
+            loss = loss + scored.beside.sum() / units
         loss.backward()
         of_part = {
             "loss": float(loss.detach()),
@@ -246,7 +252,7 @@ def train_step(
         for name, value in of_part.items():
             sums[name] += value
     if is_sharded(model):
-        for _ in range(passes - len(parts)):
+        for _ in range(passes - step.passes):
             idle_pass(model, stop)
     sums = dict(zip(sums, gather(list(sums.values())).sum(0).tolist(), strict=True))
     norm = optimiser.step(rate) if units else 0.0

@@ -60,16 +60,25 @@ def needs(model: Any, settings: Train, longest: int, parts: int = 1) -> Needs:
     inputs = count * tokens * text.hidden_size * width
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     head = model.get_output_embeddings().weight
-    logits = min(CHUNK_BYTES, 4 * text.vocab_size * tokens)
     of_layers = [sum(p.numel() for p in block.parameters()) * width for block in blocks]
     rest = sum(p.numel() for p in model.parameters()) * width - sum(of_layers)
     return Needs(
-        optimiser=4 * trained * (5 if settings.ema else 4) // parts,
+        optimiser=int(optimiser_bytes(trained, settings)) // parts,
         activations=int(kept * (1 + 1 / count)),
         recomputed=int(inputs + 2 * kept / count),
-        head=HEAD_COPIES * logits + 2 * head.numel() * width * head.requires_grad,
+        head=logits_bytes(tokens, text.vocab_size) + 2 * head.numel() * width * head.requires_grad,
         gathered=(sum(of_layers) + rest) // parts + 3 * max(of_layers, default=0) + 2 * rest if parts > 1 else 0,
     )
+
+
+def optimiser_bytes(trained: float, settings: Train) -> float:
+    """Masters of so many weights, their gradients, AdamW's moments and the average, float32."""
+    return 4 * trained * (4 + (settings.ema is not None))
+
+
+def logits_bytes(tokens: int, vocabulary: int) -> int:
+    """A chunk of a micro-batch's logits with its gradients, float32."""
+    return HEAD_COPIES * min(CHUNK_BYTES, 4 * vocabulary * tokens)
 
 
 def body(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -80,6 +80,15 @@ def outside_trust_region(student_logp: torch.Tensor, behavior_logp: torch.Tensor
     return (student_logp.detach() - behavior_logp).abs() > radius
 
 
+def squared_ratio(student_logp: torch.Tensor, reference_logp: torch.Tensor) -> torch.Tensor:
+    """(log p_S - log p_ref)^2 / 2 of the realised unit, at least 0: (U,) x (U,) -> (U,).
+
+    The k2 estimate of KL(p_S || p_ref): its expected gradient on policy, of (log p_S - log p_ref) grad log p_S, is KL's own,
+    as its value is not. Wherever the unit was sampled it is least where the two agree.
+    """
+    return (student_logp - reference_logp).square() / 2
+
+
 def extrapolated(teacher_logp: torch.Tensor, reference_logp: torch.Tensor, scale: float) -> torch.Tensor:
     """What the sampled path is drawn to instead of log p_T: log p_ref + scale (log p_T - log p_ref). (U,) x (U,) -> (U,).
 

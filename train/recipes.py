@@ -20,11 +20,13 @@ class Scored:
     """Per-unit losses (U,) and which units they were defined for (bool (U,)); others carry 0.
 
     `diverges`, bool (U,): where the loss is by a part that `divergence` marks; elsewhere by one that `surrogate` does.
+    `beside` (U,), at all units: what is added to the loss whatever a unit weighs; None: nothing.
     """
 
     loss: torch.Tensor
     used: torch.Tensor
     diverges: torch.Tensor
+    beside: torch.Tensor | None = None
 
 
 Losses = Callable[[UnitLogps, Batch, Any, torch.Tensor], torch.Tensor]
@@ -100,7 +102,31 @@ def losses(student: UnitLogps, batch: Batch, objective: config.Recipe) -> Scored
         kept = kept & ~(on_path & outside)
     if objective.select is not None:
         kept = kept & _selected(student, batch, objective, scored.used & kept)
-    return Scored(torch.where(kept, scored.loss, 0.0), scored.used & kept, diverges)
+    return Scored(torch.where(kept, scored.loss, 0.0), scored.used & kept, diverges, _beside(student, batch, objective))
+
+
+def _beside(student: UnitLogps, batch: Batch, objective: config.Recipe) -> torch.Tensor | None:
+    """What the objective adds to any recipe's loss: (U,)."""
+    terms = [_rewarded(student, batch, objective)] if objective.reward else []
+    if objective.reference_kl:
+        squared = objectives.squared_ratio(student.unit, reference_logp(batch, objective))
+        terms.append(objective.reference_kl * squared)
+    return sum(terms[1:], terms[0]) if terms else None
+
+
+def reference_logp(batch: Batch, objective: config.Recipe) -> torch.Tensor:
+    """Log-probs of units under the policy that the objective refers to: (U,), nats."""
+    return batch.first_logp if objective.reference == "initial" else batch.policy_logp
+
+
+def _rewarded(student: UnitLogps, batch: Batch, objective: config.Recipe) -> torch.Tensor:
+    """GRPO's loss of each unit's tokens, times the reward's coefficient: (U,)."""
+    compared = batch.token_unit < len(batch.unit_row)
+    unit = batch.token_unit[compared]
+    loss = objectives.ppo(
+        batch.reward[unit], student.token[compared], batch.token_behavior_logp[compared], *objective.reward_clip
+    )
+    return objective.reward * torch.zeros_like(student.unit).index_add(0, unit, loss)
 
 
 def _selected(student: UnitLogps, batch: Batch, objective: config.Recipe, among: torch.Tensor) -> torch.Tensor:
@@ -230,8 +256,13 @@ def _path(student: UnitLogps, batch: Batch, objective: config.Clipped, _: torch.
 
 
 @surrogate
+def _kdrl(student: UnitLogps, batch: Batch, objective: config.Kdrl, where: torch.Tensor) -> torch.Tensor:
+    return objective.kl_weight * _path(student, batch, objective, where)
+
+
+@surrogate
 def _exopd(student: UnitLogps, batch: Batch, objective: config.ExOpd, _: torch.Tensor) -> torch.Tensor:
-    target = objectives.extrapolated(batch.teacher_logp, batch.policy_logp, objective.scale)
+    target = objectives.extrapolated(batch.teacher_logp, reference_logp(batch, objective), objective.scale)
     return objectives.clipped_sampled_path(student.unit, target, objective.clip)
 
 
@@ -298,6 +329,7 @@ RECIPES: dict[type[config.Recipe], Parts] = {
     config.CrOpd: Parts(_cr_opd, _cr_opd),
     config.RaoBlackwell: Parts(_rao_blackwell, _path),
     config.ExOpd: Parts(_exopd, _exopd),
+    config.Kdrl: Parts(_kdrl, _kdrl),
 }
 """By the section that holds a recipe's keys."""
 

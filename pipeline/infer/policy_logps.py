@@ -1,5 +1,7 @@
 """Log-probs that a policy gives to rollouts that another one sampled."""
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 
@@ -18,6 +20,13 @@ def longest(rollouts: Shard) -> int:
         for group in rollouts.row_groups(["prompt_ids", "response_ids"])
     )
     return max((int(np.max(each)) for each in lengths), default=0)
+
+
+def identity(policy: PreparedModel) -> dict[str, Any]:
+    """What decides the log-probs that it gives."""
+    told = {"policy": policy.ref.identity(), "dtype": policy.dtype, "stop_ids": policy.stop.tolist()}
+    # Which all shards were made with that name none.
+    return told | ({} if policy.config.engine == "transformers" else {"engine": policy.config.engine})
 
 
 def policy_table(policy: Teacher, student: PreparedModel, rollouts: pa.Table) -> pa.Table:

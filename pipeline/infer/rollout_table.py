@@ -1,5 +1,6 @@
 """Which responses a phase has, and the table of what was sampled."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from pipeline.align.segments import told
 from pipeline.infer.engines import Sampler
 from pipeline.infer.sample import Response, seed_of
 from pipeline.prepared import PreparedModel, PromptRows, PromptTable
+from pipeline.rendering import Renderer
 from schemas.config import Config
 from schemas.errors import OpdError
 from schemas.tables import arrow_schema
@@ -67,6 +69,31 @@ def responses_of_evaluation(
 
 def _wanted(of: str, row: dict[str, Any], sample: int) -> Wanted:
     return Wanted(f"{of}-{row['prompt_id']}-{sample}", row, sample)
+
+
+def sampled_by(policy: PreparedModel, renderer: Renderer) -> dict[str, Any]:
+    """What of a model determines what it samples: its files, engine, dtype, prompts, roles and stops."""
+    return {
+        "policy": policy.ref.identity(),
+        "engine": policy.config.engine,
+        "dtype": policy.dtype,
+        "prompt": renderer.identity,
+        "roles": policy.roles.identity,
+        "stop_ids": policy.stop.tolist(),
+    }
+
+
+def asked_digest(wanted: Sequence[Wanted], prompts: Sequence[np.ndarray]) -> str:
+    """sha256 of what is asked: names of the responses, which their random streams follow from, reference answers and prompts.
+
+    Args:
+        prompts: token ids of each response's prompt.
+    """
+    running = hashlib.sha256()
+    for one, prompt in zip(wanted, prompts, strict=True):
+        told = f"{one.rollout_id}\0{one.prompt['answer']!r}\0{len(prompt)}\0"
+        running.update(told.encode() + prompt.tobytes())
+    return running.hexdigest()
 
 
 def row_groups(lengths: Sequence[int]) -> list[slice]:

@@ -95,18 +95,24 @@ def _added(name: str, left: pl.DataFrame, right: pl.DataFrame, keep: int) -> pl.
     return sums if len(sums) <= keep else sums.top_k(keep, by=pl.col("lost").abs())
 
 
-def ranked(table: pl.DataFrame, most: int) -> pl.DataFrame:
+def lost_in_all(tables: Tables) -> float:
+    """Nats that all compared units lose together, however many texts were too many to keep: of kinds none is left out."""
+    return float(tables["kinds"]["lost"].sum())
+
+
+def ranked(tables: Tables, name: str, most: int) -> pl.DataFrame:
     """The rows of a table that lose most nats, and of each the mean log-probs and its share of all that is lost.
 
     Args:
-        table: one that `measure` gives.
+        tables, name: what `measure` gives, and which of them.
     Returns:
         At most `most` rows, those that lose most first, none that lose nothing: with `student_mean` and `teacher_mean`, nats a
         unit, and `share`.
     """
-    total = table["lost"].sum()
+    total = lost_in_all(tables)
     return (
-        table.filter(pl.col("lost") > 0)
+        tables[name]
+        .filter(pl.col("lost") > 0)
         .sort("lost", *KEYS["contexts"][1:], descending=[True, False, False])
         .head(most)
         .with_columns(
@@ -117,24 +123,25 @@ def ranked(table: pl.DataFrame, most: int) -> pl.DataFrame:
     )
 
 
-def change(before: pl.DataFrame, after: pl.DataFrame, responses: tuple[int, int], most: int) -> pl.DataFrame:
+def change(before: Tables, after: Tables, responses: tuple[int, int], most: int) -> pl.DataFrame:
     """Where the change of the lost nats from one policy's responses to another's comes from, by text.
 
     Args:
-        before, after: `texts` that `measure` gives of both.
+        before, after: what `measure` gives of both.
         responses: how many these are of.
     Returns:
         At most `most` rows, those that change most first: text, kind; times and times_after, how often it is said in 100
         responses; lost, lost_after, nats a response; change, what was lost after less before; share, of the change over all
-        texts.
+        units.
     """
     sides = [
-        table.select(*KEYS["texts"], times=100 * pl.col("count") / number, lost=pl.col("lost") / number)
-        for table, number in zip((before, after), responses, strict=True)
+        tables["texts"].select(*KEYS["texts"], times=100 * pl.col("count") / number, lost=pl.col("lost") / number)
+        for tables, number in zip((before, after), responses, strict=True)
     ]
+    first, last = (lost_in_all(tables) / number for tables, number in zip((before, after), responses, strict=True))
+    total = last - first
     both = sides[0].join(sides[1], on=KEYS["texts"], how="full", coalesce=True, suffix="_after").fill_null(0.0)
     told = both.with_columns(change=pl.col("lost_after") - pl.col("lost"))
-    total = told["change"].sum()
     share = pl.col("change") / total if total else pl.lit(None, pl.Float64)
     return (
         told.with_columns(share=share)

@@ -1,12 +1,13 @@
-"""The content-addressed store of what teachers said: an entry's name is the digest of all that determines it.
+"""The content-addressed store of what models said: an entry's name is the digest of all that determines it.
 
-    <cache>/<kind>/<digest>.parquet, .json      an entry and its manifest; kinds: `scores`, `rollouts` (answers)
+    <cache>/<kind>/<digest>.parquet, .json      an entry and its manifest, of one of the `KINDS`
     <cache>/scores/<digest>.audit               of scores that could not be audited when they were made: a later audit
     <cache>/<kind>/<digest>.sig                 the signature of an entry's manifest, where entries are signed
     <cache>/<kind>/<digest>.lock                held while an entry is made or removed; the kernel frees it with its holder
     <cache>/users/<digest>/<link digest>        text files, each the path of a link that a run holds to the entry
 
-Nothing in an entry depends on where the cache lies, so it may be moved, copied or shared through any `fsspec` location.
+Runs link to scores and answers, and copy what their students sampled. Nothing in an entry depends on where the cache lies, so
+it may be moved, copied or shared through any `fsspec` location.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,8 +70,8 @@ def lists_digest(rollouts: Shard, column: str) -> str:
     return running.hexdigest()
 
 
-KINDS = ("scores", "rollouts")
-"""Tables of which there are entries."""
+KINDS = {"scores": "scores", "rollouts": "rollouts", "sampled": "rollouts"}
+"""Tables of entries by their folder: scores, the teacher's answers, and what students sampled."""
 
 
 def entry_name(identity: dict[str, Any], inputs: dict[str, str]) -> str:
@@ -92,15 +94,34 @@ def fetch_or_make(
     kind: str = "scores",
     keys: Sequence[Path] = (),
 ) -> bool:
-    """Point `link` at an entry that was found, or made exactly once even when several runs ask at the same time.
+    """Point `link`, the shard's name in the run, at an entry, and its manifest's beside it at the entry's.
+
+    Arguments and errors as of `found_or_made`. Returns whether the entry was there already.
+    """
+    with found_or_made(cache, identity, inputs, make, remote, kind, keys) as (entry, found):
+        use(cache, entry, link)
+    return found
+
+
+@contextmanager
+def found_or_made(
+    cache: Path,
+    identity: dict[str, Any],
+    inputs: dict[str, str],
+    make: Callable[[Path], None],
+    remote: str | None = None,
+    kind: str = "scores",
+    keys: Sequence[Path] = (),
+) -> Iterator[tuple[Path, bool]]:
+    """An entry that was found, or made exactly once even when several runs ask at the same time; nobody removes it meanwhile.
 
     Args:
         make: writes the shard to the path it is given.
-        link: the shard's name in the run; its manifest is linked beside it.
         remote: an `fsspec` location where entries are looked for before, and copied to after, they are made.
+        kind: one of `KINDS`.
         keys: where there are some, an entry that none of them signed is refused, and what is made is signed.
-    Returns:
-        Whether it was there already. A damaged entry is removed and made again.
+    Yields:
+        Where it lies, and whether it was there already. A damaged entry is removed and made again.
     Raises:
         OpdError: the cache or the location can't be written, or an entry's signature is missing or of another key.
     """
@@ -121,10 +142,9 @@ def fetch_or_make(
                     sign(entry, keys)
                 if remote is not None:
                     upload(entry, remote)
-            use(cache, entry, link)
+            yield entry, bool(found)
     except PermissionError as error:
         raise OpdError(f"{entry.parent}: cannot write here: {error.strerror}") from error
-    return found
 
 
 def _lock(entry: Path, timeout: float = -1) -> FileLock:
@@ -135,7 +155,7 @@ def _intact(entry: Path, identity: dict[str, Any], inputs: dict[str, str]) -> bo
     if not (entry.exists() and manifest_path(entry).exists()):
         return False
     try:
-        open_shard(entry, entry.parent.name, identity, inputs)
+        open_shard(entry, KINDS[entry.parent.name], identity, inputs)
     except OpdError:
         entry.unlink()
         return False

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from schemas.errors import OpdError
+from schemas.errors import OpdError, one_line
 from schemas.manifest import FORMAT, READABLE, Manifest, differences, place_of
 from schemas.tables import TABLES, Column, arrow_schema, writer_options
 
@@ -223,19 +223,28 @@ class Shard:
     def row_group(self, index: int, columns: Sequence[str]) -> pa.Table:
         """Some columns of one row group, text as dictionaries; read by this thread alone."""
         text = [column.name for column in TABLES[self.manifest.kind] if column.type == pa.string()]
-        with pq.ParquetFile(self.path, read_dictionary=text) as file:
+        with self._file(read_dictionary=text) as file:
             return self._complete(file.read_row_group(index, columns=list(columns), use_threads=False), columns)
 
     def row_groups(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The row groups in order, one in memory at a time; of all columns, or of some."""
-        with pq.ParquetFile(self.path) as file:
+        with self._file() as file:
             for index in range(file.num_row_groups):
                 yield self._complete(file.read_row_group(index, columns=columns), columns)
 
     def read(self) -> pa.Table:
         """The whole table."""
-        with pq.ParquetFile(self.path) as file:
+        with self._file() as file:
             return self._complete(file.read())
+
+    @contextmanager
+    def _file(self, **options: Any) -> Iterator[pq.ParquetFile]:
+        """Each page is compared with its checksum as it is read: that may be long after the shard was opened."""
+        try:
+            with pq.ParquetFile(self.path, page_checksum_verification=True, **options) as file:
+                yield file
+        except (pa.ArrowException, OSError) as error:
+            raise OpdError(f"{self.path}: changed since it was opened, or unreadable: {one_line(error)}") from error
 
     def _complete(self, table: pa.Table, columns: Sequence[str] | None = None) -> pa.Table:
         """With nulls for columns that an earlier format lacks. Raises OpdError for values that no writer makes."""
@@ -312,12 +321,17 @@ def _facts(path: Path) -> dict[str, Any]:
 
 
 def open_shard(
-    path: Path, kind: str, identity: dict[str, Any] | None = None, inputs: dict[str, str] | None = None
+    path: Path,
+    kind: str,
+    identity: dict[str, Any] | None = None,
+    inputs: dict[str, str] | None = None,
+    whole: bool = True,
 ) -> Shard:
     """Open a shard after checking every byte of it against its manifest, and the manifest against what is asked for.
 
     `identity` and `inputs` name the fields the reader depends on; fields it does not name are not compared. Where in a run it
-    lies must be where it was written, as far as path and manifest tell.
+    lies must be where it was written, as far as path and manifest tell. Without `whole`, of the shard itself only size and
+    footer are read: for one of several processes, another of which reads all of it before any goes on.
     Raises OpdError for a missing, damaged or foreign shard, with a field-by-field difference.
     """
     shard = Shard(Path(path), read_manifest(Path(path)))
@@ -326,7 +340,7 @@ def open_shard(
     shard.expect({}, kind=kind)
     check_place(shard.path, shard.manifest)
     shard.expect(identity or {}, inputs or {})
-    check_content(shard.path, shard.manifest)
+    check_content(shard.path, shard.manifest, whole)
     return shard
 
 
@@ -341,11 +355,11 @@ def check_place(path: Path, manifest: Manifest) -> None:
         )
 
 
-def check_content(path: Path, manifest: Manifest) -> None:
-    """Compare a file, byte by byte, with its manifest. Raises OpdError naming what differs."""
+def check_content(path: Path, manifest: Manifest, whole: bool = True) -> None:
+    """Compare a file, if `whole` byte by byte, with its manifest. Raises OpdError naming what differs."""
     stated = {name: value for name, value in manifest.model_dump().items() if value is not None}
     try:
-        facts = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+        facts = {"bytes": path.stat().st_size} | ({"sha256": file_digest(path)} if whole else {})
     except OSError as error:
         raise OpdError(f"{path}: cannot read: {error.strerror}") from error
     if different := list(differences({name: stated[name] for name in facts}, facts)):

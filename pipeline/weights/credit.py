@@ -33,6 +33,7 @@ from pipeline.weights.cross_fitting import (
 )
 from pipeline.weights.estimator import PLAIN, Estimator, Loss
 from pipeline.weights.importance import SCHEMES, corrected, truncated
+from pipeline.weights.rewards import REWARDS
 from schemas.config import Weights
 from schemas.errors import OpdError
 from schemas.tables import WEIGHTS
@@ -108,7 +109,12 @@ def _refuse(units: pl.DataFrame, name: str, is_wrong: pl.Series, found: str, exp
         )
 
 
-_HOME = {"behavior_logp": "rollouts", "sampler_logp": "rollouts", "policy_logp": "policy"}
+_HOME = {
+    "behavior_logp": "rollouts",
+    "sampler_logp": "rollouts",
+    "policy_logp": "policy",
+    "reference_logp": "reference",
+}
 """The table that a column is of, if not units."""
 
 
@@ -218,7 +224,7 @@ CREDITS: dict[str, Estimator] = {
 
 def _estimators(options: Weights) -> dict[str, Estimator]:
     """The estimator of each column of the weights table that has one."""
-    return {"credit": CREDITS[options.credit], "weight": SCHEMES[options.scheme]}
+    return {"credit": CREDITS[options.credit], "weight": SCHEMES[options.scheme], "reward": REWARDS[options.reward]}
 
 
 def compares_responses(options: Weights) -> bool:
@@ -227,7 +233,7 @@ def compares_responses(options: Weights) -> bool:
 
 
 def columns_read(options: Weights) -> tuple[list[str], list[str]]:
-    """The columns of units and of rollouts that `weigh` takes beside those of advantages."""
+    """The columns of units and of rollouts that `weigh` takes beside those of advantages; `right` is of schema `outcomes`."""
     estimators = _estimators(options).values()
     units, rollouts = ([*e.units] for e in estimators), ([*e.rollouts] for e in estimators)
     gate = gates.columns_read(options.gate)
@@ -275,9 +281,21 @@ def weigh(
         table = table.with_columns(weight=pl.col("weight") * truncated(options.truncate))
     elif loss.corrected:
         table = table.with_columns(weight=pl.col("weight") * corrected(loss.corrected))
-    table = gates.gated(table, rollouts, options.gate)
+    table = gates.gated(table, rollouts, options.gate).with_columns(reference_logp=_reference(units, rollouts))
     floats = [c.name for c in WEIGHTS if c.name not in ("rollout_id", "unit")]
     return table.select("rollout_id", "unit", pl.col(floats).cast(pl.Float32))
+
+
+def _reference(units: pl.DataFrame, rollouts: pl.DataFrame) -> pl.Series:
+    """Sum of the reference policy's log-probs over each unit, nats; null when masked, or where `rollouts` has none.
+
+    Raises OpdError as `advantages` does.
+    """
+    if "reference_logp" not in rollouts.columns:
+        return pl.Series([None] * len(units), dtype=pl.Float64)
+    logp = _unit_sums(units, rollouts, "reference_logp")
+    _refuse(units, "reference_logp", ~logp.is_finite(), "missing, NaN or infinite", "finite nats")
+    return units.select(pl.when(~MASKED).then(pl.lit(logp))).to_series()
 
 
 def _prepare(units: pl.DataFrame, rollouts: pl.DataFrame, options: Weights, loss: Loss) -> pl.DataFrame:
@@ -317,6 +335,8 @@ class Summary:
         advantage: nats, sum of A.
         weight, weight_squared: sums of w and of w^2.
         warped: responses whose sampler was another distribution than the model's, and whose log-probs under it are kept.
+        right, wrong: judged responses; neither where outcomes aren't read, or can't be told.
+        rewarded: responses whose reward isn't 0.
     """
 
     responses: int = 0
@@ -326,6 +346,9 @@ class Summary:
     weight: float = 0.0
     weight_squared: float = 0.0
     warped: int = 0
+    right: int = 0
+    wrong: int = 0
+    rewarded: int = 0
 
     def __add__(self, other: "Summary") -> "Summary":
         return Summary(**{name: getattr(self, name) + getattr(other, name) for name in vars(self)})
@@ -341,10 +364,11 @@ class Summary:
         return self.weight**2 / (self.units * self.weight_squared) if self.weight_squared else 0.0
 
 
-def summary(weights: pl.DataFrame, responses: int, warped: int = 0) -> Summary:
-    """Summarise a weights table (schema `weights`) of so many responses, so many of them `warped`."""
+def summary(weights: pl.DataFrame, responses: int, warped: int = 0, right: pl.Series | None = None) -> Summary:
+    """Summarise a weights table (schema `weights`) of so many responses, so many `warped`; `right` of each where judged."""
     w = weights["weight"].cast(pl.Float64).to_numpy()
     compared = weights.filter(pl.col("student_logp").is_not_null())["rollout_id"].n_unique()
+    judged = pl.Series([], dtype=pl.Boolean) if right is None else right.drop_nulls()
     return Summary(
         responses=responses,
         incomparable=responses - compared,
@@ -353,4 +377,7 @@ def summary(weights: pl.DataFrame, responses: int, warped: int = 0) -> Summary:
         weight=float(w.sum()),
         weight_squared=float(w @ w),
         warped=warped,
+        right=int(judged.sum()),
+        wrong=int((~judged).sum()),
+        rewarded=weights.filter(pl.col("reward") != 0)["rollout_id"].n_unique(),
     )

@@ -37,6 +37,8 @@ from schemas.manifest import digest
 
 UNIT_COLUMNS = ("rollout_id", "unit", "kind", "s_start", "s_len", "t_len", "teacher_logp")
 CANDIDATE_COLUMNS = ("cand_logp", "tail_logp", "dropped_logp")
+BESIDE = {"policy": "policy_logp", "reference": "reference_logp", "outcomes": "right"}
+"""Tables that a part may have, in step with its rollouts, and the column of each that is read."""
 CONNECT_SECONDS = 10
 """How long a scheduler may take to answer."""
 RETRIES = 3
@@ -45,7 +47,8 @@ RETRIES = 3
 
 @dataclass(frozen=True)
 class Part:
-    """The tables of one shard of a phase, `policy` where another policy than the one that is trained sampled it.
+    """The tables of one shard of a phase, `policy` where another policy than the one that is trained sampled it, `outcomes`
+    where it was judged, `reference` where the loss refers to another policy than that one.
 
     Absolute paths: whoever runs a task has them from the same file system, but another working directory.
     """
@@ -54,6 +57,13 @@ class Part:
     units: Path
     policy: Path | None
     weights: Path
+    outcomes: Path | None = None
+    reference: Path | None = None
+
+    @property
+    def beside(self) -> dict[str, Path]:
+        """Tables with a row a response beside its rollouts, those of BESIDE that there are."""
+        return {name: path for name in BESIDE if (path := getattr(self, name))}
 
 
 def tasks(parts: Sequence[Part], options: Weights, loss: Loss = PLAIN) -> list[Delayed]:
@@ -64,7 +74,7 @@ def tasks(parts: Sequence[Part], options: Weights, loss: Loss = PLAIN) -> list[D
     """
     if not compares_responses(options):
         return [delayed(_write)(part, options, loss, None, None) for part in parts]
-    read = [path for part in parts for path in (part.rollouts, part.units, part.policy) if path]
+    read = [path for part in parts for path in (part.rollouts, part.units, *part.beside.values())]
     phase = digest([read_manifest(path).sha256 for path in read])
     sums = reduce(delayed(add), [delayed(_sums)(part, options, loss) for part in parts])
     return [delayed(_write)(part, options, loss, sums, phase) for part in parts]
@@ -115,7 +125,8 @@ def _write(part: Part, options: Weights, loss: Loss, sums: Sums | None, phase: s
         for group in opened.groups(options, check=True):
             own = weigh(group.own, group.rollouts, options, sums, loss)
             writer.write(pa.Table.from_batches(_with_context(group.every, own).to_arrow().to_batches()))
-            total += summary(own, len(group.rollouts), warped(group.rollouts))
+            right = group.rollouts["right"] if "right" in group.rollouts.columns else None
+            total += summary(own, len(group.rollouts), warped(group.rollouts), right)
     return total
 
 
@@ -135,7 +146,7 @@ class _Opened:
 
     rollouts: Shard
     units: Shard
-    policy: Shard | None
+    beside: dict[str, Shard]
     inputs: dict[str, str]
 
     def groups(self, options: Weights, check: bool = False) -> Iterator[_Group]:
@@ -145,29 +156,32 @@ class _Opened:
         check = check or not set(CANDIDATE_COLUMNS).isdisjoint(of_units)
         kept = list(dict.fromkeys([*UNIT_COLUMNS, *of_units]))
         read = [*kept, *(name for name in CANDIDATE_COLUMNS if check and name not in kept)]
-        names = ["rollout_id", "behavior_logp", "sampler_logp", *of_rollouts]
+        names = ["rollout_id", "behavior_logp", "sampler_logp", *(name for name in of_rollouts if name != "right")]
         tables = [_frames(self.rollouts, names), _frames(self.units, read)]
-        tables += [_frames(self.policy, ["policy_logp"])] if self.policy else []
-        for shard in (self.units, self.policy):
-            if shard and shard.manifest.row_groups != self.rollouts.manifest.row_groups:
+        tables += [_frames(shard, [BESIDE[name]]) for name, shard in self.beside.items()]
+        judged = "outcomes" in self.beside or "right" not in of_rollouts
+        unjudged = [] if judged else [pl.lit(None, pl.Boolean).alias("right")]
+        for shard in (self.units, *self.beside.values()):
+            if shard.manifest.row_groups != self.rollouts.manifest.row_groups:
                 raise OpdError(
                     f"it has {shard.manifest.row_groups} row groups, and its rollouts {self.rollouts.manifest.row_groups}; "
                     "run the stage that made it again"
                 )
-        for sampled, every, *policy in zip(*tables, strict=True):
+        for sampled, every, *beside in zip(*tables, strict=True):
             if check:
                 check_candidates(every)
             own = every.select(kept).filter(pl.col("kind") != KINDS[CONTEXT])
-            yield _Group(own, every.select("rollout_id", "unit"), pl.concat([sampled, *policy], how="horizontal"))
+            rollouts = pl.concat([sampled, *beside], how="horizontal").with_columns(unjudged)
+            yield _Group(own, every.select("rollout_id", "unit"), rollouts)
 
 
 def _open(part: Part) -> _Opened:
     rollouts = open_shard(part.rollouts, "rollouts")
     made_from = {"rollouts": rollouts.manifest.sha256}
     units = open_shard(part.units, "units", inputs=made_from)
-    policy = open_shard(part.policy, "policy", inputs=made_from) if part.policy else None
-    inputs = made_from | {"units": units.manifest.sha256}
-    return _Opened(rollouts, units, policy, inputs | ({"policy": policy.manifest.sha256} if policy else {}))
+    beside = {name: open_shard(path, name, inputs=made_from) for name, path in part.beside.items()}
+    inputs = made_from | {name: shard.manifest.sha256 for name, shard in ({"units": units} | beside).items()}
+    return _Opened(rollouts, units, beside, inputs)
 
 
 def _with_context(every: pl.DataFrame, own: pl.DataFrame) -> pl.DataFrame:

@@ -76,6 +76,28 @@ class Recipe(Section):
     select_share: float = Field(
         0.5, gt=0, le=1, description="`select`: share of a response's units that carry loss; 1: all"
     )
+    reward: float = Field(
+        0.0,
+        ge=0,
+        description="coefficient of a reward term that is added to the loss of every compared unit, GRPO's for the advantage "
+        "that `weights.reward` gives to its response: -min(r A, clip(r) A) of each of its tokens, r = pi_theta / pi_sampler "
+        "(arXiv 2402.03300, without a KL of its own). 0: none",
+    )
+    reward_clip: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0)]] = Field(
+        (0.2, 0.2), description="`reward`: r is clipped to 1 - the first and 1 + the second"
+    )
+    reference_kl: float = Field(
+        0.0,
+        ge=0,
+        description="coefficient of a divergence from a reference policy that is added to the loss of every compared unit, "
+        "(log pi_theta / pi_reference)^2 / 2 of what was sampled, whose gradient on policy is that of KL(pi_theta || "
+        "pi_reference) (one of StableOPD's cures of rollouts that grow long and repeat themselves, arXiv 2604.08527). 0: none",
+    )
+    reference: Literal["round", "initial"] = Field(
+        "round",
+        description="the reference policy of `reference_kl` and of exopd. round: the policy that a round starts from | "
+        "initial: the one that the first round starts from, for all rounds: it reads each later round's responses once",
+    )
     source: ClassVar[str] = HERE
     """What it is called where it is from, with the arXiv number."""
     presets: ClassVar[Mapping[str, Any]] = {"weights.scheme": "uniform"}
@@ -96,6 +118,23 @@ class Recipe(Section):
     def _share_is_of_select(self) -> Self:
         if self.select is None and self.select_share != type(self).model_fields["select_share"].default:
             raise ValueError(f"`select_share: {self.select_share:g}` means nothing without `select`; set that too")
+        return self
+
+    @property
+    def refers(self) -> bool:
+        """Whether the loss reads a reference policy."""
+        return self.reference_kl > 0
+
+    @model_validator(mode="after")
+    def _reference_is_read(self) -> Self:
+        if not self.refers and self.reference != type(self).model_fields["reference"].default:
+            raise ValueError(f"`reference: {self.reference}` means nothing with `reference_kl: 0`; set that too")
+        return self
+
+    @model_validator(mode="after")
+    def _reward_clip_is_of_reward(self) -> Self:
+        if not self.reward and self.reward_clip != type(self).model_fields["reward_clip"].default:
+            raise ValueError(f"`reward_clip: {list(self.reward_clip)}` means nothing with `reward: 0`; set that too")
         return self
 
 
@@ -346,22 +385,51 @@ class RaoBlackwell(Clipped):
 
 
 class ExOpd(Clipped):
-    """The sampled path towards more of what the teacher adds to a reference policy, here the one that a round starts from:
-    ExOPD (arXiv 2602.12125)."""
+    """The sampled path towards more of what the teacher adds to a reference policy, the student before training: ExOPD (arXiv
+    2602.12125)."""
 
     recipe: Literal["exopd"] = "exopd"
     source: ClassVar[str] = "ExOPD, arXiv 2602.12125"
-    presets: ClassVar[Mapping[str, Any]] = {"weights.scheme": "uniform", "rollouts.rounds": 1}
     departs: ClassVar[tuple[str, ...]] = (
         _CLIP,
-        "the reference is one policy, such as the student before training; so it is here with one round, and with more of them "
-        "each has its own",
+        "the reference may be any model, such as the teacher before its own training; here it is a policy of the run",
     )
+    reference: Literal["round", "initial"] = Field("initial", description=Recipe.model_fields["reference"].description)
     scale: float = Field(
         1.25,
         ge=0,
         description="factor of log p_T - log p_ref; 1: plain distillation, above: beyond the teacher, 0: stay",
     )
+
+    @property
+    def refers(self) -> bool:
+        """Always: it is what the teacher is compared with."""
+        return True
+
+
+class Kdrl(Clipped):
+    """A small coefficient of the sampled path beside a reward: KDRL (arXiv 2506.02208), GRPO's loss less beta times the reverse
+    KL to the teacher, whose k2 estimate has the sampled path's gradient. Needs reference answers."""
+
+    recipe: Literal["kdrl"] = "kdrl"
+    source: ClassVar[str] = "KDRL, arXiv 2506.02208"
+    presets: ClassVar[Mapping[str, Any]] = {
+        "weights.scheme": "uniform",
+        "weights.reward": "grpo",
+        "rollouts.samples": 8,
+    }
+    departs: ClassVar[tuple[str, ...]] = (
+        _CLIP,
+        "the policy makes one step on what it sampled; here a round's, with the clip of the ratio that GRPO has for them",
+        "the loss is divided by the tokens of a batch; here by its units, and tokens that can't be aligned carry none",
+        "the coefficient of KL is 0.002, and best falling from 0.005 to 0.001; here it doesn't fall",
+        "KL may be left out of right responses (`weights.gate.right: 0`), or of prompts with any right one, which isn't here",
+        "how many responses a prompt has is stated nowhere we could read; here 8",
+        "a prompt whose outcomes are all alike has advantages of 0; else the deviation is that of its responses, and nothing "
+        "is added to it",
+    )
+    reward: float = Field(1.0, ge=0, description=Recipe.model_fields["reward"].description)
+    kl_weight: float = Field(0.002, ge=0, description="beta, the coefficient of the sampled path; 0: the reward alone")
 
 
 class TokenCredit(RatioClipped):
@@ -459,6 +527,7 @@ Objective = Annotated[
     | Annotated[CrOpd, Tag("cr_opd")]
     | Annotated[RaoBlackwell, Tag("rao_blackwell")]
     | Annotated[ExOpd, Tag("exopd")]
+    | Annotated[Kdrl, Tag("kdrl")]
     | Annotated[Own, Tag(OWN)],
     Discriminator(recipe_of),
 ]

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from schemas.config.evaluate import Evaluate
 from schemas.config.model import Model
 from schemas.config.objective import RECIPES, Candidates, Hybrid, IwOpd, Objective, RatioClipped
+from schemas.config.options import OWN_CODE
 from schemas.config.presets import with_presets
 from schemas.config.prompts import Prompts
 from schemas.config.rollouts import Rollouts
@@ -48,8 +49,8 @@ class Config(Section):
     )
     cache_remote: Text | None = Field(
         None,
-        description="an fsspec location (s3://..., gs://..., a shared folder) to find scores in and to copy new ones to; "
-        "`${NAME}` in it is a variable of the environment, for a password: the config holds none",
+        description="an fsspec location (s3://..., gs://..., a shared folder) to find entries of the cache in and to copy new "
+        "ones to; `${NAME}` in it is a variable of the environment, for a password: the config holds none",
     )
     cache_keys: tuple[Text, ...] = Field(
         (),
@@ -176,6 +177,30 @@ class Config(Section):
                 "`weights.credit: group` compares the responses to one prompt, but `rollouts.samples: 1` gives each a single "
                 "one: set `rollouts.samples` to 2 or more, or use `weights.credit: baseline`, which compares those to other "
                 "prompts"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _outcomes_have_references(self) -> "Config":
+        if self.weights.judges and self.prompts.answer_field is None and not OWN_CODE.fullmatch(self.evaluate.scorer):
+            raise ValueError(
+                f"`weights.{'gate' if self.weights.gate.judges else 'reward'}` takes which responses are right, but "
+                "`prompts.answer_field: null` leaves nothing to judge them by: name the field of the reference answers, or a "
+                "scorer of your own that needs none (`evaluate.scorer: module:function`)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_reward_is_computed_and_read(self) -> "Config":
+        if bool(self.objective.reward) != (self.weights.reward != "none"):
+            raise ValueError(
+                f"`objective.reward: {self.objective.reward:g}` and `weights.reward: {self.weights.reward}` don't go together: "
+                "the second computes the advantages of the term whose coefficient is the first; set both, or none"
+            )
+        if self.weights.reward != "none" and self.rollouts.samples == 1:
+            raise ValueError(
+                f"`weights.reward: {self.weights.reward}` compares the outcomes of the responses to one prompt, but "
+                "`rollouts.samples: 1` gives each a single one: set `rollouts.samples` to 2 or more"
             )
         return self
 

@@ -45,22 +45,59 @@ CREDITS = {
 }
 """What `weights.credit` takes; `pipeline.weights.credit.CREDITS` computes them."""
 
+REWARDS = {
+    "none": Option("none is computed"),
+    "rloo": Option("less the mean of the others, which leaves the expected gradient as it is (arXiv 2402.14740)"),
+    "grpo": Option(
+        "less the mean of all of them, over their standard deviation (arXiv 2402.03300), which weighs prompts that are nearly "
+        "always or hardly ever answered rightly more"
+    ),
+}
+"""What `weights.reward` takes; `pipeline.weights.rewards.REWARDS` computes them."""
+
 
 class Gate(Section):
-    """Factors of the weights of whole responses, those of `texts.truncated` and `texts.repetitive` in `diagnostics.json`."""
+    """Factors of weights: of whole responses, such as `texts.truncated` and `texts.repetitive` in `diagnostics.json` count, and
+    by their outcome."""
 
     truncated: float = Field(
         1.0,
         ge=0,
         description="of a response that was cut at `rollouts.max_new_tokens`; 0: it carries no loss. That such responses may "
         "come to make up most of the rollouts, and repeat themselves, is a finding of StableOPD (arXiv 2604.08527), whose "
-        "cures are others: a divergence from a reference, and rollouts that are mixed in",
+        "cures are others: a divergence from a reference (`objective.reference_kl`), and rollouts that are mixed in",
     )
     repetitive: float = Field(
         1.0,
         ge=0,
         description="of a response of whose 4-grams more than half have been there before; 0: it carries no loss",
     )
+    right: float = Field(
+        1.0,
+        ge=0,
+        description="of a response that `evaluate.scorer` finds right; 0: the teacher is followed where that is not so (KDRL's "
+        "mask of responses, arXiv 2506.02208). One that can't be judged has 1, here and below",
+    )
+    wrong: float = Field(
+        1.0, ge=0, description="of a response that it finds wrong; 0: the teacher is followed in right ones only"
+    )
+    agreeing: float = Field(
+        1.0,
+        ge=0,
+        description="of a unit whose advantage log p_T - log p_S has the sign of its response's outcome: above 0 where that is "
+        "right, below 0 where it is wrong",
+    )
+    conflicting: float = Field(
+        1.0,
+        ge=0,
+        description="of a unit whose advantage has the other sign; 0: the teacher never speaks against the outcome (OPDVR, "
+        "arXiv 2608.24696). 1 with `agreeing: 1.8` are the coefficients of SG-OPD's gate (arXiv 2606.09304)",
+    )
+
+    @property
+    def judges(self) -> bool:
+        """Whether it reads which responses are right."""
+        return any(getattr(self, name) != 1 for name in ("right", "wrong", "agreeing", "conflicting"))
 
 
 class Weights(Section):
@@ -87,6 +124,12 @@ class Weights(Section):
         description="what the sampled path of hybrid, sampled, lightning and iw_opd multiplies log-probs by; formed of "
         "advantages that are clipped to `objective.clip`. " + describe(CREDITS),
     )
+    reward: Annotated[str, AfterValidator(one_of(REWARDS))] = Field(
+        "none",
+        description="the advantage of a response's outcome, right 1 and wrong 0 by `evaluate.scorer`, over those of the "
+        "phase's other responses to its prompt (needs `rollouts.samples` above 1), for the term that `objective.reward` adds "
+        "to the loss; no other weight or gate multiplies it. " + describe(REWARDS),
+    )
     discount: float = Field(0.99, ge=0, le=1, description="of discounted and gae, per unit; 1: none")
     gae_lambda: float = Field(0.95, ge=0, le=1, description="of gae; 0: one step and the value, 1: all and the value")
     scheduler: str = Field(
@@ -107,6 +150,11 @@ class Weights(Section):
         refuse_unread(self, "scheme", SCHEMES)
         refuse_unread(self, "credit", CREDITS)
         return self
+
+    @property
+    def judges(self) -> bool:
+        """Whether it takes which responses are right."""
+        return self.gate.judges or self.reward != "none"
 
     def identity(self) -> dict[str, Any]:
         """What of it determines the weights."""

@@ -118,6 +118,9 @@ ROWS: dict[str, dict[str, Cell]] = {
         "effective sample size of the weights": lambda d: percent(d.credit.weight_ess),
     },
     "Cost": {
+        "student tokens": lambda d: (
+            ", ".join(f"{count:,} {origin}" for origin, count in d.sampling.tokens.items()) or "-"
+        ),
         "teacher tokens": lambda d: ", ".join(f"{count:,} {origin}" for origin, count in d.teacher.tokens.items()),
         "seconds": lambda d: ", ".join(f"{stage} {s:.0f}" for stage, s in d.seconds.items()) or "-",
     },

@@ -1,6 +1,7 @@
 """What a run cost: time by stage, rates, room on disk, what the cache saved, and what sampling and scoring anew would cost."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,20 +53,17 @@ def cost(run: Run, phases: Sequence[Diagnostics], seconds: Mapping[str, float]) 
         seconds: wall seconds by job; empty where nobody took them.
     Returns:
         seconds; stages, seconds by stage; rates, tokens a second by what was done with them, None where it can't be told;
-        origins, tokens of the teacher; bytes, by `room`; online, as `anew` gives it.
+        origins, tokens of the teacher; sampled, of the student; bytes, by `room`; online, as `anew` gives it.
     """
     spent = by_stage(seconds)
-    own = [phase for phase in phases if phase.sampling.checkpoint is not None and "@" not in phase.phase]
-    sampled = sum(phase.texts.student_tokens for phase in own)
-    origins: dict[str, int] = {}
-    for phase in phases:
-        for origin, tokens in phase.teacher.tokens.items():
-            origins[origin] = origins.get(origin, 0) + tokens
+    origins = dict(sum((Counter(phase.teacher.tokens) for phase in phases), Counter[str]()))
+    sampled = dict(sum((Counter(phase.sampling.tokens) for phase in phases), Counter[str]()))
+    sampling = sum(phase.seconds.get("rollouts", 0.0) for phase in phases if "sampled" in phase.sampling.tokens)
     scoring = sum(phase.seconds.get("scores", 0.0) for phase in phases if "scored" in phase.teacher.tokens)
     steps = [step for number in run.rounds for step in read_metrics(run.phase(f"round-{number}"))]
     training = sum(step["seconds"] for step in steps)
     rates = {
-        "student's tokens sampled": rate(sampled, spent.get("rollouts", 0.0)),
+        "student's tokens sampled": rate(sampled.get("sampled", 0), sampling),
         "teacher's tokens scored": rate(origins.get("scored", 0), scoring),
         "tokens trained on, prompts included": rate(sum(step["tokens"] for step in steps), training),
     }
@@ -74,6 +72,7 @@ def cost(run: Run, phases: Sequence[Diagnostics], seconds: Mapping[str, float]) 
         "stages": spent,
         "rates": rates,
         "origins": origins,
+        "sampled": sampled,
         "bytes": room(run),
         "online": anew(run, phases, rates),
     }

@@ -8,7 +8,17 @@ from typing import Any
 import polars as pl
 
 from pipeline.align.tokens import TokenBytes, from_table
-from pipeline.measure.disagreement import KEYS, Group, Tables, change, instead, masked_because, measure, ranked
+from pipeline.measure.disagreement import (
+    KEYS,
+    Group,
+    Tables,
+    change,
+    instead,
+    lost_in_all,
+    masked_because,
+    measure,
+    ranked,
+)
 from pipeline.measure.token_view import row_group, token_view
 from stages.run.context import prompts_of, vocabulary
 from stages.run.run import Phase, Place, Run
@@ -130,18 +140,15 @@ def disagreements(sides: Mapping[str, Read], student: TokenBytes) -> dict[str, A
     """
     before, *rest = sides.values()
     found = before.found
-    lost = {when: read.found["texts"]["lost"].sum() / max(1, read.responses) for when, read in sides.items()}
-    changes = [
-        change(found["texts"], after.found["texts"], (before.responses, after.responses), ROWS).to_dicts()
-        for after in rest
-    ]
+    lost = {when: lost_in_all(read.found) / max(1, read.responses) for when, read in sides.items()}
+    changes = [change(found, after.found, (before.responses, after.responses), ROWS).to_dicts() for after in rest]
     return {
         "phases": {when: read.phase.name for when, read in sides.items()},
         "responses": {when: read.responses for when, read in sides.items()},
         "step": max(read.step for read in sides.values()),
         "lost": lost,
-        "texts": {when: read.told(ranked(read.found["texts"], ROWS), student) for when, read in sides.items()},
-        "contexts": before.told(ranked(found["contexts"], ROWS), student),
+        "texts": {when: read.told(ranked(read.found, "texts", ROWS), student) for when, read in sides.items()},
+        "contexts": before.told(ranked(found, "contexts", ROWS), student),
         "changes": changes[0] if changes else [],
         "tenths": {
             when: dict(read.found["tenths"].sort("tenth").select("tenth", pl.col("lost") / pl.col("count")).iter_rows())

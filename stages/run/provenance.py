@@ -1,10 +1,12 @@
-"""How a run came by what it links from the cache: a note beside each link, which says what belongs there."""
+"""How a run came by what it has from the cache: a note beside each link, which says what belongs there, and each copy."""
+
+from pathlib import Path
 
 from pipeline.store.cache import entry_name
 from pipeline.store.records import write_record
 from pipeline.store.shards import read_manifest
 from schemas.manifest import Manifest
-from schemas.records import Provenance
+from schemas.records import Provenance, Sampled
 from stages.run.run import Place
 
 
@@ -27,3 +29,17 @@ def write_provenance(place: Place, table: str, teacher_tokens: int, origin: str)
         bytes=entry.bytes,
     )
     write_record(place.provenance(table), about)
+
+
+def write_sampled(place: Place, entry: Path, found: bool) -> None:
+    """Note beside a run's rollouts which entry of the cache they are a copy of, and whether it was there already."""
+    about = Sampled(
+        decided=place.phase.run.decided,
+        phase=place.phase.name,
+        shard=place.number,
+        rollouts=read_manifest(place.path("rollouts")).sha256,
+        entry=entry.stem,
+        origin="cache" if found else "sampled",
+        tokens=read_manifest(entry).figures["tokens"],
+    )
+    write_record(place.provenance("rollouts"), about)

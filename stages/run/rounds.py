@@ -1,23 +1,38 @@
 """A round of training as the run's files tell it: its shards, its budget, what it ended with."""
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 from pipeline.prepared import PromptTable
 from schemas.errors import OpdError
 from schemas.outcome import Outcome
 from stages.run.context import prompts_of
 from stages.run.run import Phase, Place, Run
+from train.distributed import local_rank, ranks_here, together
 from train.loop import Progress
 from train.shards import check_log_z
 from train.stream import Triple
 
 
 def open_shards(phase: Phase) -> list[Triple]:
-    """The rollouts, units and weights of a phase. Raises OpdError when one is missing or damaged or lacks what is read."""
-    places = list(phase)  # each opens its shards once
-    prompts = prompts_of(phase)
-    for place in places:
-        check_log_z(phase.run.config.objective, place.units)
-        check_prompts(place, prompts)
-    return [(place.rollouts, place.units, place.weights) for place in places]
+    """The rollouts, units and weights of a phase; all ranks open them together.
+
+    Raises OpdError on all of them when a table is missing or damaged or lacks what is read.
+    """
+    with together():
+        places = list(shared(phase))  # each opens its shards once
+        prompts = None if local_rank() else prompts_of(phase)
+        for place in places:
+            check_log_z(phase.run.config.objective, place.units)
+            if prompts:
+                check_prompts(place, prompts)
+        return [(place.rollouts, place.units, place.weights) for place in places]
+
+
+def shared(phase: Phase) -> Iterator[Place]:
+    """The places of a phase, each of which one rank of this machine reads to the last byte. What another machine reads says
+    nothing: disks and memory are its own."""
+    return (replace(place, whole=place.number % ranks_here() == local_rank()) for place in phase)
 
 
 def check_prompts(place: Place, prompts: PromptTable) -> None:

@@ -31,7 +31,7 @@ from schemas.config.reuse import sampled_rounds
 from schemas.decides import decided, of_phase, settings
 from schemas.errors import OpdError, excerpt, shown
 from schemas.manifest import PHASE, Manifest, Signed, differences
-from schemas.records import Provenance, Weighed
+from schemas.records import Provenance, Sampled, Weighed
 
 KL_ITEMS = 100
 """Prompts that the on-policy reverse KL is measured on, at most, where the config doesn't say."""
@@ -39,7 +39,13 @@ KL_ITEMS = 100
 BASE = -1
 """Number of the checkpoint before 0, the student as given, where `sft` makes 0 of it; by name it is `base`."""
 
-MADE_FROM = {"policy": ("rollouts",), "units": ("rollouts", "scores"), "weights": ("rollouts", "units")}
+MADE_FROM = {
+    "policy": ("rollouts",),
+    "units": ("rollouts", "scores"),
+    "reference": ("rollouts",),
+    "outcomes": ("rollouts",),
+    "weights": ("rollouts", "units"),
+}
 """Tables whose digests a table's manifest has among its inputs. Scores name the responses instead, which other runs share."""
 
 IDS = {
@@ -282,6 +288,23 @@ class Phase:
         """Whether another policy than the one that the phase trains sampled its rollouts."""
         return self.source is not None or self.sampled_in != self
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether its weights take log-probs of the run's first policy, which is not the one that it starts from."""
+        objective = self.run.config.objective
+        return self.kind == "round" and self.number > 0 and objective.refers and objective.reference == "initial"
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """The tables that its weights are made from beside rollouts and units."""
+        wanted = {"policy": self.is_foreign, "reference": self.needs_reference, "outcomes": self.is_judged}
+        return tuple(name for name, is_wanted in wanted.items() if is_wanted)
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether its weights take which of its responses are right."""
+        return self.kind == "round" and self.run.config.weights.judges
+
     def __len__(self) -> int:
         if self.source:
             return self.source.shards
@@ -380,10 +403,14 @@ class Place:
     """The tables of the same responses. Each is opened once, when it is asked for, and checked against what it was made from.
 
     A replayed round has its own `policy` and `weights`; all that does not depend on the policy in training is the original's.
+
+    Attributes:
+        whole: whether rollouts, units, policy and weights are read to the last byte when they are opened (`open_shard`).
     """
 
     phase: Phase
     number: int
+    whole: bool = True
 
     def path(self, table: str) -> Path:
         """Where a table's shard lies, whether or not it is there yet."""
@@ -393,8 +420,8 @@ class Place:
     def inputs(self, table: str) -> dict[str, str]:
         """Digests of the tables that a table is made from, as they lie there; of links whose cache is gone none."""
         made_from = [name for name in MADE_FROM[table] if name != "scores" or manifest_path(self.path(name)).exists()]
-        if table == "weights" and self.phase.is_foreign:
-            made_from.append("policy")
+        if table == "weights":
+            made_from += self.phase.beside
         return {name: read_manifest(self.path(name)).sha256 for name in made_from}
 
     def check(self, table: str, manifest: Manifest) -> None:
@@ -426,7 +453,7 @@ class Place:
         return self._opened("rollouts", made_from)
 
     def _opened(self, table: str, inputs: dict[str, str]) -> Shard:
-        shard = open_shard(self.path(table), table, inputs=inputs)
+        shard = open_shard(self.path(table), table, inputs=inputs, whole=self.whole)
         self.check(table, shard.manifest)
         return self._bounded(shard, IDS.get(table, ()), "student")
 
@@ -456,6 +483,16 @@ class Place:
         return self._opened("units", self.inputs("units"))
 
     @cached_property
+    def reference(self) -> Shard:
+        """Log-probs of the run's first policy."""
+        return self._opened("reference", self.inputs("reference"))
+
+    @cached_property
+    def outcomes(self) -> Shard:
+        """Which of its responses are right."""
+        return self._opened("outcomes", self.inputs("outcomes"))
+
+    @cached_property
     def policy(self) -> Shard:
         """Log-probs of the phase's policy, where another one sampled."""
         return self._opened("policy", self.inputs("policy"))
@@ -464,7 +501,7 @@ class Place:
     def weights(self) -> Shard:
         """Weights of their units, as the phase's figures have them on record."""
         path, phase = self.path("weights"), self.phase
-        shard = open_shard(path, "weights", inputs=self.inputs("weights"))
+        shard = open_shard(path, "weights", inputs=self.inputs("weights"), whole=self.whole)
         told = phase.record(phase.weights, Weighed, "weights").shards.get(path.stem)
         if told != shard.manifest.sha256:
             again = command("weights", phase.name)
@@ -474,6 +511,22 @@ class Place:
     def provenance(self, table: str) -> Path:
         """How the run came by what its link to scores or answers points at."""
         return self.path(table).with_suffix(".origin")
+
+    def sampled(self) -> Sampled | None:
+        """The note beside its rollouts; None without one, as of what the cache has no part in.
+
+        Raises OpdError when it is damaged, or of another config or shard than lies here.
+        """
+        home, path = self.phase.sampled_in, self.provenance("rollouts")
+        if not path.exists():
+            return None
+        again = f"{command('rollouts', home.name)} --shard {self.number}"
+        found = read_record(path, Sampled, again)
+        home.run.check(path, found, "rollouts", home.name)
+        here = {"phase": home.name, "shard": self.number, "rollouts": read_manifest(self.path("rollouts")).sha256}
+        if different := list(differences(here, found.model_dump(include=set(here)))):
+            raise OpdError(f"{path}: not of the rollouts that lie here ({'; '.join(different)}); run `{again}` again")
+        return found
 
     def linked(self, table: str) -> Provenance:
         """That note. Raises OpdError when it is missing or damaged, or of another config, place or entry than lie here."""

@@ -30,7 +30,11 @@ from schemas.errors import OpdError, excerpt
 from stages.run import console
 from stages.run.run import Phase, Run
 
-PER_TOKEN = {"rollouts": 1.0, "answers": 1.0, "evaluate": 1.0, "scores": 0.3, "policy": 0.3, "train": 4.0, "sft": 4.0}
+PER_TOKEN = {
+    **dict.fromkeys(("rollouts", "answers", "evaluate"), 1.0),
+    **dict.fromkeys(("scores", "policy", "reference"), 0.3),
+    **dict.fromkeys(("train", "sft"), 4.0),
+}
 """What a token of a response costs in a stage, sampling one being 1, roughly: scoring reads all of a response at once, training
 also goes back. How long it really takes is learnt from the jobs that have ended."""
 START = 400.0

@@ -155,7 +155,8 @@ def recomputes(job: Training, model: Any, parallel: Parallel) -> bool:
     Told where it is switched on, or where memory doesn't seem enough even so.
     """
     wanted = job.config.train.gradient_checkpointing
-    longest = max(longest_of(rollouts) for rollouts, *_ in job.shards)
+    mine = job.shards[rank() :: ranks()]
+    longest = int(gather([max((longest_of(rollouts) for rollouts, *_ in mine), default=0)]).max())
     try:
         found = needs(model, job.config.train, longest, ranks() if parallel is Parallel.fsdp else 1)
     except (RuntimeError, NotImplementedError, ImportError, ValueError, TypeError) as error:

@@ -74,11 +74,10 @@ def shards(run: Run, phase: str, *names: str) -> list[Path]:
 
 
 def weighed(run: Run) -> Callable[[Any], list[Path]]:
-    """What the weights of a phase are made from: rollouts of another policy need the log-probs of the one that is trained."""
+    """What the weights of a phase are made from."""
 
     def of(wildcards: Any) -> list[Path]:
-        foreign = run.phase(wildcards.phase).is_foreign
-        return shards(run, wildcards.phase, "rollouts", "units", *(["policy"] if foreign else []))
+        return shards(run, wildcards.phase, "rollouts", "units", *run.phase(wildcards.phase).beside)
 
     return of
 

@@ -1,4 +1,4 @@
-"""Cache: what the shared store of teachers' scores and answers holds, whether it is intact, and who still uses it."""
+"""Cache: what the shared store of scores, answers and rollouts holds, whether it is intact, and who still uses it."""
 
 import json
 from collections.abc import Iterator
@@ -39,20 +39,25 @@ def list_entries(
     cache: FolderOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="a JSON object a line")] = False,
 ) -> None:
-    """List the entries: teacher, rows, size, age, and the runs whose links point at them."""
+    """List the entries: what scored or sampled, tokens, size, age, and the runs whose links point at them.
+
+    Of rollouts runs hold copies, which point at nothing.
+    """
     folder = _folder(cache)
     rows = [_row(entry) for entry in store.entries(folder)]
     if as_json:
         for row in rows:
             console.out.print(json.dumps(row, ensure_ascii=False), markup=False, soft_wrap=True)
         return
-    table = Table(title=f"{folder}: teacher scores and answers", title_justify="left")
-    for heading in ("entry", "kind", "teacher", "tokens", "MB", "bytes a token", "days", "used by"):
-        table.add_column(heading, justify="left" if heading in ("entry", "kind", "teacher", "used by") else "right")
+    table = Table(title=f"{folder}: scores, answers and rollouts", title_justify="left")
+    for heading in ("entry", "kind", "model", "tokens", "MB", "bytes a token", "days", "used by"):
+        table.add_column(heading, justify="left" if heading in ("entry", "kind", "model", "used by") else "right")
     for row in rows:
         each = f"{row['bytes'] / row['tokens']:.0f}" if row["tokens"] else ""
         size = (f"{row['tokens']:,}", f"{row['bytes'] / MEGABYTE:.2f}", each, f"{row['days']:.1f}")
-        table.add_row(row["entry"][:12], row["kind"], row["teacher"], *size, ", ".join(row["runs"]) or "nobody")
+        table.add_row(
+            row["entry"][:12], row["kind"], row["teacher"] or row["student"], *size, ", ".join(row["runs"]) or "nobody"
+        )
     console.out.print(table)
     total = sum(row["bytes"] for row in rows) / MEGABYTE
     console.out.print(f"{len(rows)} entries, {total:.1f} MB; {sum(not row['runs'] for row in rows)} used by nobody")
@@ -62,8 +67,9 @@ def _row(entry: store.Entry) -> dict[str, Any]:
     manifest = entry.manifest
     return {
         "entry": entry.path.stem,
-        "kind": {"rollouts": "answers"}.get(entry.path.parent.name, "scores"),
-        "teacher": manifest.origin.get("teacher", "?") if manifest else "unreadable: run `opd cache verify`",
+        "kind": {"rollouts": "answers", "sampled": "rollouts"}.get(entry.path.parent.name, "scores"),
+        "teacher": manifest.origin.get("teacher") if manifest else "unreadable: run `opd cache verify`",
+        "student": manifest.origin.get("student", "?") if manifest else None,
         # A row of scores is a teacher token; the end rows of the responses count too, they are scored like the others.
         "tokens": manifest.figures.get("tokens", manifest.rows) if manifest else 0,
         "bytes": entry.bytes,
@@ -179,7 +185,10 @@ def collect(
     days: Annotated[float, typer.Option(min=0, help="keep entries younger than this")] = 0.0,
     delete: Annotated[bool, typer.Option("--delete", help="really remove; without it, only say what would go")] = False,
 ) -> None:
-    """Remove entries that no run points at, and what killed writers left behind."""
+    """Remove entries that no run points at, and what killed writers left behind.
+
+    Of rollouts runs hold copies: their entries go too, and another run samples again. Say --days to keep the young ones.
+    """
     folder = _folder(cache)
     unused = [entry for entry in store.entries(folder) if not entry.users and entry.days >= days]
     stray = store.leftovers(folder)

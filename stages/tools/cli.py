@@ -24,6 +24,8 @@ STAGES = (
     "scores",
     "units",
     "policy",
+    "reference",
+    "outcomes",
     "weights",
     "coverage",
     "train",

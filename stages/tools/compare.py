@@ -57,7 +57,7 @@ class Side:
     def teacher_tokens(self) -> dict[str, int]:
         """Teacher tokens of its scores and answers by how it came by them: `scored`, `cache`, ..."""
         found: Counter[str] = Counter()
-        for path in sorted(self.run.root.glob("*/*/*.origin")):
+        for path in sorted(path for of in ("scores", "answers") for path in self.run.root.glob(f"*/{of}/*.origin")):
             note = read_record(path, Provenance, "snakemake")
             found[note.origin] += note.teacher_tokens
         return dict(found)

@@ -23,18 +23,15 @@ from schemas.errors import OpdError
 from schemas.secrets import masked
 from stages.run import console
 from stages.run.context import DEFAULT_CONFIG, ThreadsOption
-from stages.run.room import room_below, state_bytes
+from stages.run.room import room_below
 from stages.run.run import Run, cache_root, run_of
+from stages.tools.estimates import Sizes, disk_needs, memory_needs, tokens_of, weights_of
 from stages.tools.folders import from_anywhere, megabytes
-from train.memory import HEAD_COPIES
-from train.policy import CHUNK_BYTES
 
 PACKAGE = "offline-opd"
 SHOWN = ("torch", "transformers", "tokenizers", "polars", "pyarrow", "snakemake")
 """Packages whose versions are worth a line."""
 STYLES = {"ok": "green", "warning": "bold yellow", "error": "bold red"}
-ROW, ENTRY, OTHER = 12.0, 2.2, 40.0
-"""Bytes on disk of a teacher token without candidates, of a candidate (docs/cache.md), of a token's rollouts and weights."""
 TRIED, DRAWN = 16, 8
 """Responses, and tokens of each, that the sampler is timed on."""
 
@@ -304,34 +301,6 @@ def of_models(found: Findings, run: Run, where: Path) -> None:
             fit.main(where)
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Parameters and bytes of the weights of a model."""
-
-    parameters: int
-    bytes: int
-
-
-def weights_of(folder: Path) -> Sizes:
-    """Of the model in a folder, from the headers of its safetensors files."""
-    from safetensors import safe_open  # noqa: PLC0415
-
-    count = 0
-    files = sorted(folder.glob("*.safetensors"))
-    for path in files:
-        with safe_open(path, "np") as file:
-            shapes = (file.get_slice(name).get_shape() for name in file.keys())  # noqa: SIM118 - no mapping
-            count += sum(_product(shape) for shape in shapes)
-    return Sizes(count, sum(path.stat().st_size for path in files))
-
-
-def _product(shape: list[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
-
-
 def of_room(found: Findings, config: Config, run: Run) -> dict[str, Sizes] | None:
     """Memory for the stage that takes most; sizes of both models, None where one isn't there."""
     from stages.run.context import policy, teacher  # noqa: PLC0415
@@ -357,29 +326,6 @@ def of_room(found: Findings, config: Config, run: Run) -> dict[str, Sizes] | Non
     else:
         found.add("memory", "ok", told)
     return sizes
-
-
-def memory_needs(
-    config: Config, sizes: dict[str, Sizes], each: dict[str, int], vocabulary: dict[str, int]
-) -> dict[str, float]:
-    """Bytes that stages take at their peak, without what their layers keep.
-
-    Args:
-        sizes, each, vocabulary: by role: weights, bytes of one in the forward pass, ids.
-    Returns:
-        training: weights, and of each trained one a float32 master, its gradient and two moments (and an average, with
-        `train.ema`), and the logits of a micro-batch; scoring: the teacher's weights and the logits of some rows.
-    """
-    student = sizes["student"].parameters
-    trained: float = student * (4 * (4 + (config.train.ema is not None)))
-    if config.train.lora:  # a rank-r pair per matrix: a few per cent, whatever the model
-        trained *= 0.05
-    logits = HEAD_COPIES * min(CHUNK_BYTES, 4 * config.train.micro_batch_tokens * vocabulary["student"])
-    found: dict[str, float] = {"training": student * each["student"] + trained + logits}
-    if "teacher" in sizes:
-        rows = min(config.scores.batch_tokens, 1024)
-        found["scoring"] = sizes["teacher"].parameters * each["teacher"] + 4 * rows * vocabulary["teacher"]
-    return found
 
 
 def memory() -> tuple[float, str, float]:
@@ -462,33 +408,6 @@ def of_cost(found: Findings, config: Config, sizes: dict[str, Sizes] | None, rat
             found.add(name, "error", f"{told}: make room, or keep less (`scores.k_max`, `train.keep_states`)")
         else:
             found.add(name, "ok", told)
-
-
-def tokens_of(config: Config, kl_items: int, checkpoints: int) -> dict[str, float]:
-    """Response tokens that are sampled, scored and trained on, with responses as long as they may be; prompts left out."""
-    options = config.rollouts
-    rounds = sum(options.prompts * options.samples * options.horizon(number) for number in range(options.rounds))
-    others = sum(one.count for one in config.evaluate.also.values())
-    answers = (config.held_out + others) * config.evaluate.samples + kl_items
-    evaluated = checkpoints * options.longest
-    return {
-        "rollouts": rounds + evaluated * answers,
-        "scores": rounds + evaluated * kl_items,
-        "train": config.train.epochs * rounds * (1 + options.replay),
-    }
-
-
-def disk_needs(config: Config, tokens: dict[str, float], sizes: dict[str, Sizes] | None) -> dict[str, float]:
-    """Bytes at most of the run's folder and of what it adds to the cache."""
-    kept = config.scores.k_max if config.scores.support != "student" else 0
-    kept += config.rollouts.top_k if config.scores.support != "teacher" else 0
-    scores = tokens["scores"] * (ROW + ENTRY * kept)
-    found = {"cache": scores, "run": scores + OTHER * tokens["rollouts"]}  # units hold the candidates once more
-    if sizes:
-        of = sizes["student"]
-        state = state_bytes(of.parameters * (0.05 if config.train.lora else 1), config.train)
-        found["run"] += config.rollouts.rounds * of.bytes + (config.train.keep_states + 1) * state
-    return found
 
 
 if __name__ == "__main__":

@@ -31,12 +31,14 @@ MEANING = {
     "scores": "what the teacher said of responses, a row a teacher token or an end",
     "units": "responses in units that both models have, a row a unit",
     "policy": "log-probs of responses under another policy than sampled them, a row a response",
+    "reference": "log-probs of responses under the run's first policy, a row a response",
+    "outcomes": "which responses are right, a row a response",
     "weights": "advantages and weights, a row a unit",
     "answers": "judged answers, a row each",
 }
-TOKENS = {"rollouts": "response_ids", "policy": "policy_logp"}
+TOKENS = {"rollouts": "response_ids", "policy": "policy_logp", "reference": "reference_logp"}
 """Columns of which each element is a token."""
-STEPS = ("answers", "rollouts", "scores", "units", "policy", "weights")
+STEPS = ("answers", "rollouts", "scores", "units", "policy", "reference", "outcomes", "weights")
 """Tables of a phase as they are made."""
 FULL = 4.0
 """Nats at which a unit's colour is full."""

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from pipeline.infer.engines import open_sampler, open_teacher
 from pipeline.infer.shard_scores import ShardScores
-from schemas.config import Config
+from schemas.config import Config, Recipe
 from schemas.errors import OpdError
 from schemas.tables import arrow_schema, writer_options
 from stages import models, prompts, rollouts, scores, train, units, weights
@@ -110,8 +110,10 @@ def _small(config: Config, responses: int) -> Config:
     values["run"], values["reuse"] = "plan", []
     values["rollouts"] |= {"rounds": 1, "prompts": responses, "samples": 1, "shard_size": responses}
     values["rollouts"]["shard_tokens"] = responses * config.rollouts.longest
-    if values["weights"]["credit"] == "group":  # which takes several responses to a prompt
+    if values["weights"]["credit"] == "group":  # which takes several responses to a prompt, as a reward does
         values["weights"]["credit"] = "immediate"
+    values["weights"] |= {"reward": "none", "gate": {}}  # nothing is judged
+    values["objective"] |= {"reward": 0.0, "reward_clip": Recipe.model_fields["reward_clip"].default}
     values["rollouts"]["max_new_tokens"] = config.rollouts.longest
     values["rollouts"]["top_k"] = max(RECORDED, config.rollouts.top_k)
     values["scores"] |= {"support": "teacher", "min_p": 0.0, "mass": 1.0, "k_max": WIDTH}

@@ -73,9 +73,11 @@ def main(
     ],
     private: Annotated[bool, typer.Option("--private", help="on the hub: a repository that others don't see")] = False,
 ) -> None:
-    """Send a checkpoint with its model card, the cache of scores, or a run's shards as a data set, to the hub or a folder.
+    """Send a checkpoint with its model card, the cache, or a run's shards as a data set, to the hub or a folder.
 
-    What is sent is verified first, every byte of it. Training states are never sent.
+    What is sent is verified first, every byte of it. Of a run that is its config and all tables, the prompts, reference answers
+    and responses among them; of a cache, responses with their prompts' ids and reference answers: whether others may see them
+    is yours to know. Training states are never sent.
     """
     repository = repository_of(destination)
     if repository is None and private:
@@ -148,10 +150,12 @@ def cache_parcel(folder: Path) -> Parcel:
             files[file.relative_to(folder).as_posix()] = file
     if not files:
         raise OpdError(f"{folder}: an empty cache, nothing to push")
-    counts = Counter(manifest.origin.get("teacher", "unknown") for manifest in manifests)
-    teachers = ", ".join(f"`{name}` ({count} entries)" for name, count in counts.items())
+    counts = Counter(
+        manifest.origin.get("teacher", manifest.origin.get("student", "unknown")) for manifest in manifests
+    )
+    models = ", ".join(f"`{name}` ({count} entries)" for name, count in counts.items())
     text = (
-        f"Teacher scores of [offline-opd]: {len(manifests)} entries, {_rows(manifests)} rows, of {teachers}.\n\n"
+        f"Scores, answers and rollouts of [offline-opd]: {len(manifests)} entries, {_rows(manifests)} rows, of {models}.\n\n"
         "An entry is named by the digest of all that determines it; `cache_remote: <this location>` has a run find them.\n"
     )
     of = {kind: f"{kind}/*.parquet" for kind in store.KINDS if any(name.startswith(f"{kind}/") for name in files)}

@@ -60,8 +60,11 @@ def in_full(kind: type[Recipe]) -> list[tuple[str, str]]:
 
 
 def reads(kind: type[Recipe]) -> list[str]:
-    """The keys of `objective` that a recipe and not every one reads, with its defaults, and what it reads beside them."""
-    own = {name: field.default for name, field in kind.model_fields.items() if name not in Recipe.model_fields}
+    """The keys of `objective` that a recipe and not every one reads, or has otherwise, with its defaults, and what it reads
+    beside them."""
+    every = {name: field.default for name, field in Recipe.model_fields.items()}
+    fields = {name: field.default for name, field in kind.model_fields.items() if name != "recipe"}
+    own = {name: default for name, default in fields.items() if name not in every or default != every[name]}
     return [*written(own), _beside(kind)]
 
 
