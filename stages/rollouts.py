@@ -72,8 +72,11 @@ def main(
             console.progress(f"{phase} rollouts", len(wanted), "responses") as advance,
             open_writer(path, "rollouts", what, asked, origin) as writer,
         ):
-            tokens, how = 0, (run.settings.seed, options.longest, *sampling.values())
-            for table in sampled_tables(sampler, student, wanted, number, ids, *how, advance):
+            tokens, seed = 0, run.settings.seed
+            tables = sampled_tables(
+                sampler, student, wanted, number, ids, seed, options.longest, **sampling, advance=advance
+            )
+            for table in tables:
                 tokens += len(table["response_ids"].combine_chunks().flatten())
                 writer.write(table)
             writer.figures["tokens"] = tokens

@@ -87,7 +87,9 @@ class Response:
     def copy(self) -> "Response":
         """The same without the row group."""
         units = {name: column.copy() for name, column in self.units.items()}
-        arrays = {name: value.copy() for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        arrays: dict[str, Any] = {
+            name: value.copy() for name, value in vars(self).items() if isinstance(value, np.ndarray)
+        }
         return replace(self, units=units, **arrays)
 
 

@@ -189,7 +189,7 @@ class _Made:
         self._plans: dict[int, Future[_Plan]] = {}
         self._loaded: dict[int, Future[dict[int, Response]]] = {}
 
-    def parts(self) -> Iterator[_Plan | Future[Batch]]:
+    def parts(self) -> Generator[_Plan | Future[Batch], None, None]:
         """Of each step its plan, then its micro-batches."""
         read = 0
         for number in self._steps:
@@ -339,7 +339,7 @@ def _comparable(units: pa.Table) -> np.ndarray:
 
 
 def _not_of(shards: Tables) -> OpdError:
-    rollouts, units = shards[0].path, shards[1].path
+    rollouts, units, *_ = (shard.path for shard in shards)
     return OpdError(f"{units}: its responses are not those of {rollouts}; run the units stage again")
 
 

@@ -94,12 +94,12 @@ def measured(results: Mapping[str, dict[str, Any]], key: str, title: str, share:
     axis = alt.Axis(format="%") if share else alt.Axis()
     line = chart.mark_line(color=SERIES[0], point={"color": SERIES[0], "size": 60, "filled": True})
     words = alt.Text("value:Q", format=".1%" if share else ".3f")
-    rises = rows[-1]["value"] > rows[0]["value"]
-    beside = {"dx": -7, "align": "right"} if rises else {"dx": 7, "align": "left"}  # where the line is not
+    dx = -7 if rows[-1]["value"] > rows[0]["value"] else 7  # where the line is not
+    label = chart.mark_text(dx=dx, dy=-8, align="right" if dx < 0 else "left", fontWeight="bold")
     return sized(
         line.encode(y=alt.Y("value:Q", title=title, axis=axis, scale=alt.Scale(zero=True, nice=True)))
         + chart.mark_rule(color=SERIES[0], strokeWidth=2).encode(y="low:Q", y2="high:Q")
-        + chart.mark_text(**beside, dy=-8, fontWeight="bold").encode(y="value:Q", text=words)
+        + label.encode(y="value:Q", text=words)
     )
 
 
