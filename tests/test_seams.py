@@ -104,7 +104,8 @@ def test_keys_that_an_estimator_does_not_read_are_refused(weights: dict, message
 
 def test_keys_that_an_estimator_reads_are_flat_and_its_identity_is_all_of_them() -> None:
     chosen = {"scheme": "signed", "gamma": 0.1, "credit": "gae", "discount": 0.9, "gae_lambda": 0.5}
-    rest = {"alpha": 0.05, "prefix_share": 0.3, "truncate": None, "gate": {"truncated": 1.0, "repetitive": 1.0}}
+    gates = ("truncated", "repetitive", "right", "wrong", "agreeing", "conflicting")
+    rest = {"alpha": 0.05, "prefix_share": 0.3, "truncate": None, "gate": dict.fromkeys(gates, 1.0), "reward": "none"}
     assert parsed(weights=chosen).weights.identity() == chosen | rest
     assert Weights(**parsed(weights=chosen).weights.model_dump()) == parsed(weights=chosen).weights
 

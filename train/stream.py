@@ -101,10 +101,19 @@ def batches(
             ahead.append(one)
         return ahead.popleft() if ahead else None
 
+    def end() -> None:
+        made.close()
+        ahead.clear()
+        pool.shutdown(cancel_futures=True)
+
     def parts(plan: _Plan, waits: list[float]) -> Iterator[Batch]:
         for _ in plan.pieces:
             asked = time.perf_counter()
-            part = taken().result()
+            try:
+                part = taken().result()
+            except BaseException:
+                end()  # the iterator of steps, which waits for its next one to be asked for, doesn't hear of it
+                raise
             waits.append(time.perf_counter() - asked)
             yield part
             del part
@@ -116,9 +125,7 @@ def batches(
             yield Step(chain(mine, kept), plan.units, plan.passes, waits)
             kept.extend(mine)
     finally:
-        made.close()
-        ahead.clear()
-        pool.shutdown(cancel_futures=True)
+        end()
 
 
 class _AtOnce(Executor):

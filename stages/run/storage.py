@@ -13,10 +13,11 @@ from snakemake.io import directory
 from pipeline.store.shards import manifest_path
 from stages.run.run import Phase, Run
 
-NOTED = ("answers", "scores")
-"""Tables that are linked from the cache, with a note of how they came."""
+NOTED = ("answers", "rollouts", "scores")
+"""Tables that come from the cache, with a note of how they came; rollouts of `sft` are made from its answers."""
 FILES = {
     "answers": ["{phase}/answers/{shard}.origin"],
+    "rollouts": ["{phase}/rollouts/{shard}.origin"],
     "sft": ["sft/train/metrics.jsonl"],
     "scores": ["{phase}/scores/{shard}.origin"],
     "train": ["round-{round}/train/metrics.jsonl"],
@@ -30,7 +31,7 @@ FOLDERS = {
 a part for the whole."""
 BEFORE = ("all", "prompts", "also", "models")
 """Rules that read nothing of the run's own."""
-RUN_THE_STUDENT = ("rollouts", "policy", "train", "evaluate")
+RUN_THE_STUDENT = ("rollouts", "policy", "reference", "train", "evaluate")
 """Those that need a checkpoint's weights, not its reference alone."""
 
 
@@ -69,7 +70,7 @@ def _beside(path: Path, rule: str = "") -> Iterator[Path]:
     """A table's manifest and note, the shards of weights, a checkpoint."""
     if path.suffix == ".parquet":
         yield manifest_path(path)
-        if path.parent.name in NOTED:
+        if path.parent.name in NOTED and path.parts[-3:-1] != ("sft", "rollouts"):
             yield path.with_suffix(".origin")
     elif path.name == "weights.json" or (path.name == "checkpoint.json" and rule in RUN_THE_STUDENT):
         yield path.with_suffix("")
@@ -90,12 +91,12 @@ def _read(run: Run, rule: str, wildcards: Any) -> Iterator[Path]:
             for phase in run.trained_on(number):
                 for path in phase.paths("scores"):
                     yield from _beside(path)  # whether they were audited
-                yield from _foreign(phase)
+                yield from _beside_units(phase)
             if number:
                 yield run.phase(f"round-{number - 1}").states / "states"
         case "diagnostics":
             phase = run.phase(wildcards.phase)
-            yield from _foreign(phase)
+            yield from _beside_units(phase)
             if phase.kind == "round" and not phase.is_foreign:
                 yield from (phase.outcome, phase.metrics)
         case "report":
@@ -110,7 +111,7 @@ def _of_report(run: Run) -> Iterator[Path]:
     for phase in run.phases:
         for path in (path for name in ("rollouts", "scores", "units") for path in phase.paths(name)):
             yield from _table(path)
-        yield from (phase.weights, *_beside(phase.weights), *_foreign(phase))
+        yield from (phase.weights, *_beside(phase.weights), *_beside_units(phase))
     for phase in (run.phase(f"round-{number}") for number in run.rounds):
         yield from (phase.outcome, phase.metrics, phase.coverage)
     if run.config.sft.prompts:
@@ -120,9 +121,9 @@ def _of_report(run: Run) -> Iterator[Path]:
             yield from _table(path)
 
 
-def _foreign(phase: Phase) -> Iterator[Path]:
-    """Log-probs of the policy that is trained, where another one sampled."""
-    for path in phase.paths("policy") if phase.is_foreign else ():
+def _beside_units(phase: Phase) -> Iterator[Path]:
+    """What its weights are made from beside rollouts and units."""
+    for path in (path for name in phase.beside for path in phase.paths(name)):
         yield from _table(path)
 
 
