@@ -265,8 +265,7 @@ def forget_states(folder: Path, identity: dict[str, Any], step: int, keep: int) 
             kept += 1
         else:
             forget(path)
-    for leftover in (folder / STATES).glob(".state-*.tmp"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    _sweep(folder / STATES)
 
 
 def is_finished(folder: Path) -> bool:
@@ -282,7 +281,12 @@ def drop_states(folder: Path) -> None:
     """Remove every state in a folder, and what killed writers left."""
     for path in states(folder):
         forget(path)
-    for leftover in (folder / STATES).glob(".state-*.tmp"):
+    _sweep(folder / STATES)
+
+
+def _sweep(states: Path) -> None:
+    """Remove what killed writers left among states; safetensors itself writes under a name like `.tmpMqnJWX`."""
+    for leftover in (path for pattern in (".state-*.tmp", ".tmp*") for path in states.glob(pattern)):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
