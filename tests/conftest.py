@@ -95,7 +95,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     counted: dict[str, list[int]] = {}
     for report in (each for kind in ("passed", "failed") for each in terminalreporter.getreports(kind)):
         for kind, tried, wrong in (told for name, told in getattr(report, "user_properties", ()) if name == "faults"):
-            for one in (kind, kind.partition(",")[0]):
+            for one in {kind, kind.partition(",")[0]}:
                 before = counted.get(one, [0, 0])
                 counted[one] = [before[0] + tried, before[1] + wrong]
     for kind, (tried, wrong) in sorted(counted.items()):
