@@ -176,4 +176,4 @@ def test_a_damaged_table_that_another_rank_reads_stops_all(tmp_path: Path) -> No
     done = torchrun(tmp_path, [{"name": "damaged", "parallel": "ddp"}])
     assert done.returncode != 0 and not (tmp_path / "damaged").exists()
     assert done.stderr.count("001.parquet: damaged, its bytes differ from its manifest") == 1
-    assert "Traceback" not in done.stderr.partition("ChildFailedError")[0]
+    assert done.stderr.count("Traceback") == 1  # torchrun's own
