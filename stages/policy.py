@@ -1,8 +1,5 @@
 """Policy: log-probs of the phase's policy over rollouts that another policy sampled."""
 
-from pipeline.infer.engines import open_teacher
-from pipeline.infer.policy_logps import identity, longest, policy_table
-from pipeline.store.shards import open_writer
 from stages.run import console
 from stages.run.context import (
     DEFAULT_CONFIG,
@@ -13,6 +10,7 @@ from stages.run.context import (
     policy,
 )
 from stages.run.run import open_run
+from stages.run.teacher_forced import write_logps
 
 
 def main(
@@ -25,16 +23,7 @@ def main(
     run = open_run(config_file, "policy", phase)
     console.threads(threads)
     place = run.phase(phase)[shard]
-    rollouts, student = place.rollouts, policy(run, place.phase.number)
-    inputs = place.inputs("policy")
-    with (
-        open_teacher(student, longest(rollouts), run.settings.scores.batch_tokens, console.say) as scorer,
-        console.progress(f"{phase} policy", rollouts.rows, "responses") as advance,
-        open_writer(place.path("policy"), "policy", identity(student), inputs, decided=run.decided) as writer,
-    ):
-        for group in rollouts.row_groups():
-            writer.write(policy_table(scorer, student, group))
-            advance(len(group))
+    write_logps(place, "policy", policy(run, place.phase.number))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,5 @@
 """Reference: log-probs of the run's first policy over a later round's rollouts, for a loss that refers to it."""
 
-from pipeline.infer.engines import open_teacher
-from pipeline.infer.policy_logps import identity, longest, policy_table
-from pipeline.store.shards import open_writer
 from stages.run import console
 from stages.run.context import (
     DEFAULT_CONFIG,
@@ -13,6 +10,7 @@ from stages.run.context import (
     policy,
 )
 from stages.run.run import open_run
+from stages.run.teacher_forced import write_logps
 
 
 def main(
@@ -25,16 +23,7 @@ def main(
     run = open_run(config_file, "reference", phase)
     console.threads(threads)
     place = run.phase(phase)[shard]
-    rollouts, student = place.rollouts, policy(run, 0)
-    path, inputs = place.path("reference"), place.inputs("reference")
-    with (
-        open_teacher(student, longest(rollouts), run.settings.scores.batch_tokens, console.say) as scorer,
-        console.progress(f"{phase} reference", rollouts.rows, "responses") as advance,
-        open_writer(path, "reference", identity(student), inputs, decided=run.decided) as writer,
-    ):
-        for group in rollouts.row_groups():
-            writer.write(policy_table(scorer, student, group).rename_columns(["rollout_id", "reference_logp"]))
-            advance(len(group))
+    write_logps(place, "reference", policy(run, 0))
 
 
 if __name__ == "__main__":
