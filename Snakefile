@@ -62,6 +62,10 @@ COPIES = copies_of(RUN, workflow)  # the same folder, but with a storage plugin
 SETTINGS = f"{COPIES}/config.yaml"  # the resolved config; no input, for its time stamp says nothing: see `reads`
 if COPIES != FOLDER and CONFIG.reuse:
     sys.exit("error: reuse: jobs don't see another run's folder with a storage plugin; let them share a file system")
+if COPIES != FOLDER and CONFIG.cache_keys:
+    sys.exit(
+        "error: cache_keys: with a storage plugin jobs don't see each other's signatures; let them share a file system"
+    )
 if workflow.is_main_process:
     relink(RUN.cache, FOLDER)  # the cache may have been moved since
     TERMINAL = take_over(RUN, workflow)
@@ -433,7 +437,8 @@ rule outcomes:
         config=SETTINGS,
         reads=reads(RUN, "outcomes"),
     shell:
-        "python -m stages.outcomes --config {params.config} --phase {wildcards.phase} --shard {wildcards.shard} > {log} 2>&1"
+        "python -m stages.outcomes --config {params.config} --phase {wildcards.phase} --shard {wildcards.shard}"
+        " --threads {threads} > {log} 2>&1"
 
 
 # One job a phase: estimators may compare all of its responses.

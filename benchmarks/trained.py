@@ -34,7 +34,7 @@ from pipeline.measure.held_out_answers import held_out_answers
 from pipeline.measure.scorers import scorer
 from schemas.config import Config, parse_config
 from stages import evaluate, models, prompts, rollouts, scores, units, weights
-from stages.run import console
+from stages.run import processors
 from stages.run.context import open_prompts, policy, teacher
 from stages.run.rounds import open_shards, planned_steps
 from stages.run.run import Run, run_of
@@ -184,7 +184,7 @@ def start(base: dict[str, Any], prepared: Path, threads: int) -> None:
     """A worker process begins."""
     global WORKER  # noqa: PLW0603 - what a pool's processes keep between their tasks
     torch.set_num_threads(threads)
-    console.threads(threads)
+    processors.take(threads)
     WORKER = Worker(base, prepared)
 
 

@@ -56,6 +56,12 @@ class PromptTable:
 
     shard: Shard
 
+    @property
+    def source(self) -> str:
+        """`prompts.source` that they come from; of imported ones the first file."""
+        told = self.shard.manifest.identity
+        return str(told["prompts"]["source"] if "prompts" in told else told["imported"][0])
+
     def split(self, name: str) -> PromptRows:
         """Rows of one split, in order, read when they are asked for."""
         return PromptRows(self.shard, np.flatnonzero(pc.equal(self._names["split"], name)))

@@ -207,17 +207,19 @@ def decided(config: Config, stage: str, phase: str = "") -> dict[str, Any]:
 
 
 def of_phase(config: Config, phase: str) -> Config:
-    """The config with one horizon, that of the round which the phase's rollouts are of; of evaluation the longest."""
-    options, numbers = config.rollouts, re.findall(r"\d{1,9}", phase)
+    """The config with one horizon, that of the round which the phase's rollouts are of; of evaluation the longest, and without
+    what takes outcomes, which only responses that are trained on have."""
+    options, weights, numbers = config.rollouts, config.weights, re.findall(r"\d{1,9}", phase)
     if phase.startswith("eval"):
-        horizon = options.longest
+        horizon, weights = options.longest, weights.unjudged
     elif phase == "sft":
         horizon = config.sft.horizon(options)
     elif numbers:
         horizon = options.horizon(int(numbers[-1]))  # round-2@1 replays round 1
     else:  # no phase, or what the run will refuse as the name of none
         return config
-    return config.model_copy(update={"rollouts": options.model_copy(update={"max_new_tokens": horizon})})
+    rollouts = options.model_copy(update={"max_new_tokens": horizon})
+    return config.model_copy(update={"rollouts": rollouts, "weights": weights})
 
 
 def _only(config: Config, wanted: set[str]) -> Config:

@@ -48,6 +48,25 @@ class Loss(Section):
         description="`weights.truncate`, ceiling of importance ratios; null: none but the sampled path's to a sampler that "
         "wasn't the model itself (`sampling.sampler_logp`)"
     )
+    gate: dict[str, float] = Field(default_factory=dict, description="`weights.gate`: its factors other than 1")
+    reward: str = Field(
+        "none", description="`weights.reward`, of the term that is added to every compared unit's loss,"
+    )
+    reward_coefficient: float = Field(0.0, description="and that term's coefficient, `objective.reward`")
+    reference_kl: float = Field(
+        0.0,
+        description="coefficient of the divergence from a reference that is added likewise, `objective.reference_kl`",
+    )
+    reference: str | None = Field(None, description="`objective.reference`; null: the loss refers to none")
+
+
+class Outcomes(Section):
+    """Which of the responses are right."""
+
+    right: int = Field(description="responses that the scorer finds right,")
+    wrong: int = Field(description="wrong,")
+    unknown: int = Field(description="and those that it can't judge, which are neither gated nor rewarded")
+    rewarded: int = Field(description="responses whose reward isn't 0: of prompts with right and wrong ones")
 
 
 class Support(Section):
@@ -224,6 +243,7 @@ class Diagnostics(Section, Signed):
     )
     texts: Texts
     loss: Loss
+    outcomes: Outcomes | None = Field(None, description="null: nothing is judged")
     support: Support
     sampling: Sampling
     teacher: Teacher

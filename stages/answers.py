@@ -6,7 +6,7 @@ from pipeline.infer.engines import open_sampler
 from pipeline.infer.rollout_table import answers_of_teacher, asked_digest, sampled_by, sampled_tables
 from pipeline.store.cache import fetch_or_make
 from pipeline.store.shards import open_writer, read_manifest
-from stages.run import console
+from stages.run import console, processors
 from stages.run.context import DEFAULT_CONFIG, ConfigOption, ShardOption, ThreadsOption, open_prompts, teacher
 from stages.run.provenance import write_provenance
 from stages.run.run import BASE, open_run
@@ -15,7 +15,7 @@ from stages.run.run import BASE, open_run
 def main(shard: ShardOption = 0, config_file: ConfigOption = DEFAULT_CONFIG, threads: ThreadsOption = None) -> None:
     """Sample the teacher's answers, in its own tokens, once; the shard in the run is a link into the cache."""
     run = open_run(config_file, "answers", "sft")
-    console.threads(threads)
+    processors.take(threads, run.config.teacher)
     place, options, sft = run.phase("sft")[shard], run.settings.rollouts, run.settings.sft
     prompts, model = open_prompts(run), teacher(run)
     mine = slice(shard * options.shard_responses, (shard + 1) * options.shard_responses)

@@ -8,6 +8,7 @@ from typing import Any
 import polars as pl
 
 from pipeline.measure.diagnostics import (
+    ADVANTAGE,
     Spread,
     Sums,
     clipped,
@@ -32,6 +33,7 @@ from schemas.diagnostics import (
     Distance,
     Drift,
     Loss,
+    Outcomes,
     Ratios,
     Sampling,
     Staleness,
@@ -41,6 +43,7 @@ from schemas.diagnostics import (
 )
 from schemas.manifest import Manifest, digest
 from schemas.outcome import Outcome
+from schemas.records import Weighed
 from stages.run import console
 from stages.run.context import DEFAULT_CONFIG, ConfigOption, PhaseOption, policy_ref, tuning
 from stages.run.results import gate_of, read_metrics, timings
@@ -65,16 +68,17 @@ def main(phase: PhaseOption, config_file: ConfigOption = DEFAULT_CONFIG) -> None
 def diagnose(phase: Phase) -> Diagnostics:
     """Everything about a phase. Raises OpdError when a shard is missing or was made from another one than lies there."""
     config = phase.run.settings
-    clip = config.objective.clip if isinstance(config.objective, Clipped) else math.inf
-    if isinstance(config.objective, ExOpd):  # of whose advantage the first policy is the round's own
-        clip = clip / config.objective.scale if config.objective.scale else math.inf
-    total = measure(chain.from_iterable(row_groups(place) for place in phase), clip, spread_of(config.objective))
+    objective = config.objective
+    clip = objective.clip if isinstance(objective, Clipped) else math.inf
+    groups = chain.from_iterable(row_groups(place) for place in phase)
+    total = measure(groups, clip, spread_of(objective), clipped_advantage(objective))
     rollouts, scores = (read_manifest(phase[0].path(name)) for name in ("rollouts", "scores"))
     sampling = sampling_of(phase, rollouts, total)
     return Diagnostics(
         phase=phase.name,
         texts=texts(total),
         loss=loss_of(config),
+        outcomes=outcomes_of(phase),
         support=support_of(scores),
         sampling=sampling,
         teacher=teacher_of(phase, scores),
@@ -103,6 +107,15 @@ def clipped_kinds(config: Config) -> tuple[str, ...]:
     if not isinstance(objective, Clipped) or isinstance(objective, Vopd | RaoBlackwell):
         return ()
     return objective.sampled if config.weights.credit == "immediate" else Clipped.sampled
+
+
+def clipped_advantage(objective: Recipe) -> pl.Expr:
+    """What of a unit's weights the recipe clips, nats, at the policy that the phase starts from."""
+    if not isinstance(objective, ExOpd):
+        return ADVANTAGE
+    student = pl.col("student_logp").cast(pl.Float64)
+    from_reference = student - pl.coalesce("reference_logp", "student_logp").cast(pl.Float64)
+    return objective.scale * (ADVANTAGE + from_reference) - from_reference
 
 
 def spread_of(objective: Recipe) -> Spread | None:
@@ -135,7 +148,21 @@ def loss_of(config: Config) -> Loss:
         credit=weights.credit,
         weights=weights.scheme,
         truncate=weights.truncate,
+        gate={name: factor for name, factor in weights.gate if factor != 1},
+        reward=weights.reward,
+        reward_coefficient=objective.reward if weights.reward != "none" else 0.0,
+        reference_kl=objective.reference_kl,
+        reference=objective.reference if objective.refers else None,
     )
+
+
+def outcomes_of(phase: Phase) -> Outcomes | None:
+    """What the phase's weights were told of its responses."""
+    if not phase.is_judged:
+        return None
+    found = phase.record(phase.weights, Weighed, "weights")
+    unknown = found.responses - found.right - found.wrong
+    return Outcomes(right=found.right, wrong=found.wrong, unknown=unknown, rewarded=found.rewarded)
 
 
 def support_of(scores: Manifest) -> Support:

@@ -16,7 +16,7 @@ from pipeline.store.records import write_record
 from pipeline.store.shards import open_writer, read_manifest
 from schemas.config import Judged
 from schemas.records import Evaluation
-from stages.run import console
+from stages.run import console, processors
 from stages.run.context import DEFAULT_CONFIG, ConfigOption, ThreadsOption, open_also, open_prompts, policy
 from stages.run.rounds import open_shards
 from stages.run.run import BASE, Phase, open_run
@@ -39,11 +39,11 @@ def main(
 ) -> None:
     """Measure a checkpoint on the held-out prompts; writes result.json and the answers beside it."""
     run = open_run(config_file, "evaluate", f"eval-{checkpoint}")
-    console.threads(threads)
+    processors.take(threads, run.config.student)
     config, phase = run.settings, run.phase(f"eval-{checkpoint}")
     options = config.evaluate
     student = policy(run, phase.number)
-    answers = answered(student, phase)
+    answers = answered(student, phase, threads)
     about = {"policy": student.ref.identity(), "checkpoint": phase.name}
     inputs = {"prompts": open_prompts(run).shard.manifest.sha256}
     with open_writer(phase.answers, "answers", about, inputs, {"student": student.ref.source}, run.decided) as writer:
@@ -84,14 +84,14 @@ def in_words(figures: dict[str, Any]) -> str:
     return f"avg@{samples} {share[1:-1]}, pass@{samples} {100 * best['share']:.1f} % of {figures['judged']} prompts"
 
 
-def answered(student: PreparedModel, phase: Phase) -> pl.DataFrame:
+def answered(student: PreparedModel, phase: Phase, threads: int | None) -> pl.DataFrame:
     """The student's answers to every held-out prompt, by `set`; its engine is closed when they are there."""
     config = phase.run.settings
     new = config.rollouts.longest
     prompts = open_prompts(phase.run)
     renderer = student.renderer(prompts)
     sets = [
-        (name, rows, renderer.ids(rows, student.context - new), scorer(judged, source))
+        (name, rows, renderer.ids(rows, student.context - new), scorer(judged, source, threads))
         for name, rows, judged, source in held_out(phase)
     ]
     longest = max((len(ids) for _, _, texts, _ in sets for ids in texts), default=0) + new

@@ -8,9 +8,10 @@ import numpy as np
 from pipeline.infer.rollout_table import prompts_of_round
 from pipeline.measure.scorers import references_problem
 from pipeline.models import embedded, model_config
-from pipeline.prepared import PreparedModel, PromptRows
+from pipeline.prepared import PreparedModel, PromptRows, PromptTable
 from pipeline.prompts import ROW_GROUP
 from pipeline.store.records import write_record
+from pipeline.store.shards import open_shard
 from schemas.config.options import OWN_CODE
 from schemas.errors import OpdError
 from schemas.records import Fit
@@ -57,25 +58,36 @@ def fitted(run: Run, role: Role, model: PreparedModel) -> dict[str, int]:
 
 def check_references(run: Run) -> None:
     """Raise OpdError where no train prompt has a reference, or the scorer reads none of the first; say how many haven't one.
+    Those of runs whose rounds are reused likewise.
 
     A scorer of one's own may need none.
     """
-    config, train = run.settings, open_prompts(run).split("train")
+    config = run.settings
     if OWN_CODE.fullmatch(config.evaluate.scorer):
         return
-    lacking = sum(row["answer"] is None for row in train)
-    if lacking == len(train):
-        raise OpdError(
-            "`weights.gate` and `weights.reward` take which responses are right, but none of the prompts of split train has a "
-            "reference answer: see `prompts.answer_field`, or use neither"
-        )
-    if lacking:
-        console.warn(
-            f"fit: {lacking} of {len(train)} prompts of split train have no reference: not gated, not rewarded"
-        )
-    first = list(train[:ROW_GROUP])
-    if problem := references_problem(config.evaluate, config.prompts.source, first, "the first prompts of split train"):
-        console.warn(f"fit: {problem}")
+    for table, source, where in judged_prompts(run):
+        train = table.split("train")
+        lacking = sum(row["answer"] is None for row in train)
+        if lacking == len(train):
+            raise OpdError(
+                f"`weights.gate` and `weights.reward` take which responses are right, but none of {where} has a reference "
+                "answer: see `prompts.answer_field`, or use neither"
+            )
+        if lacking:
+            console.warn(f"fit: {lacking} of {len(train)} of {where} have no reference: not gated, not rewarded")
+        first = list(train[:ROW_GROUP])
+        if problem := references_problem(config.evaluate, source, first, f"the first of {where}"):
+            console.warn(f"fit: {problem}")
+
+
+def judged_prompts(run: Run) -> Iterator[tuple[PromptTable, str, str]]:
+    """The prompts whose responses are judged for training, where they are from, and what they are called: the run's own where
+    it samples a round, and those of the runs whose rounds it reuses."""
+    if len(run.reused) < run.settings.rollouts.rounds:
+        yield open_prompts(run), run.settings.prompts.source, "the prompts of split train"
+    for folder in dict.fromkeys(source.run for source in run.reused):
+        table = PromptTable(open_shard(folder / "prompts.parquet", "prompts"))
+        yield table, table.source, f"the train prompts of {folder}"
 
 
 def check_embedded(role: Role, name: str, prompt_id: str, ids: np.ndarray, ids_end: int | None) -> None:

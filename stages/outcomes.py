@@ -9,15 +9,22 @@ from pipeline.prepared import PromptTable
 from pipeline.store.shards import open_writer
 from schemas.tables import arrow_schema
 from stages.run import console
-from stages.run.context import DEFAULT_CONFIG, ConfigOption, PhaseOption, ShardOption, prompts_of
+from stages.run.context import DEFAULT_CONFIG, ConfigOption, PhaseOption, ShardOption, ThreadsOption, prompts_of
 from stages.run.run import open_run
 
 
-def main(phase: PhaseOption, shard: ShardOption = 0, config_file: ConfigOption = DEFAULT_CONFIG) -> None:
+def main(
+    phase: PhaseOption,
+    shard: ShardOption = 0,
+    config_file: ConfigOption = DEFAULT_CONFIG,
+    threads: ThreadsOption = None,
+) -> None:
     """Judge a shard of responses, each once; needs no model. What has no reference, or can't be judged, has no outcome."""
     run = open_run(config_file, "outcomes", phase)
     place = run.phase(phase)[shard]
-    judge, prompts = scorer(run.settings.evaluate, run.settings.prompts.source), prompts_of(place.phase)
+    prompts = prompts_of(place.phase)
+    source = prompts.source if place.phase.source else run.settings.prompts.source
+    judge = scorer(run.settings.evaluate, source, threads)
     counts = {True: 0, False: 0, None: 0}
     path, about = place.path("outcomes"), identity(run.settings.evaluate)
     with (

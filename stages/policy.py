@@ -1,6 +1,6 @@
 """Policy: log-probs of the phase's policy over rollouts that another policy sampled."""
 
-from stages.run import console
+from stages.run import console, processors
 from stages.run.context import (
     DEFAULT_CONFIG,
     ConfigOption,
@@ -21,7 +21,7 @@ def main(
 ) -> None:
     """Teacher-force the phase's policy on a shard of rollouts; for weights of rollouts that it did not sample itself."""
     run = open_run(config_file, "policy", phase)
-    console.threads(threads)
+    processors.take(threads, run.config.student)
     place = run.phase(phase)[shard]
     write_logps(place, "policy", policy(run, place.phase.number))
 

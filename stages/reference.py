@@ -1,6 +1,6 @@
 """Reference: log-probs of the run's first policy over a later round's rollouts, for a loss that refers to it."""
 
-from stages.run import console
+from stages.run import console, processors
 from stages.run.context import (
     DEFAULT_CONFIG,
     ConfigOption,
@@ -21,7 +21,7 @@ def main(
 ) -> None:
     """Teacher-force the policy that the first round started from on a shard of rollouts (`objective.reference: initial`)."""
     run = open_run(config_file, "reference", phase)
-    console.threads(threads)
+    processors.take(threads, run.config.student)
     place = run.phase(phase)[shard]
     write_logps(place, "reference", policy(run, 0))
 

@@ -2,6 +2,7 @@
 
 from pipeline.align.retokenise import retokenise
 from pipeline.align.tokens import from_table
+from pipeline.align.vocabularies import same_ids
 from pipeline.prepared import PromptTable
 from pipeline.prompts import asked_of
 from pipeline.store.cache import link_shard, responses_digest
@@ -17,6 +18,7 @@ from stages.run.context import (
     policy,
 )
 from stages.run.provenance import scored_tokens, write_provenance
+from stages.run.ratios import refuse_spread
 from stages.run.run import BASE, Place, Run, Source, open_run
 
 
@@ -52,6 +54,9 @@ def write_rollouts(place: Place, source: Source, given: Shard) -> None:
     limit = student.context - run.settings.rollouts.longest
     identity = {"student": student.ref.tokenizer, "prompt": renderer.identity, "stop_ids": student.stop.tolist()}
     identity |= {name: given.manifest.identity[name] for name in ("sampling",) if name in given.manifest.identity}
+    if not same_ids(behavior[0], student.vocabulary):
+        identity["spread"] = True
+        refuse_spread(run, given.path)
     inputs = {"rollouts": given.manifest.sha256, "prompts": prompts.shard.manifest.sha256}
     origin = {"reused": str(source.folder), **given.manifest.origin}
     with open_writer(place.path("rollouts"), "rollouts", identity, inputs, origin, run.decided) as writer:

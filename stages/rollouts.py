@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipeline.infer.engines import open_sampler
+from pipeline.infer.engines import engine_packages, open_sampler
 from pipeline.infer.rollout_table import (
     asked_digest,
     responses_of_evaluation,
@@ -10,9 +10,10 @@ from pipeline.infer.rollout_table import (
     sampled_by,
     sampled_tables,
 )
+from pipeline.infer.sample import DRAWS
 from pipeline.store.cache import found_or_made
 from pipeline.store.shards import open_shard, open_writer, versions
-from stages.run import console
+from stages.run import console, processors
 from stages.run.context import (
     DEFAULT_CONFIG,
     ConfigOption,
@@ -35,7 +36,7 @@ def main(
 ) -> None:
     """Sample responses from the phase's policy, with its own log-probs; the shard in the run is a copy of the cache's."""
     run = open_run(config_file, "rollouts", phase)
-    console.threads(threads)
+    processors.take(threads, run.config.student)
     part, options = run.phase(phase), run.settings.rollouts
     place, number = part[shard], part.number
     prompts = open_prompts(run)
@@ -59,7 +60,8 @@ def main(
             "batch_size": options.batch_size,
             "attn_implementation": student.config.attn_implementation,
             "engine_options": student.config.engine_options,
-            "versions": versions(),
+            "versions": versions(*engine_packages(student.config.engine)),
+            "draws": DRAWS,
         },
     }
     asked, origin = {"asked": asked_digest(wanted, ids)}, {"student": student.ref.source}

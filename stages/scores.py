@@ -6,7 +6,7 @@ from pathlib import Path
 from pipeline.infer.shard_scores import ShardScores
 from pipeline.store.cache import fetch_or_make
 from pipeline.store.shards import read_manifest
-from stages.run import console
+from stages.run import console, processors
 from stages.run.context import (
     DEFAULT_CONFIG,
     ConfigOption,
@@ -31,7 +31,7 @@ def main(
 ) -> None:
     """Score a shard of rollouts with the teacher, once; the shard in the run is a link into the cache."""
     run = open_run(config_file, "scores", phase)
-    console.threads(threads)
+    processors.take(threads, run.config.teacher)
     place = run.phase(phase)[shard]
     prompts = open_prompts(run)
     models = teacher(run), policy(run, BASE)

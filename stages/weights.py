@@ -11,6 +11,7 @@ from pipeline.weights.sampler import lost, settings
 from schemas.records import Weighed
 from stages.run import console
 from stages.run.context import DEFAULT_CONFIG, ConfigOption, PhaseOption
+from stages.run.ratios import refuse_spread
 from stages.run.run import Phase, Place, open_run
 
 
@@ -19,6 +20,8 @@ def main(phase: PhaseOption, config_file: ConfigOption = DEFAULT_CONFIG) -> None
     run = open_run(config_file, "weights", phase)
     whole = run.phase(phase)
     loss = Loss.of(run.settings.objective)
+    if read_manifest(whole[0].path("rollouts")).identity.get("spread"):
+        refuse_spread(run, whole[0].path("rollouts"))
     figures = compute([part(place) for place in whole], run.settings.weights, loss)
     digests = {path.stem: read_manifest(path).sha256 for path in whole.paths("weights")}
     write_record(whole.weights, Weighed(decided=run.decided, **asdict(figures), shards=digests))
@@ -33,6 +36,11 @@ def main(phase: PhaseOption, config_file: ConfigOption = DEFAULT_CONFIG) -> None
             f"{figures.responses - told:,} can't be judged and are neither gated nor rewarded; {figures.rewarded:,} have a "
             "reward other than 0"
         )
+        if run.settings.weights.reward != "none" and not figures.rewarded:
+            console.warn(
+                f"{phase} weights: no response has a reward, so `objective.reward` adds nothing: no prompt has both right and "
+                "wrong responses that can be judged (`rollouts.samples`, `evaluate.scorer`)"
+            )
     if figures.incomparable:
         console.say(
             f"{phase} weights: {figures.incomparable:,} of {figures.responses:,} responses have no unit that is compared "

@@ -136,7 +136,7 @@ def test_the_container_installs_extras_that_there_are() -> None:
 @pytest.mark.parametrize("name", ["slurm", "gpu", "kubernetes"])
 def test_profiles_are_told_of_every_rule_that_runs_a_model(name: str) -> None:
     profile = yaml.safe_load((ROOT / f"profiles/{name}/config.yaml").read_text())
-    assert {"rollouts", "train"} < MODELS and set(profile["set-threads"]) == MODELS
+    assert {"rollouts", "train"} < MODELS and set(profile["set-threads"]) == MODELS | {"outcomes"}
     # By the plugins' own resources: Slurm's refuses a job whose `slurm_extra` says what it manages itself, and Kubernetes' sets
     # limits, which GPUs need, with `scale: 0` alone.
     resources = {"slurm": {"slurm_partition": "gpu", "gpu": 1}}

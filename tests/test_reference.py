@@ -11,10 +11,13 @@ import tiny
 import torch
 from test_recipes import MINIMAL, every_outcome, first, moved_units, started, told
 
+from pipeline.models import ModelRef
+from pipeline.store.records import read_record, write_record
 from pipeline.weights.credit import weigh
 from schemas.config import Weights, parse_config
+from schemas.diagnostics import Diagnostics
 from schemas.errors import OpdError
-from stages import fit, models, prompts, reference, rollouts, scores, train, units, weights
+from stages import diagnostics, fit, models, prompts, reference, rollouts, scores, train, units, weights
 from train.recipes import losses
 
 
@@ -97,7 +100,7 @@ def test_the_first_policy_is_the_reference_of_all_rounds(tmp_path: Path, monkeyp
         "prompts": {"source": "rows.jsonl", "splits": {"examples": 0, "train": 10, "test": 2}},
         "student": {"model": "student", "dtype": "float32"},
         "teacher": {"model": "teacher", "dtype": "float32"},
-        "objective": {"recipe": "exopd", "reference_kl": 0.1},
+        "objective": {"recipe": "exopd", "reference_kl": 0.1, "clip": 0.2},
         "rollouts": {"rounds": 2, "prompts": 5, "max_new_tokens": 6},
         "coverage": {"min_compared": 0, "min_one_to_one": 0, "min_shared_mass": 0},
         "train": {"batch_size": 5, "warmup_steps": 0, "learning_rate": 1e-2},
@@ -144,6 +147,25 @@ def test_the_first_policy_is_the_reference_of_all_rounds(tmp_path: Path, monkeyp
         for name, start, size in made.select("rollout_id", "s_start", "s_len").rows()
     ]
     np.testing.assert_allclose(made["reference_logp"], expected, rtol=1e-5, atol=1e-5)
+    # What exopd clips is the advantage over that policy.
+    diagnostics.main("round-1", where)
+    about = read_record(Path("runs/a/round-1/diagnostics.json"), Diagnostics, "")
+    own = read("weights", 1).filter(pl.col("reference_logp").is_not_null())
+    sizes = [
+        1.25 * (a + s - r) - (s - r) for a, s, r in own.select("advantage", "student_logp", "reference_logp").rows()
+    ]
+    count = sum(abs(size) > 0.2 for size in sizes)
+    assert about.credit.clipped == count / len(sizes) and 0 < count < len(sizes)
+    assert {abs(size) > 0.2 for size, a in zip(sizes, own["advantage"], strict=True) if 1.25 * abs(a) <= 0.2} != {False}
+    assert about.loss.reference == "initial" and about.loss.reference_kl == 0.1
+    # Of another first policy it is not the reference.
+    first_file = Path("runs/a/models/student.json")
+    other = read_record(first_file, ModelRef, "").model_copy(update={"weights": "0" * 64})
+    write_record(first_file, other)
+    with pytest.raises(
+        OpdError, match=r"round-1/reference/000.parquet: made with another policy than that of .*student"
+    ):
+        weights.main("round-1", where)
 
 
 @pytest.mark.parametrize(

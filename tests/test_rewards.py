@@ -18,15 +18,33 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_recipes import MINIMAL, every_outcome, moved_units, ppo, sampled_at, told
+from typer.testing import CliRunner
 
+from pipeline.store.records import read_record
 from pipeline.store.shards import open_shard, open_writer
 from pipeline.weights.credit import Summary
 from pipeline.weights.gates import columns_read, gated
 from pipeline.weights.phase import Part, compute
 from pipeline.weights.rewards import grpo, outcome_keys, outcome_sums, rloo
 from schemas.config import Gate, Weights, parse_config
+from schemas.decides import decided
+from schemas.diagnostics import Diagnostics
 from schemas.errors import OpdError
-from stages import fit, models, outcomes, prompts, rollouts, scores, train, units, weights
+from stages import (
+    diagnostics,
+    fit,
+    models,
+    outcomes,
+    policy,
+    prompts,
+    reuse,
+    rollouts,
+    scores,
+    train,
+    units,
+    weights,
+)
+from stages.tools.cli import app
 from train.recipes import losses
 
 Outcome = bool | None
@@ -266,7 +284,25 @@ def test_a_run_judges_what_it_trains_on(
     assert "of 24 responses {} are right and {} wrong, {} can't be judged".format(*counts) in told_of
     steps = [json.loads(line) for line in Path("runs/a/round-0/train/metrics.jsonl").read_text().splitlines()]
     # The loss is 0.002 times the sampled path, but for the reward: far more than that.
-    assert len(steps) == 2 and all(abs(step["loss"] - step["surrogate"]) > 1e-4 for step in steps)
+    assert len(steps) == 2 and all(abs(step["beside"]) > 1e-4 for step in steps)
+    assert all(step["loss"] == pytest.approx(step["surrogate"] + step["beside"], rel=1e-4) for step in steps)
+    diagnostics.main("round-0", where)
+    about = read_record(Path("runs/a/round-0/diagnostics.json"), Diagnostics, "")
+    assert about.outcomes and [about.outcomes.right, about.outcomes.wrong, about.outcomes.unknown] == counts
+    assert about.outcomes.rewarded > 0
+    assert (about.loss.reward, about.loss.reward_coefficient, about.loss.reference) == ("grpo", 1.0, None)
+    # Of another tokenizer's student it has no ratios of tokens.
+    other = config | {"run": "b", "reuse": ["runs/a"], "student": {"model": "teacher", "dtype": "float32"}}
+    Path("b.yaml").write_text(json.dumps(other))
+    prompts.main(Path("b.yaml"))
+    models.main("student", Path("b.yaml"))
+    with pytest.raises(
+        OpdError, match=r"`weights.reward: grpo` takes ratios of tokens.*sampled in another tokenizer's"
+    ):
+        reuse.main("round-0", 0, Path("b.yaml"))
+    # What is planned of it has no reward, for nothing is judged.
+    planned = CliRunner().invoke(app, ["plan", "--config", "a.yaml", "--responses", "4", "--json"])
+    assert planned.exit_code == 0, planned.output
     # Judged for another scorer, weights aren't made of it.
     where.write_text(json.dumps(config | {"evaluate": {"scorer": "equality", "kl_items": 0}}))
     with pytest.raises(OpdError, match=r"outcomes/000.parquet: made for another config.*evaluate\.scorer"):
@@ -301,6 +337,60 @@ def test_a_run_judges_what_it_trains_on(
 def test_outcomes_that_nothing_could_tell_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(OpdError, match=message):
         parse_config({**MINIMAL, **change}, "my.yaml")
+
+
+def test_where_no_response_has_a_reward_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of rollouts that are reused, of which there is one a prompt, and which their own run's prompts judge."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPD_CACHE", str(tmp_path / "cache"))
+    tiny.saved_pair(Path())
+    for name in ("theirs", "mine"):
+        rows = [{"prompt": f"{a} {name} 12?", "answer": str(a) if name == "theirs" else None} for a in range(4)]
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config: dict[str, Any] = {
+        "run": "a",
+        "prompts": {"source": "theirs.jsonl", "splits": {"examples": 0, "train": 3, "test": 1}},
+        "student": {"model": "student", "dtype": "float32"},
+        "teacher": {"model": "teacher", "dtype": "float32"},
+        "rollouts": {"rounds": 1, "prompts": 3, "max_new_tokens": 4},
+        "evaluate": {"kl_items": 0},
+    }
+    taken = {"run": "b", "reuse": ["runs/a"], "prompts": config["prompts"] | {"source": "mine.jsonl"}}
+    taken |= {"objective": {"recipe": "kdrl"}, "rollouts": {"rounds": 1, "samples": 1, "max_new_tokens": 4}}
+    for name, values in (("a", config), ("b", config | taken)):
+        where = Path(f"{name}.yaml")
+        where.write_text(json.dumps(values))
+        prompts.main(where)
+        for role in ("student", "teacher"):
+            models.main(role, where)
+        fit.main(where)
+        if name == "b":
+            reuse.main("round-0", 0, where)
+            policy.main("round-0", 0, where, None)
+            outcomes.main("round-0", 0, where)
+        else:
+            for stage in (rollouts, scores):
+                stage.main("round-0", 0, where, None)
+        units.main("round-0", 0, where)
+        weights.main("round-0", where)
+    told = " ".join(capsys.readouterr().err.split())
+    assert "round-0 outcomes: 0 right, 3 wrong, 0 that can't be judged" in told
+    assert "no response has a reward, so `objective.reward` adds nothing" in told
+
+
+def test_gates_by_outcome_decide_nothing_of_what_is_only_measured() -> None:
+    gated = [parse_config({**MINIMAL, "weights": {"gate": {"wrong": w, "truncated": 0.5}}}, "x") for w in (0.0, 1.0)]
+    of_eval, of_round = ([decided(c, "weights", phase) for c in gated] for phase in ("eval-0", "round-0"))
+    assert of_eval[0] == of_eval[1] and of_eval[0]["weights"]["gate"]["truncated"] == 0.5
+    assert of_round[0] != of_round[1]
+
+
+def test_a_loss_of_ones_own_reads_rewards_and_the_first_policy() -> None:
+    own = {"objective": {"recipe": "a:b", "reference": "initial"}, "weights": {"reward": "rloo"}}
+    config = parse_config({**MINIMAL, **own, "rollouts": {"samples": 2}}, "x")
+    assert config.objective.refers and config.weights.judges and not config.objective.adds
 
 
 def test_a_scorer_of_ones_own_may_need_no_reference() -> None:

@@ -218,7 +218,7 @@ def train_step(
     are comparable, divided by these, so that a recipe that uses fewer units does not take larger steps on them. The two kinds
     of part that a recipe has mean different things (`train.recipes`), so each is told alone, as an unweighted mean over the
     units that it is used on, if there are any: `divergence`, nats, and `surrogate`. `sampled_kl` is the mean of log p_S - log
-    p_T over all comparable units, nats.
+    p_T over all comparable units, nats; `beside` that of what is added, part of the loss.
     Ratios (`train.staleness`) are told of an on-policy objective. Figures are of all ranks. Raises OpdError when training
     diverges.
     """
@@ -226,7 +226,7 @@ def train_step(
     # Asked before the first pass: those of a sharded model are collective themselves, and the order is the same everywhere.
     passes = int(gather([step.passes]).max())
     sums = dict.fromkeys(
-        ("loss", "sampled_kl", "tokens", *KINDS, *(f"{kind}_units" for kind in KINDS), *RATIO_SUMS), 0.0
+        ("loss", "beside", "sampled_kl", "tokens", *KINDS, *(f"{kind}_units" for kind in KINDS), *RATIO_SUMS), 0.0
     )
     for given in step.parts:
         sums["tokens"] += int(given.mask.sum())
@@ -237,11 +237,14 @@ def train_step(
         scored = losses(student, part, config.objective)
         weight = part.weight * scored.used
         loss = (weight * scored.loss).sum() / units
+        beside = 0.0
         if scored.beside is not None:
-            loss = loss + scored.beside.sum() / units
+            added = scored.beside.sum() / units
+            loss, beside = loss + added, float(added.detach())
         loss.backward()
         of_part = {
             "loss": float(loss.detach()),
+            "beside": beside,
             "sampled_kl": float((student.unit.detach() - part.teacher_logp).sum()),
         }
         for kind, of_kind in zip(KINDS, (scored.diverges, ~scored.diverges), strict=True):
@@ -263,6 +266,7 @@ def train_step(
         )
     return {
         "loss": sums["loss"],
+        **({"beside": sums["beside"]} if config.objective.adds else {}),
         "sampled_kl": sums["sampled_kl"] / max(1, units),
         **{kind: sums[kind] / sums[f"{kind}_units"] for kind in KINDS if sums[f"{kind}_units"]},
         "grad_norm": norm,

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -204,11 +205,28 @@ def text_tokenizer(tokenizer: Any, name: str) -> Tokenizer:
 
     Raises OpdError when the tokenizer has no fast (`tokenizer.json`) form.
     """
-    copy = Tokenizer.from_str(_backend(tokenizer, name).to_str())
+    given = _backend(tokenizer, name)
+    copy = _sharing(given) or Tokenizer.from_str(given.to_str())
     copy.no_padding()
     copy.no_truncation()
     copy.encode_special_tokens = True
     return copy
+
+
+def _sharing(given: Tokenizer) -> Tokenizer | None:
+    """A tokenizer with the parts of another one and added tokens of its own; None where these would get other ids.
+
+    To write a vocabulary of 262,144 tokens out and read it again takes seconds.
+    """
+    copy = Tokenizer(given.model)
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if (found := getattr(given, part)) is not None:
+            setattr(copy, part, found)
+    added = given.get_added_tokens_decoder()
+    for special, tokens in groupby((added[number] for number in sorted(added)), key=lambda token: token.special):
+        (copy.add_special_tokens if special else copy.add_tokens)(list(tokens))
+    same = {n: repr(t) for n, t in copy.get_added_tokens_decoder().items()} == {n: repr(t) for n, t in added.items()}
+    return copy if same else None
 
 
 def _backend(tokenizer: Any, name: str) -> Tokenizer:

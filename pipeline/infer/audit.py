@@ -1,5 +1,6 @@
 """An independent look at stored scores: one plain forward of the whole model for one response at a time."""
 
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,8 @@ class Deltas:
 def deltas(model: Any, prompt: np.ndarray, response: np.ndarray, stop: np.ndarray, rows: pa.Table) -> Deltas:
     """Score one response again; candidates above LIKELY are compared.
 
-    No batch, no padding, no shared prefix, no chunk of a head: what `score` does to be fast is not done here.
+    No batch, no padding, no shared prefix, no chunk of a head: what `score` does to be fast is not done here. Of the prompt no
+    logits are asked for, where the model's own forward can be told so.
 
     Args:
         model: the whole teacher, in the precision to compare with.
@@ -67,7 +69,10 @@ def deltas(model: Any, prompt: np.ndarray, response: np.ndarray, stop: np.ndarra
         rows: the response's rows of a scores shard, its end row too.
     """
     ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))[None].to(model.device)
-    logits = model(input_ids=ids).logits[0, len(prompt) - 1 :].double()
+    kept = len(response) + 1
+    told = inspect.signature(model.forward).parameters
+    fewer = {"logits_to_keep": kept} if "logits_to_keep" in told else {}
+    logits = model(input_ids=ids, **fewer).logits[0, -kept:].double()
     logp = torch.log_softmax(logits, -1).cpu().numpy()
     stopping = np.logaddexp.reduce(logp[-1, stop])
     realised = np.append(logp[np.arange(len(response)), response], stopping)

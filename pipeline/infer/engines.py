@@ -4,6 +4,7 @@ A new engine is a class that has the methods of `Teacher` or of `Sampler` and is
 in `SAMPLERS`, and in `schemas.config.model.Model.engine`.
 """
 
+import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -236,6 +237,12 @@ def open_sampler(
 ) -> AbstractContextManager[Sampler]:
     """A model as a sampler of `batch_size` responses at once; else as `open_teacher`."""
     return _engine(SAMPLERS, "sample", model)(Opening(model, longest, batch_size, say))
+
+
+def engine_packages(engine: str) -> list[str]:
+    """What is installed of an engine beside `transformers`, whose version matters to what it gives; by the names that packages
+    are installed by: vLLM for CPUs has another one."""
+    return [] if engine == "transformers" else sorted(importlib.metadata.packages_distributions().get(engine, []))
 
 
 Engine = TypeVar("Engine")

@@ -14,12 +14,12 @@ from schemas.tables import arrow_schema
 
 
 def longest(rollouts: Shard) -> int:
-    """Tokens of the longest prompt and response together."""
+    """Tokens of the longest prompt and response together; 0 of none."""
     lengths = (
         sum(group[name].combine_chunks().value_lengths().to_numpy() for name in ("prompt_ids", "response_ids"))
         for group in rollouts.row_groups(["prompt_ids", "response_ids"])
     )
-    return max((int(np.max(each)) for each in lengths), default=0)
+    return max((int(np.max(each, initial=0)) for each in lengths), default=0)
 
 
 def identity(policy: PreparedModel) -> dict[str, Any]:

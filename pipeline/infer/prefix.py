@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from pipeline.infer.forward import body, common_start
 
 NAME = "sdpa_after_prefix"
+SMALL_MASK = 1 << 22
+"""Entries, a byte each, of a mask that costs nothing."""
 
 SHARED_PART = 0.05
 """Of all tokens, at least so many are saved by a prefix computed once, or it isn't: to go on from it takes the keys and values
@@ -126,10 +129,17 @@ def _attend(
     """`sdpa`, where queries without a mask are at the last of the keys' positions.
 
     PyTorch's causal kernel takes them for the first. So zeros stand for the prefix' queries, and what they see is dropped:
-    that is a part of attention alone, and of nothing else in the layer.
+    that is a part of attention alone, and of nothing else in the layer. Few queries after a long prefix have a mask that all
+    rows share instead, on a CPU, whose flash kernel takes one: they are all that is computed then.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: PLC0415
 
-    before = key.shape[2] - query.shape[2] if mask is None and query.shape[2] > 1 else 0
-    query = torch.nn.functional.pad(query, (0, 0, before, 0)) if before else query
+    new, seen = query.shape[2], key.shape[2]
+    before = seen - new if mask is None and new > 1 else 0
+    if before > new and new * seen <= SMALL_MASK and query.device.type == "cpu":
+        own = torch.ones(new, seen, dtype=torch.bool).tril(before)
+        grouped, scale = query.shape[1] != key.shape[1], options.get("scaling")
+        found = scaled_dot_product_attention(query, key, value, own, scale=scale, enable_gqa=grouped)
+        return found.transpose(1, 2).contiguous(), None
+    query = pad(query, (0, 0, before, 0)) if before else query
     return sdpa_attention_forward(module, query, key, value, mask, **options)[0][:, before:], None

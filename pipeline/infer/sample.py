@@ -13,6 +13,10 @@ from pipeline.infer.forward import body, halving, has_keys, head, pad, select_ro
 from pipeline.infer.forward import top_k as likeliest
 from pipeline.infer.prefix import aligned_right, prefix_cache, shared_start
 
+DRAWS = 1
+"""Raised when the same seeds come to draw other tokens, or other log-probs are kept: what was sampled before is then no longer
+what would be."""
+
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """All of PyTorch's attention but cuDNN's, which plans anew for each number of keys: once a token, 70 ms on an H200 where the
 step itself takes 26."""

@@ -19,6 +19,7 @@ Sums = dict[str, float]
 
 TENTHS = range(10)
 COMPARED = ~pl.col("kind").is_in(UNCOMPARED)
+ADVANTAGE = pl.col("advantage").cast(pl.Float64)
 
 
 Spread = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -29,6 +30,7 @@ def measure(
     groups: Iterable[tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame, pl.DataFrame]],
     clip: float,
     spread: Spread | None = None,
+    clips: pl.Expr = ADVANTAGE,
 ) -> Sums:
     """Sums over all row groups.
 
@@ -37,14 +39,18 @@ def measure(
             `policy_logp` where another policy sampled them.
         clip: nats, `objective.clip`.
         spread: how the recipe spreads a unit's advantage over its tokens before it is clipped; None: it doesn't.
+        clips: what of a unit's weights it clips, nats.
     """
-    return reduce(add, map(partial(_sums_of, clip=clip, spread=spread), groups))
+    return reduce(add, map(partial(_sums_of, clip=clip, spread=spread, clips=clips), groups))
 
 
 def _sums_of(
-    group: tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame, pl.DataFrame], clip: float, spread: Spread | None
+    group: tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame, pl.DataFrame],
+    clip: float,
+    spread: Spread | None,
+    clips: pl.Expr,
 ) -> Sums:
-    return sums(*group, clip) | (_of_tokens(group[0], group[2], clip, spread) if spread else {})
+    return sums(*group, clip, clips) | (_of_tokens(group[0], group[2], clip, spread) if spread else {})
 
 
 def add(left: Sums, right: Sums) -> Sums:
@@ -52,13 +58,20 @@ def add(left: Sums, right: Sums) -> Sums:
     return {name: left[name] + right[name] for name in left}
 
 
-def sums(rollouts: pl.DataFrame, scores: pl.DataFrame, units: pl.DataFrame, weights: pl.DataFrame, clip: float) -> Sums:
+def sums(
+    rollouts: pl.DataFrame,
+    scores: pl.DataFrame,
+    units: pl.DataFrame,
+    weights: pl.DataFrame,
+    clip: float,
+    clips: pl.Expr = ADVANTAGE,
+) -> Sums:
     """Counts and float64 sums of one row group; arguments as for `measure`."""
     return (
         _of_rollouts(rollouts)
         | _of_scores(scores, rollouts)
         | _of_units(units)
-        | _of_weights(weights, units["kind"], clip)
+        | _of_weights(weights, units["kind"], clip, clips)
     )
 
 
@@ -104,8 +117,8 @@ def _of_units(units: pl.DataFrame) -> Sums:
     )
 
 
-def _of_weights(weights: pl.DataFrame, kind: pl.Series, clip: float) -> Sums:
-    size = pl.col("advantage").cast(pl.Float64).abs()
+def _of_weights(weights: pl.DataFrame, kind: pl.Series, clip: float, clips: pl.Expr = ADVANTAGE) -> Sums:
+    size = ADVANTAGE.abs()
     tenth = (pl.col("unit") * len(TENTHS) / pl.len().over("rollout_id")).floor().cast(pl.Int32)
     is_ratio, weight = (pl.col(name).filter(COMPARED).cast(pl.Float64) for name in ("is_ratio", "weight"))
     own = weights.with_columns(kind).filter(pl.col("kind") != KINDS[CONTEXT])
@@ -116,7 +129,7 @@ def _of_weights(weights: pl.DataFrame, kind: pl.Series, clip: float) -> Sums:
         table.select(
             advantage=pl.col("advantage").filter(COMPARED).cast(pl.Float64).sum(),
             **{f"advantage_in_tenth_{n}": size.filter(pl.col("tenth") == n).sum() for n in TENTHS},
-            **{f"clipped_{name}": ((pl.col("kind") == name) & (size > clip)).sum() for name in KINDS},
+            **{f"clipped_{name}": ((pl.col("kind") == name) & (clips.abs() > clip)).sum() for name in KINDS},
             ratio=is_ratio.sum(),
             ratio_squared=(is_ratio * is_ratio).sum(),
             weight=weight.sum(),

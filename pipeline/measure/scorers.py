@@ -36,20 +36,20 @@ class Scorer:
 
     Attributes:
         judge: of a response and its `prompts` row.
-        processes: whether it works in processes of its own, so that several responses are judged at once.
+        at_once: how many responses are judged at once, where it works in processes of its own.
     """
 
     judge: Callable[[str, Row], Scored]
-    processes: bool = False
+    at_once: int = 1
 
     def __call__(self, response: str, row: Row) -> Scored:
         return self.judge(response, row)
 
     def all(self, responses: Sequence[str], rows: Sequence[Row]) -> list[Scored]:
         """Of each response and its row, in order."""
-        if not self.processes:
+        if self.at_once == 1:
             return [self.judge(*pair) for pair in zip(responses, rows, strict=True)]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(self.at_once) as pool:
             return list(pool.map(self.judge, responses, rows))
 
 
@@ -72,9 +72,12 @@ class Judge:
     processes: bool = False
 
 
-def scorer(config: Judged, source: str) -> Scorer:
+def scorer(config: Judged, source: str, cores: int | None = None) -> Scorer:
     """The scorer that `evaluate.scorer` names, for prompts of `prompts.source`.
 
+    Args:
+        cores: that it may keep busy, so that a program's time limit is not that of many beside it; None: all that this
+            process may use.
     Raises:
         OpdError: it is a function of one's own that isn't there (`own_code.load`), a package or the sandbox that it needs is
             missing.
@@ -90,7 +93,7 @@ def scorer(config: Judged, source: str) -> Scorer:
             return answer, None
         return by.judge(answer, gold, row) if answer else (answer, False)
 
-    return Scorer(score, by.processes)
+    return Scorer(score, (cores or len(os.sched_getaffinity(0))) if by.processes else 1)
 
 
 def references_problem(

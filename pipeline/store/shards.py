@@ -112,9 +112,9 @@ def file_digest(path: Path) -> str:
 
 
 @cache
-def versions() -> dict[str, str]:
-    """The versions that can change a shard's content."""
-    packages = ("numpy", "pyarrow", "tokenizers", "torch", "transformers")
+def versions(*others: str) -> dict[str, str]:
+    """The versions that can change a shard's content, those of other packages too."""
+    packages = ("numpy", "pyarrow", "tokenizers", "torch", "transformers", *others)
     return {name: importlib.metadata.version(name) for name in packages}
 
 

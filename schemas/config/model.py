@@ -110,4 +110,7 @@ class Model(Section):
             raise ValueError("`engine_options` are for `engine: vllm`")
         if unknown := self.engine_options.keys() - set(VLLM_OPTIONS):
             raise ValueError(f"`engine_options` takes {', '.join(VLLM_OPTIONS)}, found {', '.join(sorted(unknown))}")
+        for name in VLLM_OPTIONS[:2]:
+            if type(size := self.engine_options.get(name, 1)) is not int or size < 1:
+                raise ValueError(f"`engine_options.{name}` is a number of GPUs, 1 or more, found {size!r}")
         return self

@@ -81,7 +81,8 @@ class Recipe(Section):
         ge=0,
         description="coefficient of a reward term that is added to the loss of every compared unit, GRPO's for the advantage "
         "that `weights.reward` gives to its response: -min(r A, clip(r) A) of each of its tokens, r = pi_theta / pi_sampler "
-        "(arXiv 2402.03300, without a KL of its own). 0: none",
+        "(arXiv 2402.03300, without a KL of its own; like all of the loss it is divided by the step's compared units, not by "
+        "each response's tokens first, so that longer responses count more). 0: none",
     )
     reward_clip: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0)]] = Field(
         (0.2, 0.2), description="`reward`: r is clipped to 1 - the first and 1 + the second"
@@ -91,7 +92,8 @@ class Recipe(Section):
         ge=0,
         description="coefficient of a divergence from a reference policy that is added to the loss of every compared unit, "
         "(log pi_theta / pi_reference)^2 / 2 of what was sampled, whose gradient on policy is that of KL(pi_theta || "
-        "pi_reference) (one of StableOPD's cures of rollouts that grow long and repeat themselves, arXiv 2604.08527). 0: none",
+        "pi_reference), not quite that of what another policy or temperature sampled (one of StableOPD's cures of responses "
+        "that grow long and repeat themselves, arXiv 2604.08527). 0: none",
     )
     reference: Literal["round", "initial"] = Field(
         "round",
@@ -119,6 +121,11 @@ class Recipe(Section):
         if self.select is None and self.select_share != type(self).model_fields["select_share"].default:
             raise ValueError(f"`select_share: {self.select_share:g}` means nothing without `select`; set that too")
         return self
+
+    @property
+    def adds(self) -> bool:
+        """Whether something is added to the recipe's own loss."""
+        return self.reward > 0 or self.reference_kl > 0
 
     @property
     def refers(self) -> bool:
@@ -494,6 +501,11 @@ class Own(Limited):
         if not OWN_CODE.fullmatch(value):
             raise ValueError("takes the name of a recipe or module:function of your own, such as my_recipes:loss")
         return value
+
+    @property
+    def refers(self) -> bool:
+        """Also where it asks for the first policy, which it may read as `batch.first_logp`."""
+        return self.reference_kl > 0 or self.reference == "initial"
 
 
 class CrossEntropy(Recipe):

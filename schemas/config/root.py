@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from schemas.config.evaluate import Evaluate
 from schemas.config.model import Model
-from schemas.config.objective import RECIPES, Candidates, Hybrid, IwOpd, Objective, RatioClipped
+from schemas.config.objective import RECIPES, Candidates, Hybrid, IwOpd, Objective, Own, RatioClipped
 from schemas.config.options import OWN_CODE
 from schemas.config.presets import with_presets
 from schemas.config.prompts import Prompts
@@ -172,7 +172,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _a_group_has_others(self) -> "Config":
-        if self.weights.credit == "group" and self.rollouts.samples == 1:
+        if self.weights.credit == "group" and self.rollouts.samples == 1 and not self.reuse:
             raise ValueError(
                 "`weights.credit: group` compares the responses to one prompt, but `rollouts.samples: 1` gives each a single "
                 "one: set `rollouts.samples` to 2 or more, or use `weights.credit: baseline`, which compares those to other "
@@ -192,12 +192,16 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _a_reward_is_computed_and_read(self) -> "Config":
-        if bool(self.objective.reward) != (self.weights.reward != "none"):
+        computed = self.weights.reward != "none"
+        read = self.objective.reward > 0 or (
+            computed and isinstance(self.objective, Own)
+        )  # which has it as `batch.reward`
+        if read != computed:
             raise ValueError(
                 f"`objective.reward: {self.objective.reward:g}` and `weights.reward: {self.weights.reward}` don't go together: "
                 "the second computes the advantages of the term whose coefficient is the first; set both, or none"
             )
-        if self.weights.reward != "none" and self.rollouts.samples == 1:
+        if self.weights.reward != "none" and self.rollouts.samples == 1 and not self.reuse:
             raise ValueError(
                 f"`weights.reward: {self.weights.reward}` compares the outcomes of the responses to one prompt, but "
                 "`rollouts.samples: 1` gives each a single one: set `rollouts.samples` to 2 or more"

@@ -56,6 +56,10 @@ REWARDS = {
 """What `weights.reward` takes; `pipeline.weights.rewards.REWARDS` computes them."""
 
 
+OF_OUTCOMES = ("right", "wrong", "agreeing", "conflicting")
+"""Gates by which responses are right."""
+
+
 class Gate(Section):
     """Factors of weights: of whole responses, such as `texts.truncated` and `texts.repetitive` in `diagnostics.json` count, and
     by their outcome."""
@@ -97,7 +101,7 @@ class Gate(Section):
     @property
     def judges(self) -> bool:
         """Whether it reads which responses are right."""
-        return any(getattr(self, name) != 1 for name in ("right", "wrong", "agreeing", "conflicting"))
+        return any(getattr(self, name) != 1 for name in OF_OUTCOMES)
 
 
 class Weights(Section):
@@ -155,6 +159,12 @@ class Weights(Section):
     def judges(self) -> bool:
         """Whether it takes which responses are right."""
         return self.gate.judges or self.reward != "none"
+
+    @property
+    def unjudged(self) -> "Weights":
+        """The same for responses whose outcomes nobody asks for."""
+        gate = self.gate.model_copy(update=dict.fromkeys(OF_OUTCOMES, 1.0))
+        return self.model_copy(update={"gate": gate, "reward": "none"})
 
     def identity(self) -> dict[str, Any]:
         """What of it determines the weights."""

@@ -50,6 +50,25 @@ def _weights(d: Diagnostics) -> str:
     return d.loss.weights + (f", times importance ratios up to {ceiling:g}" if ceiling else "")
 
 
+def _gate(d: Diagnostics) -> str:
+    return ", ".join(f"{name} times {factor:g}" for name, factor in d.loss.gate.items()) or "-"
+
+
+def _reward(d: Diagnostics) -> str:
+    return "-" if d.loss.reward == "none" else f"{d.loss.reward_coefficient:g} times {d.loss.reward}'s"
+
+
+def _outcomes(d: Diagnostics) -> str:
+    found = d.outcomes
+    if found is None:
+        return "-"
+    return f"{found.right} right, {found.wrong} wrong, {found.unknown} unknown, {found.rewarded} with a reward"
+
+
+def _reference(d: Diagnostics) -> str:
+    return "-" if d.loss.reference is None else f"{d.loss.reference}, its divergence times {d.loss.reference_kl:g}"
+
+
 def _spread(found: Distance) -> str:
     return f"{number(found.log_ratio)} (± {number(found.log_ratio_sd)})"
 
@@ -65,6 +84,10 @@ ROWS: dict[str, dict[str, Cell]] = {
         "mass outside the candidates": lambda d: d.loss.tail or ("no candidates" if d.loss.direction else "-"),
         "credit": lambda d: d.loss.credit,
         "weights": _weights,
+        "gate": _gate,
+        "outcomes": _outcomes,
+        "reward beside it": _reward,
+        "reference policy": _reference,
         "normaliser": lambda d: d.loss.normaliser,
     },
     "Models": {

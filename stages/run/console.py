@@ -30,6 +30,8 @@ REPORT = re.compile(r"[^:]+: (?P<done>[\d,]+)/(?P<total>[\d,]+), .* left$")
 RATE = re.compile(r"[^:]+: (?P<amount>[\d,]+) (?P<unit>.+) in [\d.]+ s \([\d.,]+/s\)$")
 """and the one at its end, as `stages.run.terminal` reads them in logs."""
 WARNING = "warning: "
+is_stage = False
+"""Whether this process is a stage's command and nothing else, as Snakemake starts it."""
 
 
 def fail(error: Exception) -> int:
@@ -59,6 +61,8 @@ def errors_for_people() -> Iterator[None]:
 
 def run(main: Callable[..., Any]) -> None:
     """Run a stage's `main` as a command."""
+    global is_stage  # noqa: PLW0603
+    is_stage = True
     quiet_libraries()
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(reporting(main))
@@ -84,14 +88,6 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore")
     for name in ("transformers", "torch", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def threads(count: int | None) -> None:
-    """Use this many CPU threads for tensors (None: torch's own choice)."""
-    if count:
-        import torch  # noqa: PLC0415
-
-        torch.set_num_threads(count)
 
 
 class Advance(Protocol):

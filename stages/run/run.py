@@ -431,20 +431,23 @@ class Place:
         stage = table
         if table == "rollouts":
             stage = "reuse" if home.source else {"sft": "retokenise"}.get(home.kind, "rollouts")
+        again = f"; run `{command(stage, home.name)} --shard {self.number}` again"
+        if table == "rollouts":
             prompts = home.source.run / "prompts.parquet" if home.source else home.run.prompts
-            again = f"; run `{command(stage, home.name)} --shard {self.number}` again"
             if "prompts" in manifest.inputs and manifest_path(prompts).exists():
-                self._same(manifest.inputs["prompts"], read_manifest(prompts).sha256, f"prompts than {prompts}", again)
-            if stage == "rollouts" and "policy" in manifest.identity:
-                policy = home.run.policy_file(home.number)
-                if policy.exists():
-                    found = read_record(policy, ModelRef, command(*home.run.policy_stage(home.number))).identity()
-                    self._same(manifest.identity["policy"], found, f"policy than that of {policy}", again)
+                told = manifest.inputs["prompts"]
+                self._same(table, told, read_manifest(prompts).sha256, f"prompts than {prompts}", again)
+        of_policy = {"rollouts": home.number, "policy": home.number, "reference": 0}.get(stage)
+        if of_policy is not None and "policy" in manifest.identity:
+            path = home.run.policy_file(of_policy)
+            if path.exists():
+                found = read_record(path, ModelRef, command(*home.run.policy_stage(of_policy))).identity()
+                self._same(table, manifest.identity["policy"], found, f"policy than that of {path}", again)
         home.run.check(self.path(table), manifest, stage, home.name)
 
-    def _same(self, told: Any, found: Any, of: str, again: str) -> None:
+    def _same(self, table: str, told: Any, found: Any, of: str, again: str) -> None:
         if told != found:
-            raise OpdError(f"{self.path('rollouts')}: made with another {of}{again}")
+            raise OpdError(f"{self.path(table)}: made with another {of}{again}")
 
     @cached_property
     def rollouts(self) -> Shard:

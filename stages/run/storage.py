@@ -82,7 +82,8 @@ def _read(run: Run, rule: str, wildcards: Any) -> Iterator[Path]:
         yield from (run.model_file(role), *_table(run.vocabulary(role)))
     match rule:
         case "sft":
-            yield from map(manifest_path, run.phase("sft").paths("answers"))
+            for path in run.phase("sft").paths("answers"):
+                yield from _beside(path)
         case "units" | "coverage":
             yield run.policy_file(run.phase(wildcards.phase).number)
         case "train":
@@ -94,6 +95,9 @@ def _read(run: Run, rule: str, wildcards: Any) -> Iterator[Path]:
                 yield from _beside_units(phase)
             if number:
                 yield run.phase(f"round-{number - 1}").states / "states"
+            if run.config.train.lora:  # which adapts what the rounds began with
+                yield run.policy_file(0)
+                yield from _beside(run.policy_file(0), rule)
         case "diagnostics":
             phase = run.phase(wildcards.phase)
             yield from _beside_units(phase)

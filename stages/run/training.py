@@ -23,7 +23,7 @@ from pipeline.store.shards import file_digest
 from schemas.config import Config
 from schemas.errors import one_line
 from schemas.outcome import Outcome
-from stages.run import console
+from stages.run import console, processors
 from stages.run.context import prepared
 from stages.run.room import check_room, training_bytes
 from stages.run.run import Phase
@@ -83,7 +83,7 @@ def only_trainer(phase: Phase, threads: int | None) -> Iterator[None]:
     """Join the processes that torchrun started, and keep any other trainer off the phase meanwhile."""
     phase.folder.mkdir(parents=True, exist_ok=True)
     with processes(), ExitStack() as held:
-        console.threads(threads and max(1, threads // ranks_here()))
+        processors.take(threads and max(1, threads // ranks_here()))
         # A killed run may have left its trainer behind.
         held.enter_context(FileLock(phase.folder / ".train.lock") if rank() == 0 else console.silence())
         wait_for_all()  # nobody reads the states before the lock is ours
@@ -157,12 +157,16 @@ def recomputes(job: Training, model: Any, parallel: Parallel) -> bool:
     wanted = job.config.train.gradient_checkpointing
     mine = job.shards[rank() :: ranks()]
     longest = int(gather([max((longest_of(rollouts) for rollouts, *_ in mine), default=0)]).max())
+    found, why = None, "it failed on another rank"
     try:
         found = needs(model, job.config.train, longest, ranks() if parallel is Parallel.fsdp else 1)
     except (RuntimeError, NotImplementedError, ImportError, ValueError, TypeError) as error:
         # Attention of its own that can't run where the model is yet, a GPU's before the model is spread over GPUs.
+        why = one_line(error)
+    known = bool(gather([found is not None]).all())
+    if found is None or not known:
         if rank() == 0:
-            console.say(f"{job.phase.name} train: no estimate of the memory that it takes: {one_line(error)}")
+            console.say(f"{job.phase.name} train: no estimate of the memory that it takes: {why}")
         return wanted is True
     device = torch.device("cuda") if torch.cuda.is_available() else model.device
     left = free(device) // (1 if device.type == "cuda" else ranks_here())

@@ -13,7 +13,7 @@ from pipeline.store.records import write_record
 from pipeline.store.shards import open_shard
 from schemas.errors import OpdError
 from schemas.records import Audited
-from stages.run import console
+from stages.run import console, processors
 from stages.run.context import (
     DEFAULT_CONFIG,
     ConfigOption,
@@ -38,7 +38,7 @@ def main(
     """
     run = open_run(config_file)
     config = run.config
-    console.threads(threads)
+    processors.take(threads)
     own = [phase for phase in run.phases if not phase.is_foreign]
     places = [place for phase in own for place in phase if place.path("scores").exists()]
     if not places:

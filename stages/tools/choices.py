@@ -119,7 +119,8 @@ class Rollouts:
             "objective": choice.objective
             | ({"recipe": "sampled"} if choice.objective.get("recipe") == "iw_opd" else {}),
             "rollouts": self.values["rollouts"] | {"top_k": choice.top_k},
-            "weights": {"scheme": "uniform"},  # and what corrects for the sampler's temperature
+            # Beside what corrects for the sampler's temperature. Nothing is judged, so a recipe's reward is left out.
+            "weights": {"scheme": "uniform", "reward": "none"},
             "audit": {"responses": 0},
         }
 

@@ -21,7 +21,7 @@ from rich.text import Text
 from schemas.config import Config, load_config
 from schemas.errors import OpdError
 from schemas.secrets import masked
-from stages.run import console
+from stages.run import console, processors
 from stages.run.context import DEFAULT_CONFIG, ThreadsOption
 from stages.run.room import room_below
 from stages.run.run import Run, cache_root, run_of
@@ -197,7 +197,7 @@ def of_config(found: Findings, config_file: Path, measure: bool, threads: int | 
         told.append(f"{len(run.reused)} of {config.rollouts.rounds} rounds come from other runs")
     if found.checks[-1].status == "error":
         return None
-    console.threads(threads)
+    processors.take(threads)
     with tempfile.TemporaryDirectory(prefix="opd-doctor-") as folder:
         values = from_anywhere(config) | {"run": "doctor"}
         where = Path(folder) / "config.yaml"

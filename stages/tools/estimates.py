@@ -10,8 +10,9 @@ from schemas.config import Config
 from stages.run.room import state_bytes
 from train.memory import logits_bytes, optimiser_bytes
 
-ROW, ENTRY, OTHER = 12.0, 2.2, 40.0
-"""Bytes on disk of a teacher token without candidates, of a candidate (docs/cache.md), of a token's rollouts and weights."""
+ROW, ENTRY, OTHER, LISTED = 12.0, 2.2, 40.0, 2.0
+"""Bytes on disk of a teacher token without candidates, of a candidate (docs/cache.md), of a token's rollouts and weights, of a
+listed id."""
 ADAPTERS = 0.05
 """Weights that `train.lora` trains, of a model's: a rank-r pair per matrix, a few per cent whatever the model."""
 
@@ -89,7 +90,8 @@ def disk_needs(config: Config, tokens: dict[str, float], sizes: dict[str, Sizes]
     kept = config.scores.k_max if config.scores.support != "student" else 0
     kept += config.rollouts.top_k if config.scores.support != "teacher" else 0
     scores = tokens["scores"] * (ROW + ENTRY * kept)
-    found = {"cache": scores, "run": scores + OTHER * tokens["rollouts"]}  # units hold the candidates once more
+    sampled = (OTHER + LISTED * config.rollouts.top_k) * tokens["rollouts"]
+    found = {"cache": scores + sampled, "run": scores + sampled}  # units hold the candidates once more
     if sizes:
         of = sizes["student"]
         state = state_bytes(trained_of(of.parameters, config), config.train)

@@ -23,7 +23,7 @@ from schemas.config import Config, Recipe
 from schemas.errors import OpdError
 from schemas.tables import arrow_schema, writer_options
 from stages import models, prompts, rollouts, scores, train, units, weights
-from stages.run import console
+from stages.run import console, processors
 from stages.run.context import DEFAULT_CONFIG, ConfigOption, ThreadsOption, open_prompts, policy, teacher
 from stages.run.results import steps_of
 from stages.run.run import open_run, run_of
@@ -71,7 +71,7 @@ def main(
     """
     config = open_run(config_file).config
     identity(config.objective)  # a recipe of one's own is found from here, not from the folder below
-    console.threads(threads)
+    processors.take(threads)
     with tempfile.TemporaryDirectory(prefix="opd-plan-") as folder:
         small = _small(config, responses)
         where = Path(folder) / "config.yaml"
@@ -79,9 +79,7 @@ def main(
         with contextlib.chdir(folder):
             horizons = [config.rollouts.horizon(number) for number in range(config.rollouts.rounds)]
             measured = _measure(small, where, horizons)
-            own = Choice(
-                "this config", _section(config, "scores"), _section(config, "objective"), config.rollouts.top_k
-            )
+            own = Choice("this config", _section(config, "scores"), _section(small, "objective"), config.rollouts.top_k)
             choices = [own, *SUGGESTED] if gradients else []
             measured["choices"] = compare(small.model_dump(mode="json"), choices, parameters=False) if choices else []
     rates = {"rollouts": rollout_rate, "scores": score_rate, "train": train_rate}
