@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+from pathlib import Path
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -25,6 +26,8 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
+from pipeline.infer.policy_logps import longest
+from pipeline.store.shards import open_shard, open_writer
 from schemas.tables import STOP_ID
 from train import layers, policy
 from train.batch import Batch, Response, collate
@@ -394,3 +397,15 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(grad: bool, monkeypat
     print(peak(lambda: whole(model, batch)), peak(lambda: unit_logps(model, batch, STOP)), logits, chunk, weights)
     assert peak(lambda: whole(model, batch)) > 2 * logits
     assert peak(lambda: unit_logps(model, batch, STOP)) < 3 * chunk + (3 * weights if grad else 0) + 0.1 * logits
+
+
+def test_the_longest_of_a_shard_may_lie_beside_an_empty_row_group(tmp_path: Path) -> None:
+    """Which is what is left of one of whose answers none is right."""
+    tiny.shards(tmp_path)
+    path = tmp_path / "rollouts/000.parquet"
+    groups = list(open_shard(path, "rollouts").row_groups())
+    with open_writer(path, "rollouts", {}, {}) as writer:
+        for group in (groups[0].slice(0, 0), *groups):
+            writer.write(group)
+    rows = [row for group in groups for row in group.select(["prompt_ids", "response_ids"]).to_pylist()]
+    assert longest(open_shard(path, "rollouts")) == max(sum(map(len, row.values())) for row in rows) > 0
