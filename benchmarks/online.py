@@ -73,7 +73,7 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
         "shard_size": options.batch,
         "max_new_tokens": options.longest,
     }
-    values["train"] |= {"batch_size": options.batch, "micro_batch_tokens": 4096}
+    values["train"] = {"batch_size": options.batch, "micro_batch_tokens": 4096}
     return values
 
 

@@ -38,9 +38,11 @@ def take_gpus(count: int) -> None:
     Where fewer are free than it takes it sees all, as before, which is told unless there was no choice: a scheduler gives a job
     its own. Of torchrun's processes each has the one that its rank says. CUDA must not have begun, for it keeps to what it saw.
     """
-    seen = _seen()
+    if not (seen := _seen()):
+        return
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        _held.extend(_locked(seen[int(os.environ["LOCAL_RANK"]) :], 1).values())
+        rank = int(os.environ["LOCAL_RANK"])
+        _held.extend(_locked(seen[rank : rank + 1], 1).values())
         return
     wanted = min(count, len(seen))
     mine = _locked(seen, wanted)
