@@ -91,8 +91,8 @@ def differing(one: Any, other: Any, path: str = "") -> Iterator[str]:
 @FS
 @pytest.mark.slow
 def test_stages_read_what_their_rules_declare_and_nothing_else(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two rounds with a replayed one after fine-tuning, each job in a folder with its inputs alone: the figures are those of the
-    run in one."""
+    """Two rounds with a replayed one after fine-tuning, each job in a folder with its inputs alone: the figures are those of
+    the run in one."""
     small.laid_out()
     loss = {"objective": {"reference_kl": 0.1, "reference": "initial"}, "weights": {"gate": {"wrong": 0.5}}}
     trained = {"sft": {"prompts": 6}, "train": {"lora": {"rank": 2, "alpha": 4}}}
