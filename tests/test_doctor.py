@@ -160,7 +160,8 @@ def test_packages_of_another_version() -> None:
 
 
 def test_estimates_by_hand(place: Path) -> None:
-    chosen = parse_config(config(rollouts={"samples": 3, "replay": 1}, train={"epochs": 2, "keep_states": 2}), "here")
+    rollouts, train = {"samples": 3, "replay": 1, "top_k": 5}, {"epochs": 2, "keep_states": 2}
+    chosen = parse_config(config(rollouts=rollouts, train=train), "here")
     tokens = tokens_of(chosen, kl_items=2, checkpoints=2)
     rounds = 8 * 3 * (8 + 16)
     assert tokens == {"rollouts": rounds + 2 * 16 * (4 + 2), "scores": rounds + 2 * 16 * 2, "train": 2 * rounds * 2}
@@ -172,6 +173,6 @@ def test_estimates_by_hand(place: Path) -> None:
     assert needs["training"] == parameters * (2 + 16) + 3 * 4 * 64 * 257
     assert needs["scoring"] == 4000 + 4 * 1024 * 260
     disk = disk_needs(chosen, tokens, sizes)
-    assert disk["cache"] == pytest.approx(tokens["scores"] * (12 + 2.2 * 128))
+    assert disk["cache"] == pytest.approx(tokens["scores"] * (12 + 2.2 * 128) + (40 + 2 * 5) * tokens["rollouts"])
     states = 3 * parameters * 12 + 2 * sizes["student"].bytes
-    assert disk["run"] == pytest.approx(disk["cache"] + 40 * tokens["rollouts"] + states)
+    assert disk["run"] == pytest.approx(disk["cache"] + states)
