@@ -676,6 +676,7 @@ def test_the_checklist_and_how_training_went(page: Tables) -> None:
         "student tokens": f"{tokens} sampled",
         "teacher tokens": f"{len(scores) - len(rollouts)} scored",
         "seconds": "rollouts 4, scores 5, train 7",
+        **dict.fromkeys(("gate", "outcomes", "reward beside it", "reference policy"), "-"),
     }
     assert {label: rows[label] for label in expected} == expected
     words = {"KL direction, estimator", "mass outside the candidates", "credit", "weights", "normaliser"}

@@ -44,6 +44,7 @@ from stages import (
     units,
     weights,
 )
+from stages.report import checklist
 from stages.tools.cli import app
 from train.recipes import losses
 
@@ -291,6 +292,9 @@ def test_a_run_judges_what_it_trains_on(
     assert about.outcomes and [about.outcomes.right, about.outcomes.wrong, about.outcomes.unknown] == counts
     assert about.outcomes.rewarded > 0
     assert (about.loss.reward, about.loss.reward_coefficient, about.loss.reference) == ("grpo", 1.0, None)
+    shown = checklist.rows([about])["Objective"]
+    assert (shown["gate"], shown["reward beside it"]) == (["-"], ["1 times grpo's"])
+    assert shown["outcomes"][0].startswith("{} right, {} wrong, {} unknown, ".format(*counts))
     # Of another tokenizer's student it has no ratios of tokens.
     other = config | {"run": "b", "reuse": ["runs/a"], "student": {"model": "teacher", "dtype": "float32"}}
     Path("b.yaml").write_text(json.dumps(other))
