@@ -79,7 +79,7 @@ def passages(real: RealModel, count: int) -> tuple[list[np.ndarray], list[np.nda
 
 
 Score = Callable[[str, str, str], Scores]
-TOKENS = {"smollm2": 2000, "gemma3": 400}
+TOKENS = {"smollm2": 1000, "gemma3": 400}
 
 
 @pytest.fixture(scope="module")
