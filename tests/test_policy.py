@@ -29,7 +29,7 @@ from transformers import (
 from pipeline.infer.policy_logps import longest
 from pipeline.store.shards import open_shard, open_writer
 from schemas.tables import STOP_ID
-from train import layers, policy
+from train import layers, packing, policy
 from train.batch import Batch, Response, collate
 from train.packing import pack, packed
 from train.policy import UnitLogps, unit_logps
@@ -284,12 +284,13 @@ def test_loss_and_gradients_are_those_of_all_logits_at_once(
         )  # dpca's ratio is the exponential of what is rounded
 
 
-@pytest.mark.parametrize("start", [0, 5])
+@pytest.mark.parametrize(("start", "few"), [(0, 32), (5, 0), (5, 32)])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", ["llama", "bias"])
-def test_packed_is_padded(name: str, recompute: bool, start: int) -> None:
+def test_packed_is_padded(name: str, recompute: bool, start: int, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss and gradients, of four responses of 2 to 12 tokens, or with a start that all share; the body sees real tokens alone,
-    and the start once."""
+    and the start once; attention sees rows of like lengths, or all at once."""
+    monkeypatch.setattr(packing, "FEW", few)
     told = [replace(one, prompt=[*range(9, 9 + start), *one.prompt]) for one in TOLD]
     model, batch, config = copy.deepcopy(model_of(name)), batch_of(told), tiny.objective(recipe="hybrid")
     theirs = (batch.weight * losses(unit_logps(model, batch, STOP), batch, config).loss).sum()

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from pipeline.infer.prefix import pays
+from pipeline.infer.prefix import attend_at_end, pays
 
 PACKED = "opd_packed"
 """What `transformers` knows our attention as."""
+LIKE, FEW = 7 / 8, 32
+"""Rows of so much of the longest row's length, or of so few tokens less, are padded to it and attend in one call: more padding
+costs more than a call."""
 
 
 def attend(
@@ -22,28 +24,59 @@ def attend(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
     *,
     start: int,
-    lengths: list[int],
-    **_: Any,
+    groups: list[torch.Tensor],
+    back: torch.Tensor,
+    **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention of each row to itself, and to the first row's `start`, without a mask: its cost is a sum of squared
-    lengths, no square of a sum.
+    """Causal attention of the start to itself, and of each row to it and to itself, without a mask of all tokens: its cost is a
+    sum of squared lengths, no square of a sum.
 
-    (1, heads, T, d) each, `key` and `value` perhaps of fewer heads -> (1, T, heads, d). `lengths` add up to T.
+    (1, heads, T, d) each, `key` and `value` perhaps of fewer heads -> (1, T, heads, d). See `like_lengths` for the rest.
     """
-    found = []
-    for row, (q, k, v) in enumerate(zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)):
-        before = start if row else 0
-        if before:
-            # PyTorch's causal kernel takes queries for the first positions: zeros stand for the start's, and are dropped.
-            q = torch.nn.functional.pad(q, (0, 0, before, 0))  # noqa: PLW2901
-            k, v = torch.cat([key[:, :, :start], k], 2), torch.cat([value[:, :, :start], v], 2)  # noqa: PLW2901
-        attended = sdpa_attention_forward(module, q, k, v, None, dropout=dropout, scaling=scaling, is_causal=True)[0]
-        found.append(attended[:, before:])
-    return torch.cat(found, 1), None
+
+    def attended(*parts: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = attend_at_end(module, *parts, None, **options)[0]
+        return found.flatten(0, 1)
+
+    whole = query, key, value
+    found = [attended(*(x[:, :, :start] for x in whole))] if start else []
+    for at in groups:
+        q, k, v = (
+            x[0].transpose(0, 1).index_select(0, at.flatten()).unflatten(0, at.shape).transpose(1, 2) for x in whole
+        )
+        if start:
+            k, v = (
+                torch.cat([x[:, :, :start].expand(len(at), -1, -1, -1), own], 2) for x, own in ((key, k), (value, v))
+            )
+        found.append(attended(q, k, v))
+    return torch.cat(found)[back][None], None
+
+
+def like_lengths(start: int, lengths: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Rows of about the same length in groups, each a call of attention.
+
+    Args:
+        start: tokens before all rows.
+        lengths: int64 (B,), of the rows, which lie one after another behind them.
+    Returns:
+        per group int64 (rows, L), where the tokens are, the last one repeated up to the longest row's length; int64 (T,), where
+        among the start and the groups' tokens one after another each token is.
+    """
+    begins = start + lengths.cumsum(0) - lengths
+    groups, order, real = [], [torch.arange(start, device=lengths.device)], [lengths.new_ones(start, dtype=torch.bool)]
+    rest, told = lengths.sort(descending=True, stable=True)
+    while len(rest):
+        longest = int(rest[0])
+        many = int((rest >= min(LIKE * longest, longest - FEW)).sum())
+        column = torch.arange(longest, device=lengths.device)
+        groups.append(begins[told[:many], None] + column.minimum(rest[:many, None] - 1))
+        order.append(groups[-1].flatten())
+        real.append((column < rest[:many, None]).flatten())
+        rest, told = rest[many:], told[many:]
+    at = torch.cat(real).nonzero()[:, 0]
+    return groups, at[torch.cat(order)[at].argsort()]
 
 
 AttentionInterface.register(PACKED, attend)
@@ -71,12 +104,14 @@ def packed_body(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torc
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     at = (kept.flatten().cumsum(0) - 1).view_as(ids)
     at[:, :shared] = positions[0, :shared]
+    groups, back = like_lengths(shared, mask.sum(1) - shared)
     hidden: torch.Tensor = model.base_model(
         input_ids=ids[kept][None],
         position_ids=positions[kept][None],
         use_cache=False,
         start=shared,
-        lengths=kept.sum(1).tolist(),
+        groups=groups,
+        back=back,
     ).last_hidden_state[0]
     return hidden, at
 

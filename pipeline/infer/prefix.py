@@ -110,7 +110,7 @@ def causal(model: Any) -> Iterator[None]:
 def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface  # noqa: PLC0415
 
-    AttentionInterface.register(NAME, _attend)
+    AttentionInterface.register(NAME, attend_at_end)
     AttentionMaskInterface.register(NAME, _mask)
 
 
@@ -123,7 +123,7 @@ def _mask(**inputs: Any) -> torch.Tensor | None:
     return None if whole and inputs.get("attention_mask") is None else sdpa_mask(**inputs)
 
 
-def _attend(
+def attend_at_end(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **options: Any
 ) -> tuple[torch.Tensor, None]:
     """`sdpa`, where queries without a mask are at the last of the keys' positions.
