@@ -27,8 +27,9 @@ from stages.run.training import (
     train,
 )
 from train import recipes
-from train.checkpoint import drop_states, is_finished, newest_state, states
+from train.checkpoint import is_finished, newest_state
 from train.distributed import rank
+from train.states import drop_states, states
 
 
 def main(

@@ -15,7 +15,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from schemas.errors import OpdError
-from train.checkpoint import final_state, load_state, states
+from train.checkpoint import final_state, load_state
+from train.states import states
 
 TRAIN = {"batch_size": 13, "micro_batch_tokens": 64, "epochs": 5}
 """20 steps of 40 responses an epoch; every fourth has one response, and so none on the second rank."""

@@ -28,7 +28,8 @@ from pipeline.store.cache import entries, verify
 from schemas.errors import OpdError
 from stages.run.context import located
 from stages.tools.cache import app, damage, held
-from train.checkpoint import load_state, save_pieces, save_state, state_path
+from train.checkpoint import load_state, save_pieces, save_state
+from train.states import state_path
 
 pytestmark = pytest.mark.faults
 ROOT = Path(__file__).parents[1]

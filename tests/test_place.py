@@ -33,7 +33,7 @@ from stages.run.rounds import open_shards
 from stages.run.run import open_run
 from stages.run.workflow import keep_results
 from stages.tools.cache import app, damage, held
-from train.checkpoint import states
+from train.states import states
 
 
 @pytest.fixture(scope="module")

@@ -22,11 +22,12 @@ from pipeline.models import load_model
 from schemas.config import Config, parse_config
 from schemas.errors import OpdError, Stopped
 from stages.run.card import figures
-from train.checkpoint import export, final_state, load_state, state_path, states
+from train.checkpoint import export, final_state, load_state
 from train.loop import Progress, train_round, train_step
 from train.optimiser import MasterAdamW
 from train.policy import unit_logps
 from train.recipes import losses
+from train.states import state_path, states
 from train.stream import batches, count_steps
 
 STOP = torch.from_numpy(tiny.STOP.astype("int64"))

@@ -23,6 +23,7 @@ from schemas.config import Train
 from schemas.errors import OpdError
 from train.adapters import attach
 from train.distributed import gather, piece, rank, ranks, wait_for_all
+from train.states import STATES, SUFFIX, forget, state_path, states, sweep_states
 
 PIECES, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
 """Where a header says of each tensor at which index of the whole one its piece begins."""
@@ -188,30 +189,6 @@ def _checksum(what: torch.Tensor | dict[str, Any], begin: list[int] | None = Non
     return zlib.crc32(what.detach().cpu().reshape(-1).view(torch.uint8).numpy().data, of_kind)
 
 
-SUFFIX, STATES = ".safetensors", "states"
-
-
-def state_path(folder: Path, step: int) -> Path:
-    """The state after so many steps of a round, as a file; names sort by step. States have a folder of their own."""
-    return folder / STATES / f"state-{step:08}{SUFFIX}"
-
-
-def states(folder: Path) -> list[Path]:
-    """The states in a folder, the newest (of the most steps) first."""
-    return sorted((folder / STATES).glob("state-*"), key=lambda path: path.stem, reverse=True)
-
-
-def forget(state: Path) -> None:
-    """Remove a state, at once."""
-    if state.is_dir():
-        gone = state.with_name(f".{state.name}.gone.tmp")  # half a folder must not be taken for a state
-        shutil.rmtree(gone, ignore_errors=True)
-        state.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
-    else:
-        state.unlink(missing_ok=True)
-
-
 def newest_state(folder: Path, identity: dict[str, Any], say: Callable[[str], None] = lambda _: None) -> State | None:
     """The newest intact state of what `identity` names; None when there is nothing to go on from. All ranks ask together.
 
@@ -265,7 +242,7 @@ def forget_states(folder: Path, identity: dict[str, Any], step: int, keep: int) 
             kept += 1
         else:
             forget(path)
-    _sweep(folder / STATES)
+    sweep_states(folder / STATES)
 
 
 def is_finished(folder: Path) -> bool:
@@ -275,19 +252,6 @@ def is_finished(folder: Path) -> bool:
         return bool(about["step"] == about["steps"])
     except (IndexError, *DAMAGE):
         return False
-
-
-def drop_states(folder: Path) -> None:
-    """Remove every state in a folder, and what killed writers left."""
-    for path in states(folder):
-        forget(path)
-    _sweep(folder / STATES)
-
-
-def _sweep(states: Path) -> None:
-    """Remove what killed writers left among states; safetensors itself writes under a name like `.tmpMqnJWX`."""
-    for leftover in (path for pattern in (".state-*.tmp", ".tmp*") for path in states.glob(pattern)):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 def trained(model: Any, tensors: Mapping[str, torch.Tensor], settings: Train) -> Any:

@@ -17,11 +17,12 @@ from pipeline.store.shards import file_digest, publish
 from schemas.config import Config
 from schemas.errors import OpdError, Stopped
 from schemas.outcome import Outcome
-from train.checkpoint import final_state, forget_states, newest_state, save_pieces, save_state, state_path
+from train.checkpoint import final_state, forget_states, newest_state, save_pieces, save_state
 from train.distributed import gather, idle_pass, is_sharded, rank, ranks, student_logps, wait_for_all
 from train.optimiser import MasterAdamW, learning_rate
 from train.recipes import losses
 from train.staleness import RATIO_SUMS, WINDOW, is_stale, ratio_figures, ratio_sums
+from train.states import state_path
 from train.stream import Step, Tables, batches
 
 KINDS = ("divergence", "surrogate")

@@ -36,15 +36,15 @@ def attend(
     (1, heads, T, d) each, `key` and `value` perhaps of fewer heads -> (1, T, heads, d). See `like_lengths` for the rest.
     """
 
-    def attended(*parts: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = attend_at_end(module, *parts, None, **options)[0]
+    def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = attend_at_end(module, q, k, v, None, **options)[0]
         return found.flatten(0, 1)
 
-    whole = query, key, value
-    found = [attended(*(x[:, :, :start] for x in whole))] if start else []
+    found = [attended(query[:, :, :start], key[:, :, :start], value[:, :, :start])] if start else []
     for at in groups:
         q, k, v = (
-            x[0].transpose(0, 1).index_select(0, at.flatten()).unflatten(0, at.shape).transpose(1, 2) for x in whole
+            x[0].transpose(0, 1).index_select(0, at.flatten()).unflatten(0, at.shape).transpose(1, 2)
+            for x in (query, key, value)
         )
         if start:
             k, v = (

@@ -30,7 +30,7 @@ from stages.run.card import counts, write_cards
 from stages.run.context import DEFAULT_CONFIG, ConfigOption, tuning, vocabulary
 from stages.run.results import read_diagnostics, read_evaluation, steps_of, timings
 from stages.run.run import Run, command, config_text, open_run, run_of
-from train.checkpoint import drop_states
+from train.states import drop_states
 
 NOT_MEASURED = "not measured"
 ANSWER_BYTES, LONG = 700_000, 1_000
