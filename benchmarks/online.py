@@ -36,11 +36,12 @@ import yaml
 from pipeline.align.student_view import student_view
 from pipeline.align.vocabularies import pair_ids
 from pipeline.infer.forward import head
-from pipeline.infer.rollout_table import Wanted, rollout_table
+from pipeline.infer.rollout_table import rollout_table
 from pipeline.infer.sample import sample, seed_of
 from pipeline.infer.score import hidden_rows, score
 from pipeline.infer.score_table import score_table
 from pipeline.infer.shard_scores import ShardScores
+from pipeline.infer.wanted import Wanted
 from pipeline.prepared import PreparedModel
 from pipeline.store.shards import Shard, open_shard, open_writer
 from pipeline.weights.credit import weigh

@@ -203,6 +203,20 @@ def _convert(gguf: Path, into: Path, source: str) -> None:
     model.config._name_or_path = source
     model.save_pretrained(into)
     tokenizer.save_pretrained(into)
+    _read_as_saved(into, tokenizer.padding_side)
+
+
+def _read_as_saved(folder: Path, padding_side: str) -> None:
+    """Let `transformers` read a tokenizer as its `tokenizer.json` says, once: the class that it was converted by would read it
+    twice more to build the same one, 2 s each with 262k tokens. A checkpoint of the hub names its added tokens like this."""
+    path = folder / "tokenizer_config.json"
+    added = json_object(folder / "tokenizer.json")["added_tokens"]
+    told = json_object(path) | {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "padding_side": padding_side,  # the one thing that the class said besides
+        "added_tokens_decoder": {str(one.pop("id")): one for one in added},
+    }
+    write_text(path, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
 
 
 @contextmanager

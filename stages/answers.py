@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from pipeline.infer.engines import open_sampler
-from pipeline.infer.rollout_table import answers_of_teacher, asked_digest, sampled_by, sampled_tables
+from pipeline.infer.rollout_table import asked_digest, sampled_by, sampled_tables
+from pipeline.infer.wanted import answers_of_teacher
 from pipeline.store.cache import fetch_or_make
 from pipeline.store.shards import open_writer, read_manifest
 from stages.run import console, processors

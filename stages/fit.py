@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 
-from pipeline.infer.rollout_table import prompts_of_round
+from pipeline.infer.wanted import prompts_of_round
 from pipeline.measure.scorers import references_problem
 from pipeline.models import embedded, model_config
 from pipeline.prepared import PreparedModel, PromptRows, PromptTable

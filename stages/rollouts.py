@@ -3,14 +3,9 @@
 from pathlib import Path
 
 from pipeline.infer.engines import engine_packages, open_sampler
-from pipeline.infer.rollout_table import (
-    asked_digest,
-    responses_of_evaluation,
-    responses_of_round,
-    sampled_by,
-    sampled_tables,
-)
+from pipeline.infer.rollout_table import asked_digest, sampled_by, sampled_tables
 from pipeline.infer.sample import DRAWS
+from pipeline.infer.wanted import responses_of_evaluation, responses_of_round
 from pipeline.store.cache import found_or_made
 from pipeline.store.shards import open_shard, open_writer, versions
 from stages.run import console, processors

@@ -1,8 +1,7 @@
-"""Which responses a phase has, and the table of what was sampled."""
+"""The table of what was sampled."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,64 +10,15 @@ import pyarrow as pa
 from pipeline.align.segments import told
 from pipeline.infer.engines import Sampler
 from pipeline.infer.sample import Response, seed_of
-from pipeline.prepared import PreparedModel, PromptRows, PromptTable
+from pipeline.infer.wanted import Wanted
+from pipeline.prepared import PreparedModel
 from pipeline.rendering import Renderer
-from schemas.config import Config
-from schemas.errors import OpdError
 from schemas.tables import arrow_schema
 
 ROW_GROUP = 256
 """Responses per row group at most."""
 ROW_GROUP_TOKENS = 1 << 16
 """Their tokens, unless one response alone has more: later stages hold a row group, or a few, in memory at once."""
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """A response to be sampled: its id, its prompt's row, and which of the prompt's samples it is."""
-
-    rollout_id: str
-    prompt: dict[str, Any]
-    sample: int
-
-
-def prompts_of_round(config: Config, prompts: PromptTable, number: int) -> PromptRows:
-    """The prompts of a round; rounds walk through `train`, starting over at its end."""
-    train, count = prompts.split("train"), config.rollouts.prompts
-    return train[(number * count + np.arange(count)) % len(train)]
-
-
-def responses_of_round(config: Config, prompts: PromptTable, number: int, part: slice = slice(None)) -> list[Wanted]:
-    """The responses of a round, or some of them."""
-    samples = config.rollouts.samples
-    every = range(config.rollouts.prompts * samples)[part]
-    rows = prompts_of_round(config, prompts, number)[np.array(every, np.int64) // samples]
-    return [_wanted(f"r{number}", row, n % samples) for n, row in zip(every, rows, strict=True)]
-
-
-def answers_of_teacher(config: Config, prompts: PromptTable, part: slice = slice(None)) -> list[Wanted]:
-    """The answers that the teacher gives for `sft`, or some of them, to the first prompts of `train`."""
-    samples = config.sft.samples
-    every = range(config.sft.prompts * samples)[part]
-    rows = prompts.split("train")[np.array(every, np.int64) // samples]
-    return [_wanted("t", row, n % samples) for n, row in zip(every, rows, strict=True)]
-
-
-def responses_of_evaluation(
-    config: Config, prompts: PromptTable, checkpoint: str, items: int, part: slice = slice(None)
-) -> list[Wanted]:
-    """One response to each of the first `items` held-out prompts, or some. Raises OpdError when there are fewer."""
-    held_out = prompts.split(config.evaluate.split)
-    if len(held_out) < items:
-        raise OpdError(
-            f"{prompts.shard.path}: holds {len(held_out)} prompts of split {config.evaluate.split}, but the config's "
-            f"evaluation takes {items}; run `python -m stages.prompts` again"
-        )
-    return [_wanted(f"e{checkpoint}", row, 0) for row in held_out[:items][part]]
-
-
-def _wanted(of: str, row: dict[str, Any], sample: int) -> Wanted:
-    return Wanted(f"{of}-{row['prompt_id']}-{sample}", row, sample)
 
 
 def sampled_by(policy: PreparedModel, renderer: Renderer) -> dict[str, Any]:
