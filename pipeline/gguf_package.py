@@ -203,18 +203,17 @@ def _convert(gguf: Path, into: Path, source: str) -> None:
     model.config._name_or_path = source
     model.save_pretrained(into)
     tokenizer.save_pretrained(into)
-    _read_as_saved(into, tokenizer.padding_side)
+    _read_as_saved(into, tokenizer)
 
 
-def _read_as_saved(folder: Path, padding_side: str) -> None:
+def _read_as_saved(folder: Path, tokenizer: Any) -> None:
     """Let `transformers` read a tokenizer as its `tokenizer.json` says, once: the class that it was converted by would read it
     twice more to build the same one, 2 s each with 262k tokens. A checkpoint of the hub names its added tokens like this."""
     path = folder / "tokenizer_config.json"
-    added = json_object(folder / "tokenizer.json")["added_tokens"]
     told = json_object(path) | {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "padding_side": padding_side,  # the one thing that the class said besides
-        "added_tokens_decoder": {str(one.pop("id")): one for one in added},
+        "padding_side": tokenizer.padding_side,  # the one thing that the class says besides
+        "added_tokens_decoder": {str(at): one.__getstate__() for at, one in tokenizer.added_tokens_decoder.items()},
     }
     write_text(path, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
 
@@ -222,9 +221,10 @@ def _read_as_saved(folder: Path, padding_side: str) -> None:
 @contextmanager
 def _read_once() -> Iterator[None]:
     """Keep what transformers reads of a GGUF file anew for config, tokenizer and weights: 262k tokens take 10 s each time, and
-    twice that where each of their slices is a memory map of its own."""
+    twice that where each of their slices is a memory map of its own. And the names of tensors, which it makes anew for each of
+    a model's modules: 5 to 13 s."""
     library: Any = importlib.import_module("gguf")
-    reader = library.GGUFReader
+    reader, names = library.GGUFReader, library.get_tensor_name_map
 
     class Plain(reader):  # type: ignore[misc,valid-type]
         """Whose slices are arrays."""
@@ -232,8 +232,8 @@ def _read_once() -> Iterator[None]:
         def __setattr__(self, name: str, value: Any) -> None:
             super().__setattr__(name, value.view(np.ndarray) if name == "data" else value)
 
-    library.GGUFReader = cache(Plain)
+    library.GGUFReader, library.get_tensor_name_map = cache(Plain), cache(names)
     try:
         yield
     finally:
-        library.GGUFReader = reader
+        library.GGUFReader, library.get_tensor_name_map = reader, names
