@@ -8,6 +8,7 @@ import pytest
 from hard_texts import HARD_TEXTS
 
 from pipeline.align.retokenise import retokenise
+from pipeline.align.segments import sampled_tokens
 from pipeline.align.tokens import encode_texts
 from schemas.tables import arrow_schema
 
@@ -100,6 +101,21 @@ def test_sums_over_shared_stretches_are_the_behaviour_policys(direction: str, sm
             assert stops
     if direction != "to itself":
         assert told["finish_reason"][3].as_py() == "length"
+
+
+def test_a_sibling_with_other_stops_stops_by_its_own(smollm2: Any) -> None:
+    """One tokenizer, two stop sets: a final stop that is none of the student's becomes its first."""
+    given = rollouts_of(smollm2, TEXTS, [True, False] * 3)
+    end, (other,) = int(smollm2.stop()[0]), smollm2.tokenizer.convert_tokens_to_ids(["<|im_start|>"])
+    prompts = [np.array([1, 2], np.int32)] * len(given)
+    for own, last in (([other], other), ([other, end], end)):
+        sides = [(smollm2.vocabulary, stop) for stop in (smollm2.stop(), np.array(own, np.int32))]
+        told = retokenise(given, *sides, smollm2.encoder, smollm2.roles, prompts)
+        expected = given.to_pylist()
+        for row in expected[::2]:
+            row["response_ids"][-1] = last
+        assert told.to_pylist() == expected and told.schema.equals(arrow_schema("rollouts"))
+        assert sampled_tokens(told, *sides[1])[2].tolist() == [True, False] * 3
 
 
 def test_no_responses(smollm2: Any, gemma3: Any) -> None:

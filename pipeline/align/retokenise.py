@@ -30,17 +30,28 @@ def retokenise(
         prompts: this student's ids of each response's rendered prompt.
     Returns:
         Schema `rollouts`; `response` and names are unchanged, so scores of the one are scores of the other. Ids are this
-        tokenizer's own, unless ids mean the same to both. `behavior_logp` is the foreign policy's: a unit's log-prob (a
-        stretch in which the two tokenizers share no border) is spread evenly over its tokens, so that sums over whole
-        units are exact; `sampler_logp` likewise where the response has one. A role that this student can't say is left out.
-        A response is cut where the two stop spelling the same text, and then has no stop.
+        tokenizer's own, unless ids mean the same to both: then only a final stop that this student doesn't have is another.
+        `behavior_logp` is the foreign policy's: a unit's log-prob (a stretch in which the two tokenizers share no border) is
+        spread evenly over its tokens, so that sums over whole units are exact; `sampler_logp` likewise where the response has
+        one. A role that this student can't say is left out. A response is cut where the two stop spelling the same text, and
+        then has no stop.
     """
     schema = arrow_schema("rollouts")
     lengths = np.array([len(ids) for ids in prompts], np.int64)
     replaced = {"prompt_ids": _lists(np.concatenate([*prompts, np.zeros(0, np.int32)]), lengths)}
-    if not same_ids(behavior[0], student[0]):
+    if same_ids(behavior[0], student[0]):
+        replaced["response_ids"] = _restopped(rollouts, student[1])
+    else:
         replaced |= _retold(rollouts, behavior, student, tokenizer, roles)
     return pa.table({name: replaced.get(name, rollouts[name]) for name in schema.names}).cast(schema)
+
+
+def _restopped(rollouts: pa.Table, stop: np.ndarray) -> pa.ListArray:
+    """The same ids, but a final stop is one of these."""
+    listed = rollouts["response_ids"].combine_chunks()
+    ids, lasts = listed.flatten().to_numpy().copy(), _last(rollouts)[_is_stopped(rollouts)]
+    ids[lasts[~np.isin(ids[lasts], stop)]] = stop[0]
+    return _lists(ids, listed.value_lengths().to_numpy())
 
 
 def _retold(
@@ -118,6 +129,11 @@ def _flat_sampler(rollouts: pa.Table) -> np.ndarray:
     flat = _flat(rollouts, "behavior_logp").copy()
     flat[np.repeat(kept, lengths)] = _flat(rollouts, "sampler_logp")
     return flat
+
+
+def _is_stopped(rollouts: pa.Table) -> np.ndarray:
+    found: np.ndarray = pc.equal(rollouts["finish_reason"], "stop").to_numpy()
+    return found
 
 
 def _last(rollouts: pa.Table) -> np.ndarray:
