@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.store.shards import open_shard, open_writer
-from schemas.config import parse_config
+from pipeline.align.units import UNCOMPARED
+from pipeline.store.shards import open_shard, open_writer, read_manifest
+from pipeline.weights.phase import Part, compute
+from schemas.config import Weights, parse_config
 from schemas.errors import OpdError
-from schemas.tables import STOP_ID
+from schemas.tables import STOP_ID, arrow_schema
 from train import stream
 from train.batch import Batch, collate
 from train.loop import train_step
@@ -415,6 +418,43 @@ def test_errors_of_workers_arrive_as_they_are(
     with pytest.raises(OSError, match="no medium") as raised:
         seen.extend(iter(batches([a], SIZE, TOKENS, SEED, range(4), workers=workers)))
     assert raised.value is failure and not threads()
+
+
+def test_responses_without_tokens_have_no_units_and_no_loss(tmp_path: Path) -> None:
+    """What neither side can say, which reused rollouts may hold: beside others in a row group, and as all of one."""
+    (made,) = tiny.shards(tmp_path, responses=7, group=2, count=1)
+    empty = {"s0-r1", "s0-r4", "s0-r5"}
+    nothing = {"response_ids": [], "behavior_logp": [], "finish_reason": "length"}
+    paths = [tmp_path / "told" / shard.path.parent.name / shard.path.name for shard in made]
+    inputs: dict[str, str] = {}
+    for shard, path in zip(made[:2], paths, strict=False):
+        kind = shard.manifest.kind
+        with open_writer(path, kind, {}, dict(inputs)) as writer:
+            for rows in (group.to_pylist() for group in shard.row_groups()):
+                told = [row | nothing if row["rollout_id"] in empty else row for row in rows]
+                if kind == "units":
+                    told = [row for row in rows if row["rollout_id"] not in empty]
+                writer.write(pa.Table.from_pylist(told, schema=arrow_schema(kind)))
+        inputs[kind] = read_manifest(path).sha256
+    figures = compute([Part(*paths[:2], None, paths[2])], Weights())
+    assert (figures.responses, figures.incomparable) == (7, 3)
+    (full,) = tiny.open_shards(tmp_path / "told")
+    compared = dict.fromkeys(empty, 0)
+    for row in full[1].read().to_pylist():
+        compared[row["rollout_id"]] = compared.get(row["rollout_id"], 0) + (row["kind"] not in UNCOMPARED)
+    config = parse_config({"prompts": {"source": "x"}, "student": {"model": "s"}, "teacher": {"model": "t"}}, "test")
+    model, stop = tiny.model(), torch.from_numpy(tiny.STOP.astype("int64"))
+    optimiser = MasterAdamW(model, config.train)
+    for size in (1, 7):
+        steps = [
+            replace(step, parts=list(step.parts)) for step in batches([full], size, TOKENS, SEED, range(7 // size))
+        ]
+        for step, of in zip(steps, names(steps), strict=True):
+            assert len(of) == size and step.units == sum(compared[name] for name in of)
+            for part in step.parts:
+                count = torch.bincount(part.response_of_unit, minlength=len(part.responses))
+                assert count.tolist() == [compared[name] for name in part.responses]
+            assert train_step(model, stop, step, optimiser, 0.0, config)["units"] == step.units
 
 
 def test_empty_row_groups_are_nothing(tmp_path: Path) -> None:

@@ -320,22 +320,29 @@ def _between(ragged: tuple[np.ndarray, np.ndarray], a: int, b: int) -> np.ndarra
 
 def _lengths(shards: Tables, group: int) -> _Lengths:
     """Of a row group, from what of it decides who takes what: a fiftieth of its bytes where units have 78 candidates."""
-    rollouts = shards[0].row_group(group, ["prompt_ids", "response_ids"])
-    prompt, response = (np.diff(_ragged(rollouts, name)[1].astype(np.int64)) for name in rollouts.column_names)
+    lists = ["prompt_ids", "response_ids"]
+    rollouts = shards[0].row_group(group, ["rollout_id", *lists])
+    prompt, response = (np.diff(_ragged(rollouts, name)[1].astype(np.int64)) for name in lists)
     compared = response
     if len(shards) > 1:
-        units = shards[1].row_group(group, ["unit", "kind"])
-        unit_at = _starts(units)
-        if len(unit_at) != len(response) + 1:
+        units = shards[1].row_group(group, ["rollout_id", "kind"])
+        unit_at = _starts(rollouts, units)
+        if unit_at is None:
             raise _not_of(shards)
         compared = np.diff(np.append(0, np.cumsum(_comparable(units)))[unit_at])
     return _Lengths(prompt + np.maximum(response - 1, 0), compared)
 
 
-def _starts(units: pa.Table) -> np.ndarray:
-    """int64 (B + 1,), where each response's units begin."""
-    number = _array(units, "unit").to_numpy()
-    return np.append(np.flatnonzero(number == 0), len(number))
+def _starts(rollouts: pa.Table, table: pa.Table) -> np.ndarray | None:
+    """int64 (B + 1,), where each response's rows of units or weights begin; None where some are not of these responses, in
+    their order. A response without tokens on either side has none.
+    """
+    named = _array(table, "rollout_id")
+    places = pc.index_in(named.dictionary, value_set=_array(rollouts, "rollout_id").cast(pa.string()))
+    row = places.fill_null(-1).to_numpy()[named.indices.to_numpy()]
+    if (row < 0).any() or (np.diff(row) < 0).any():
+        return None
+    return np.searchsorted(row, np.arange(len(rollouts) + 1))
 
 
 def _comparable(units: pa.Table) -> np.ndarray:
@@ -355,14 +362,12 @@ def _decode(shards: Tables, group: int) -> _Group:
     if len(shards) == 1:
         return _of_tokens(shards[0].row_group(group, [*_READ[0], "finish_reason"]))
     rollouts, units, weights = (shard.row_group(group, columns) for shard, columns in zip(shards, _READ, strict=True))
-    unit_at = _starts(units)
-    if not (
-        _array(units, "unit").equals(_array(weights, "unit")) and _names(weights, unit_at) == _names(units, unit_at)
-    ):
-        raise OpdError(f"{shards[2].path}: its rows are not those of {shards[1].path}; run the weights stage again")
-    names = rollouts["rollout_id"].to_pylist()
-    if _names(units, unit_at) != names:
+    unit_at, weight_at = (_starts(rollouts, table) for table in (units, weights))
+    if unit_at is None:
         raise _not_of(shards)
+    same_rows = weight_at is not None and np.array_equal(unit_at, weight_at)
+    if not (same_rows and _array(units, "unit").equals(_array(weights, "unit"))):
+        raise OpdError(f"{shards[2].path}: its rows are not those of {shards[1].path}; run the weights stage again")
     _check_spans(rollouts, units, unit_at, str(shards[1].path))
     columns = {
         name: _array(table, name).to_numpy(zero_copy_only=False)
@@ -448,17 +453,6 @@ def _ragged(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Flat values of a list column, and int32 (rows + 1,) where each row's begin."""
     array = _array(table, name)
     return array.values.to_numpy(), array.offsets.to_numpy()
-
-
-def _names(table: pa.Table, at: np.ndarray) -> list[str] | None:
-    """The response that the rows from each of `at` to the next one name; None when they name several."""
-    column = _array(table, "rollout_id")
-    codes = column.indices.to_numpy()
-    first = codes[at[:-1]]
-    if not np.array_equal(codes, np.repeat(first, np.diff(at))):
-        return None
-    names: list[str] = column.dictionary.take(pa.array(first)).to_pylist()
-    return names
 
 
 def _plan(

@@ -124,7 +124,8 @@ def _write(part: Part, options: Weights, loss: Loss, sums: Sums | None, phase: s
     ):
         for group in opened.groups(options, check=True):
             own = weigh(group.own, group.rollouts, options, sums, loss)
-            writer.write(pa.Table.from_batches(_with_context(group.every, own).to_arrow().to_batches()))
+            told = _with_context(group.every, own).to_arrow()
+            writer.write(pa.Table.from_batches(told.to_batches(), told.schema))  # there may be none
             right = group.rollouts["right"] if "right" in group.rollouts.columns else None
             total += summary(own, len(group.rollouts), warped(group.rollouts), right)
     return total
