@@ -244,6 +244,10 @@ def test_three_lines_of_the_docs_are_enough_for_another_student(
             "`engine_options` takes tensor_parallel_size, ",
         ),
         ({"student": {"model": "x", "dtype": "float16"}}, "`student.dtype`: float16 overflows in training"),
+        (
+            {"train": {"ema": 0.99, "min_ess": 0.5}},
+            "`min_ess: 0.5` doesn't go with `ema: 0.99`: rounds sample from the average",
+        ),
         ({"teacher": {"model": "x", "tuned_on": "y"}}, "`teacher.tuned_on: y` is a key of the student"),
         ({"evaluate": {"split": "dev"}}, "`evaluate.split: dev` needs held-out prompts, but `prompts.splits.dev` is 0"),
         (

@@ -55,7 +55,8 @@ def ratio_figures(sums: Mapping[str, float]) -> dict[str, float]:
 
     `drift_ess` and `drift_chi2` are over units, of the policy in training over the one that the round started from: the same as
     `ess` where that one was sampled as it is, and 1 at the round's first step also where another one was (`reuse`,
-    `rollouts.replay`, a temperature or top-p that isn't 1).
+    `rollouts.replay`, a temperature or top-p that isn't 1), but not with `train.ema`: there a round starts from the average,
+    which was sampled, and trains on from the weights themselves.
 
     ESS is a share, (sum r)^2 / (n sum r^2); chi^2(pi_theta || pi_sampler) is estimated by n sum r^2 / (sum r)^2 - 1 =
     1 / ESS - 1. Without units ESS is 1: nothing says that the policy has moved.

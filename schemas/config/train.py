@@ -56,7 +56,7 @@ class Train(Section):
         gt=0,
         lt=1,
         description="decay per step of an exponential moving average of the weights, which then is what a round ends with and "
-        "what is sampled next; the optimiser goes on from the weights themselves; null: none",
+        "what is sampled next; the optimiser goes on from the weights themselves, so that it takes no `min_ess`; null: none",
     )
     lora: Lora | None = Field(
         None,
@@ -80,6 +80,16 @@ class Train(Section):
         description="where each step's figures go beside train/metrics.jsonl: tensorboard (runs/<run>/tensorboard), wandb, "
         "trackio; pip install 'offline-opd[trackers]'",
     )
+
+    @model_validator(mode="after")
+    def _a_round_starts_from_what_is_trained(self) -> "Train":
+        if self.ema is not None and self.min_ess is not None:
+            raise ValueError(
+                f"`min_ess: {self.min_ess:g}` doesn't go with `ema: {self.ema:g}`: rounds sample from the average and train on "
+                "from the weights themselves, so that `min_ess` would end a round by how far these two are apart before its "
+                "first step; set one of them to null"
+            )
+        return self
 
     @model_validator(mode="after")
     def _constant_does_not_decay(self) -> "Train":
