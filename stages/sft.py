@@ -57,7 +57,7 @@ def main(
             **{key: value for key, value in run.decided.items() if key != "student"},
         }
         progress = Progress(0, budget, budget)
-        job = Training(part, config, student, student, shards, progress, None, identity, "sft/")
+        job = Training(part, config, student, student, shards, progress, None, identity, "sft")
         outcome, last = train(job, detail, workers, parallel)
         if rank():
             return

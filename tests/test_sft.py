@@ -279,15 +279,22 @@ def test_a_stopped_stage_goes_on_to_the_same_checkpoint(run: Run, monkeypatch: p
     before, folder = file.read_bytes(), run.phase("sft").states
     shutil.rmtree(folder)
     shutil.rmtree(file.parent)
-    loop = training.train_round
+    loop, parts = training.train_round, list[str]()
+
+    @contextmanager
+    def tracked(*arguments: Any) -> Iterator[Any]:
+        parts.append(arguments[-1])
+        yield lambda figures, _: parts.extend({name.partition("/")[0] for name in figures})
 
     def stopping(*arguments: Any) -> Any:
         return loop(*arguments[:-2], stop_after(folder, 5), arguments[-1])
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "train_round", stopping)
+        patch.setattr(training, "trackers", tracked)
         with pytest.raises(Stopped, match="step 5 of"):
             sft.main(where, None)
+    assert parts == ["sft"] * 6, "the log, and what figures of 5 steps are called"
     assert not file.exists()
     sft.main(where, None)
     assert file.read_bytes() == before

@@ -29,6 +29,19 @@ def test_tensorboard_shows_every_step_once(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in found.Scalars("loss")] == [(step, step / 2) for step in range(8)]
 
 
+def test_fine_tuning_has_a_log_of_its_own(tmp_path: Path) -> None:
+    """Its steps count from 0, as the rounds' do: in one log these would stand in their place."""
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for part, steps in (("sft", range(4)), ("", range(2))):
+        with trackers(["tensorboard"], tmp_path, "default", ABOUT, part) as log:
+            for step in steps:
+                log({"loss": step / 2}, step)
+    for folder, steps in (("tensorboard", range(2)), ("tensorboard/sft", range(4))):
+        found = events.EventAccumulator(str(tmp_path / folder))
+        found.Reload()
+        assert [event.step for event in found.Scalars("loss")] == list(steps)
+
+
 def test_trackio_goes_on_in_the_same_run(tmp_path: Path) -> None:
     trackio_utils = pytest.importorskip("trackio.utils")
     log_twice("trackio", tmp_path)
@@ -41,8 +54,11 @@ def test_wandb_goes_on_under_the_same_id(tmp_path: Path, monkeypatch: pytest.Mon
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     log_twice("wandb", tmp_path)
+    with trackers(["wandb"], tmp_path, "default", ABOUT, "sft") as log:
+        log({"loss": 1.0}, 0)
     files = [path.name for path in tmp_path.glob("wandb/offline-run-*/run-*.wandb")]
-    assert len(files) == 2 and len(set(files)) == 1, "the file is named by the run's id"
+    assert len(files) == 3 and len(set(files)) == 2, "the file is named by the run's id"
+    assert sum(name.startswith("run-default-sft-") for name in files) == 1
 
 
 def test_a_missing_package_is_told_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,28 +15,29 @@ Log = Callable[[dict[str, float], int], None]
 
 
 @contextmanager
-def trackers(names: Sequence[str], folder: Path, run: str, about: dict[str, Any]) -> Iterator[Log]:
-    """Open trackers; the same run, opened again, goes on in the same logs.
+def trackers(names: Sequence[str], folder: Path, run: str, about: dict[str, Any], part: str = "") -> Iterator[Log]:
+    """Open trackers; the same part of a run, opened again, goes on in the same logs.
 
     Args:
         names: as `train.trackers` takes them.
         folder: the run's; TensorBoard's and wandb's own files go there, trackio keeps its in $TRACKIO_DIR.
         run: its name.
         about: its config. What is called `run` in another folder or with another config is another run.
+        part: what of the run counts its own steps from 0, for a log of its own; none: its rounds.
     Yields:
         A function that logs a step to all of them. They are opened at the first one, which says where a log goes on.
     Raises:
         OpdError: a tracker's package is missing, or it can't be opened.
     """
     modules = {name: _module(name) for name in names}
-    name = f"{run}-{digest([str(folder.absolute()), about])[:8]}"
+    name = "-".join([run, *([part] if part else []), digest([str(folder.absolute()), about])[:8]])
     with ExitStack() as open_until:
         logs: list[Log] = []
 
         def log(figures: dict[str, float], step: int) -> None:
             if not logs:
                 for tracker, module in modules.items():
-                    logs.append(open_until.enter_context(_OPEN[tracker](module, folder, name, about, step)))
+                    logs.append(open_until.enter_context(_OPEN[tracker](module, folder, part, name, about, step)))
             for each in logs:
                 each(figures, step)
 
@@ -53,9 +54,9 @@ def _module(tracker: str) -> Any:
 
 
 @contextmanager
-def _tensorboard(module: Any, folder: Path, name: str, about: dict[str, Any], step: int) -> Iterator[Log]:
+def _tensorboard(module: Any, folder: Path, part: str, name: str, about: dict[str, Any], step: int) -> Iterator[Log]:
     # A killed run may have logged steps that are taken again: its events from `step` on are not shown.
-    with module.SummaryWriter(folder / "tensorboard", purge_step=step) as writer:
+    with module.SummaryWriter(folder / "tensorboard" / part, purge_step=step) as writer:
 
         def log(figures: dict[str, float], step: int) -> None:
             for key, value in figures.items():
@@ -66,7 +67,7 @@ def _tensorboard(module: Any, folder: Path, name: str, about: dict[str, Any], st
 
 
 @contextmanager
-def _wandb(module: Any, folder: Path, name: str, about: dict[str, Any], step: int) -> Iterator[Log]:
+def _wandb(module: Any, folder: Path, part: str, name: str, about: dict[str, Any], step: int) -> Iterator[Log]:
     try:
         run = module.init(project=PROJECT, name=name, id=name, dir=folder, config=about, resume="allow")
     except module.errors.Error as error:
@@ -78,7 +79,7 @@ def _wandb(module: Any, folder: Path, name: str, about: dict[str, Any], step: in
 
 
 @contextmanager
-def _trackio(module: Any, folder: Path, name: str, about: dict[str, Any], step: int) -> Iterator[Log]:
+def _trackio(module: Any, folder: Path, part: str, name: str, about: dict[str, Any], step: int) -> Iterator[Log]:
     run = module.init(project=PROJECT, name=name, config=about, resume="allow")
     try:
         yield run.log  # steps that a killed run logged and takes again are there twice, with the same figures

@@ -78,7 +78,7 @@ class Train(Section):
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
         (),
         description="where each step's figures go beside train/metrics.jsonl: tensorboard (runs/<run>/tensorboard), wandb, "
-        "trackio; pip install 'offline-opd[trackers]'",
+        "trackio; fine-tuning (`sft`) has a log of its own; pip install 'offline-opd[trackers]'",
     )
 
     @model_validator(mode="after")

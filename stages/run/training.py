@@ -64,7 +64,7 @@ class Training:
         progress: its budget, and its place in the run.
         start_from: the states of the round before; None: the optimiser begins.
         identity: what determines it.
-        name: of its figures among those of the run, a prefix; of a round none.
+        name: of its figures among those of the run, and of their log; of a round none.
     """
 
     phase: Phase
@@ -118,15 +118,16 @@ def train(
     about = run.config.model_dump(mode="json")
     last: dict[str, float] = {}
     tracked = config.train.trackers if rank() == 0 else ()
+    prefix = f"{job.name}/" if job.name else ""
     with (
         stop_on_sigterm() as stop_asked,
-        trackers(tracked, run.root, run.config.run, about) as track,
+        trackers(tracked, run.root, run.config.run, about, job.name) as track,
         console.progress(f"{job.phase.name} train", progress.budget, "steps") as advance,
     ):
 
         def report(figures: dict[str, float]) -> None:
             step = int(figures["step"])
-            told = {f"{job.name}{key}": value for key, value in figures.items() if key not in ("step", "steps")}
+            told = {f"{prefix}{key}": value for key, value in figures.items() if key not in ("step", "steps")}
             track(told, progress.before + step)
             advance(1, detail(figures), already=0 if last else step)
             last.update(figures)
