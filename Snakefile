@@ -16,7 +16,7 @@ from snakemake.exceptions import WorkflowError
 from snakemake.utils import min_version
 
 from pipeline.store.cache import relink
-from schemas.config import consistency, declared, overridden, parse_config
+from schemas.config import consistency, credit_in_part, declared, overridden, parse_config
 from schemas.config.strict_yaml import read_yaml
 from schemas.errors import OpdError
 from stages.run import console
@@ -602,7 +602,7 @@ onstart:
         write_config(replace(RUN, root=COPIES))
     except OpdError as error:
         sys.exit(f"error: {error}")
-    if warning := consistency(CONFIG, declared(CONFIG)):
+    for warning in filter(None, (consistency(CONFIG, declared(CONFIG)), credit_in_part(CONFIG))):
         console.warn(warning)
     for otherwise in overridden(CONFIG):
         console.say(f"{RUN.config.run}: {otherwise}")

@@ -19,7 +19,7 @@ from pipeline.measure import diagnostics as figures
 from pipeline.models import ModelRef
 from pipeline.store.cache import entry_name, responses_digest
 from pipeline.store.shards import Shard, open_shard, open_writer
-from schemas.config import Config, consistency, declared
+from schemas.config import Config, consistency, credit_in_part, declared
 from schemas.diagnostics import Diagnostics, markdown
 from schemas.errors import OpdError
 from schemas.manifest import digest
@@ -357,17 +357,20 @@ def test_small_numbers_do_not_look_like_nothing(value: float | None, text: str) 
 
 
 @pytest.mark.parametrize(
-    ("tuned_on", "credit", "says"),
+    ("tuned_on", "recipe", "credit", "says"),
     [
-        (None, "immediate", None),
-        ("b", "immediate", None),
-        ("c", "immediate", "the remedy is `weights.credit: residual`"),
-        ("c", "residual", "which is in use here"),
+        (None, "sampled", "immediate", None),
+        ("b", "sampled", "immediate", None),
+        ("c", "sampled", "immediate", "the remedy is `weights.credit: residual`"),
+        ("c", "sampled", "residual", "which is in use here"),
+        ("c", "hybrid", "residual", "the remedy is `weights.credit: residual`"),
     ],
 )
-def test_consistency(tuned_on: str | None, credit: str, says: str | None) -> None:
-    config = _config(student={"model": "a", "tuned_on": tuned_on})
-    config = config.model_copy(update={"weights": config.weights.model_copy(update={"credit": credit})})
+def test_consistency(tuned_on: str | None, recipe: str, credit: str, says: str | None) -> None:
+    config = _config(
+        student={"model": "a", "tuned_on": tuned_on}, objective={"recipe": recipe}, weights={"credit": credit}
+    )
+    assert (credit_in_part(config) is not None) == (recipe == "hybrid")
     found = consistency(config, declared(config))
     if says is None:
         assert found is None

@@ -16,7 +16,7 @@ from schemas.config.objective import (
 )
 from schemas.config.prompts import Prompts, PromptSource, Splits
 from schemas.config.rollouts import Rollouts
-from schemas.config.root import Config, Tuning, consistency, declared, overridden
+from schemas.config.root import Config, Tuning, consistency, credit_in_part, declared, overridden
 from schemas.config.scores import Audit, Coverage, Scores
 from schemas.config.section import Section, section, variants
 from schemas.config.sft import SFT_OPTIMISER, Sft
@@ -56,6 +56,7 @@ __all__ = [
     "Tuning",
     "Weights",
     "consistency",
+    "credit_in_part",
     "declared",
     "load_config",
     "overridden",

@@ -267,6 +267,17 @@ def declared(config: Config) -> Tuning | None:
     return None if tuned_on is None else Tuning(tuned_on, tuned_on == teacher, "student.tuned_on")
 
 
+def credit_in_part(config: Config) -> str | None:
+    """Why credit assignment doesn't act on all that is trained on: a sentence for people; None where it does, or is none."""
+    if config.weights.credit == "immediate" or "1:1" in config.objective.sampled:
+        return None
+    return (
+        f"`weights.credit: {config.weights.credit}` acts on units longer than a token alone: at all others "
+        f"`objective.recipe: {config.objective.recipe}` compares candidates, which have no credit; `sampled` and `lightning` "
+        "have it everywhere"
+    )
+
+
 def consistency(config: Config, tuning: Tuning | None) -> str | None:
     """Why the student and the teacher may not fit, and the remedy: a sentence for people; None where nothing tells against
     them.
@@ -276,10 +287,11 @@ def consistency(config: Config, tuning: Tuning | None) -> str | None:
     """
     if tuning is None or tuning.same:
         return None
+    residual = "`weights.credit: residual` (Lightning OPD 2.0, arXiv 2607.28449)"
     remedy = (
-        "`weights.credit: residual` (Lightning OPD 2.0, arXiv 2607.28449), which is in use here, is the remedy"
-        if config.weights.credit == "residual"
-        else "the remedy is `weights.credit: residual` (Lightning OPD 2.0, arXiv 2607.28449), that teacher, or `sft`"
+        f"{residual}, which is in use here, is the remedy"
+        if config.weights.credit == "residual" and not credit_in_part(config)
+        else f"the remedy is {residual} on the sampled path (`objective.recipe: lightning`), that teacher, or `sft`"
     )
     return (
         f"the student was fine-tuned on samples of {tuning.source} (`{tuning.told_by}`), and the teacher is "

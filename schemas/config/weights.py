@@ -125,8 +125,8 @@ class Weights(Section):
     gate: Gate = Gate()
     credit: Annotated[str, AfterValidator(one_of(CREDITS))] = Field(
         "immediate",
-        description="what the sampled path of hybrid, sampled, lightning and iw_opd multiplies log-probs by; formed of "
-        "advantages that are clipped to `objective.clip`. " + describe(CREDITS),
+        description="what the sampled path of hybrid (units longer than a token), sampled, lightning and iw_opd multiplies "
+        "log-probs by; formed of advantages that are clipped to `objective.clip`. " + describe(CREDITS),
     )
     reward: Annotated[str, AfterValidator(one_of(REWARDS))] = Field(
         "none",

@@ -8,7 +8,7 @@ import typer
 from pipeline import own_code
 from pipeline.models import model_config
 from pipeline.prompts import collect, collect_also
-from schemas.config import Config, Section, load_config, overridden, section, variants
+from schemas.config import Config, Section, credit_in_part, load_config, overridden, section, variants
 from schemas.config.objective import RECIPES
 from schemas.errors import OpdError
 from stages.run import console
@@ -31,10 +31,10 @@ def main(
             check_at_hand(config)
             for reference in own_code_in(config.model_dump(mode="json")):
                 own_code.source_digest(reference)
-            problem = _of_references(config)
+            problems = _of_references(config), credit_in_part(config)
         except OpdError as error:
             raise OpdError(f"{check}: {error}") from error
-        if problem:
+        for problem in filter(None, problems):
             console.warn(f"{check}: {problem}")
         console.say(f"{check}: valid")
         for otherwise in overridden(config):
