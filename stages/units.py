@@ -29,8 +29,8 @@ def main(phase: PhaseOption, shard: ShardOption = 0, config_file: ConfigOption =
             for row in units.group_by("kind").aggregate([("s_len", "sum")]).to_pylist():
                 counts[row["kind"]] = counts.get(row["kind"], 0) + row["s_len_sum"]
             writer.write(units)
-    total = sum(counts.values()) or 1
-    shares = ", ".join(f"{kind} {100 * n / total:.1f} %" for kind, n in sorted(counts.items()))
+    total = sum(counts.values())
+    shares = ", ".join(f"{kind} {100 * n / max(1, total):.1f} %" for kind, n in sorted(counts.items()))
     console.say(f"{phase} units: {total:,} student tokens: {shares}")
 
 
