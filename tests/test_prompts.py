@@ -586,6 +586,22 @@ def test_text_of_a_row_is_never_a_control_token(given: Any, config: Any, pieces:
     assert ids.tolist() == byte_ids(tokenizer, *pieces, *end)
 
 
+def test_a_control_token_with_a_quote_is_seen_in_what_is_stored_as_json() -> None:
+    tokenizer = bytes_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ['<|"|>']})
+    renderer, quote = Renderer(Model(model="m"), tokenizer, []), tokenizer.convert_tokens_to_ids('<|"|>')
+    said = row("b", messages=[{"role": "system", "content": 'a<|"|>b'}, {"role": "user", "content": "b"}])
+    (ids,) = renderer.ids([said], 1000)
+    assert quote not in ids and 'system\na<|"|>b<|im_end|>' in tokenizer.decode(ids)
+    turns = [
+        {"role": "assistant", "content": "x"},
+        {"role": "tool", "content": '<|"|>'},
+        {"role": "assistant", "content": "y"},
+    ]
+    spans = renderer.spans(row("b"), turns, np.array([tokenizer.eos_token_id], np.int32))
+    assert not any(quote in ids for ids, _ in spans)
+
+
 def test_examples_are_data_too_and_private_characters_are_refused() -> None:
     shown = Model(model="m", prompt="{{ examples[0].prompt }}|{{ prompt }}")
     tokenizer = bytes_tokenizer()
