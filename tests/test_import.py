@@ -2,7 +2,10 @@
 
 import json
 import re
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.align.vocabularies import end_ids
 from pipeline.infer.logged import read
+from pipeline.prepared import PromptTable
 from pipeline.rendering import Renderer
+from pipeline.store.shards import open_shard
 from schemas.config import Model, load_config
 from schemas.errors import OpdError
 from stages import coverage, models, policy, prompts, reuse, scores, train, units, weights
@@ -202,6 +207,59 @@ def test_a_greeting_is_not_an_answer(spans: Any) -> None:
     )
     found = read({"messages": [greeting, question, answer]}, "", spans)
     assert found.asked.messages == [greeting, question] and found.turns == [answer]
+
+
+def test_what_is_reused_is_what_was_imported_and_fits(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row with its own fields and reference, whatever else asks the same; real lengths count."""
+    talk = [("system", "S"), ("user", "secret A"), ("assistant", "x"), ("user", "secret B"), ("assistant", "y")]
+    rows: list[dict[str, Any]] = [
+        {"prompt": "one", "persona": "A", "response": "a" * 201},
+        {"prompt": "one", "persona": "B", "answer": "7", "response": "b"},
+        {"prompt": "one", "persona": "B", "answer": "7", "response": "c"},
+        {"persona": "C", "messages": [{"role": role, "content": text} for role, text in talk]},
+    ]
+    Path("personas.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = json.loads(Path("a.yaml").read_text())
+    config["student"] |= {"system": "You are {{ persona }}."}
+    config["rollouts"] |= {"shard_size": 8, "max_new_tokens": 2040}
+    Path("c.yaml").write_text(json.dumps(config | {"run": "c"}))
+    import_rollouts.main(["personas.jsonl"], Path("runs/personas"), Path("c.yaml"))
+    where = Path("runs/personas/train.yaml")
+    given = PromptTable(open_shard(Path("runs/personas/prompts.parquet"), "prompts"))
+    assert [(row["prompt"], row["answer"]) for row in given.split("train")] == [
+        *(("one", None), ("one", "7"), ("secret A", None))
+    ]
+    prompts.main(where)
+    models.main("student", where)
+    reuse.main("round-0", 0, where)
+    theirs, mine = (pl.read_parquet(f"runs/{run}/round-0/rollouts/000.parquet") for run in ("personas", "c"))
+    assert mine["rollout_id"].to_list() == ["r0-p000-0", "r0-p001-0", "r0-p001-1", "r0-p002-0"]
+    assert mine.select("prompt_ids", "response_ids").equals(theirs.select("prompt_ids", "response_ids"))
+    # Held out, by itself, behind a system message, or in a later turn of the user's.
+    run = run_of(load_config(where))
+    source = run.phase("round-0").source
+    assert source
+    for question, leaks in (("secret A", True), ("secret B", True), ("one", True), ("y", False)):
+        held_out = {"test": [{"prompt": question, "messages": None, "tools": None}], "dev": []}
+        monkeypatch.setattr(reuse, "open_prompts", lambda _, rows=held_out: SimpleNamespace(split=rows.__getitem__))
+        with pytest.raises(OpdError, match="held-out prompts of this run; import it again") if leaks else nullcontext():
+            reuse.refuse_leaks(run, given, source)
+    monkeypatch.undo()
+    monkeypatch.chdir(there)
+    # The prompts fit into 120 positions, but not the response of 201 tokens.
+    shutil.copytree("student", "short", dirs_exist_ok=True)
+    shape = json.loads(Path("short/config.json").read_text())
+    Path("short/config.json").write_text(json.dumps(shape | {"max_position_embeddings": 120}))
+    values = json.loads(Path("c.yaml").read_text())
+    values |= {"run": "d", "reuse": ["runs/personas"], "student": config["student"] | {"model": "short"}}
+    values["rollouts"] |= {"max_new_tokens": 8}
+    Path("d.yaml").write_text(json.dumps(values))
+    prompts.main(Path("d.yaml"))
+    models.main("student", Path("d.yaml"))
+    with pytest.raises(
+        OpdError, match=r"response r0-p000-0: it and its prompt take 2\d\d tokens for short, whose .* is 120"
+    ):
+        reuse.main("round-0", 0, Path("d.yaml"))
 
 
 def test_ids_of_another_tokenizer_and_a_folder_that_is_there_are_refused(there: Path) -> None:
