@@ -230,8 +230,10 @@ def test_what_is_reused_is_what_was_imported_and_fits(there: Path, monkeypatch: 
         *(("one", None), ("one", "7"), ("secret A", None))
     ]
     prompts.main(where)
-    models.main("student", where)
+    for role in ("student", "teacher"):
+        models.main(role, where)  # type: ignore[arg-type]
     reuse.main("round-0", 0, where)
+    scores.main("round-0", 0, where, None)
     theirs, mine = (pl.read_parquet(f"runs/{run}/round-0/rollouts/000.parquet") for run in ("personas", "c"))
     assert mine["rollout_id"].to_list() == ["r0-p000-0", "r0-p001-0", "r0-p001-1", "r0-p002-0"]
     assert mine.select("prompt_ids", "response_ids").equals(theirs.select("prompt_ids", "response_ids"))
