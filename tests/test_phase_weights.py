@@ -76,7 +76,7 @@ def test_shards_are_weighed_as_one(parts: list[Part], tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_killed_worker_costs_time_only(parts: list[Part], tmp_path: Path) -> None:
     """SIGKILL as soon as the first shard lies there; dask's nanny starts another worker."""
-    many = [replace(part, weights=Path(f"{i}-{part.weights.name}")) for i in range(20) for part in parts]
+    many = [replace(part, weights=Path(f"{i}-{part.weights.name}")) for i in range(6) for part in parts]
 
     def paths(folder: Path) -> list[Part]:
         return [replace(part, weights=folder / part.weights) for part in many]

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline import sources
 from pipeline.align.tokens import text_tokenizer
-from pipeline.conversations import Asked, asked
+from pipeline.conversations import Asked, asked, reference
 from pipeline.prepared import PromptTable
 from pipeline.prompts import collect
 from pipeline.rendering import Renderer
@@ -341,6 +341,44 @@ SYSTEM = {"role": "system", "content": "Be kind."}
 )
 def test_conversations_have_one_form(value: Any, expected: Asked) -> None:
     assert asked(value, None, "here") == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (7, "7"),
+        (72.0, "72"),
+        (1e-05, "0.00001"),
+        (0.5, "0.5"),
+        (-3e20, "-300000000000000000000"),
+        (True, "True"),
+        ([{"from": "gpt", "value": "Paris"}], "Paris"),
+        ([1, 2], "[1, 2]"),
+        (None, None),
+        ("7.0", "7.0"),
+    ],
+)
+def test_reference_answers_are_texts(given: Any, text: str | None) -> None:
+    assert reference(given, "here") == text
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "said"),
+    [
+        ('{"prompt": "a"}\n{oops\n', {}, "nor a dataset the hub gives us: .*[Jj][Ss][Oo][Nn]"),
+        ('{"prompt": "a"}\n', {"split": ["train"]}, r"prompts\.options\.split: expected the name of one split, found"),
+        ('{"prompt": "a"}\n', {"name": 3}, "nor a dataset the hub gives us: "),
+    ],
+)
+def test_what_datasets_cannot_read_is_told(
+    content: str, options: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder with a broken file; options that it takes badly."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/p.jsonl").write_text(content)
+    with pytest.raises(OpdError, match=said):
+        collect(Prompts(source=str(tmp_path / "data"), options=options, splits=SPLITS), seed=0)
 
 
 @pytest.mark.parametrize(
