@@ -1,5 +1,7 @@
 """Import: rollouts that were made elsewhere, as a folder whose rollouts a run scores and trains on."""
 
+import hashlib
+import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -18,7 +20,7 @@ from pipeline.infer.logged import Logged, Told, columns_of, in_tokens, read
 from pipeline.infer.policy_logps import policy_table
 from pipeline.infer.rollout_table import row_groups
 from pipeline.prepared import PreparedModel, PromptTable
-from pipeline.prompts import LATER, collect
+from pipeline.prompts import KEY_BYTES, LATER, collect
 from pipeline.prompts import ROW_GROUP as PROMPT_GROUP
 from pipeline.rendering import Renderer
 from pipeline.sources import kind_of
@@ -96,7 +98,8 @@ def main(
     made_in.rename(run.root / "round-0")
     after = _next(run, config_file, into)
     console.say(
-        f"{into}: {responses} responses in {shards} shards, {lacking} of them without log-probs, which the student gave; "
+        f"{into}: {responses} responses to {len(prompts.split('train'))} prompts in {shards} shards, {lacking} of them without "
+        "log-probs, which the student gave; "
         f"{left_out} left out, whose prompts are held out"
     )
     console.say(f"score them and train: snakemake --cores all --configfile {after}")
@@ -119,12 +122,9 @@ def _later(logged: Logged) -> list[str]:
     return [turn["content"] for turn in logged.turns or () if turn["role"] == "user"]
 
 
-PromptKey = tuple[str | None, ...]
-
-
-def _key(logged: Logged) -> PromptKey:
-    """The same for rows that are samples of one prompt: all that templates and scorers may read of them is the same."""
-    return tuple(logged.prompt.values())
+def _key(logged: Logged) -> bytes:
+    """A digest, the same for rows that are samples of one prompt: all that templates and scorers may read of them is alike."""
+    return hashlib.blake2b(json.dumps(list(logged.prompt.values())).encode(), digest_size=KEY_BYTES).digest()
 
 
 def _logged(files: Iterable[str], spans: Any) -> Iterator[Logged]:
@@ -138,7 +138,7 @@ def _write_prompts(run: Run, files: list[str], spans: str, held_out: set[str]) -
 
     Texts of users' later turns follow them, as a split of their own, by which a run that holds one out tells it.
     """
-    left_out, seen, later, group = 0, set[PromptKey](), set[str](), []
+    left_out, seen, later, group = 0, set[bytes](), set[str](), []
     identity = {"imported": files}
     with open_writer(run.prompts, "prompts", identity, {}) as writer:
         for logged in _logged(files, spans):
@@ -169,7 +169,7 @@ def _rows(
     files: list[str], spans: str, held_out: set[str], student: PreparedModel, renderer: Renderer
 ) -> Iterator[Row]:
     """Of each response its names, its row, the ids of its prompt, and itself in tokens."""
-    numbers: dict[PromptKey, int] = {}
+    numbers: dict[bytes, int] = {}
     samples: list[int] = []
     for logged in _logged(files, spans):
         if _asks(logged, held_out):
