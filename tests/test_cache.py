@@ -527,7 +527,7 @@ def test_killed_again_and_again_in_scoring(smollm2: Any, tmp_path: Path, monkeyp
         process.stdin.flush()  # type: ignore[union-attr]
         return int(process.stdout.readline())  # type: ignore[union-attr]
 
-    wanted = int(os.environ.get("OPD_KILLS", "12"))
+    wanted = int(os.environ.get("OPD_KILLS", "8"))
     while kills < wanted or completed < 2:
         child, began = start(), time.monotonic()
         # First an uninterrupted run, which says how long a shard takes; then kills; then one that may finish.

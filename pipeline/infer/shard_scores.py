@@ -94,8 +94,9 @@ class ShardScores:
 
     @cached_property
     def teacher_prompts(self) -> list[list[np.ndarray]]:
-        """Prompt ids of each response, by row group. Raises OpdError when one leaves too little room for a response."""
-        limit = self.teacher.context - self.config.rollouts.longest
+        """Prompt ids of each response, by row group. Raises OpdError when one is longer than the teacher's context; `longest`
+        takes the response too."""
+        limit = self.teacher.context
         groups = (group["prompt_id"].to_pylist() for group in self.rollouts.row_groups())
         return [self.renderer.ids((self.asked or self.prompts).take(names), limit) for names in groups]
 
