@@ -137,7 +137,7 @@ class PreparedModel:
 
     @property
     def context(self) -> int:
-        """Positions the model has, tokens; unlimited when its config doesn't say."""
+        """Positions the model has, tokens; unlimited when neither its config nor its class says."""
         return context(model_config(self.ref.path)) or sys.maxsize
 
     def check(self) -> None:
