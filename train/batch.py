@@ -138,8 +138,8 @@ def collate(responses: Sequence[Response]) -> Batch:
     cand_id = np.zeros(used.shape, np.int64)
     cand_logp = np.full(used.shape, -np.inf, np.float32)
     cand_id[used] = np.concatenate([r.cand_id for r in responses])
-    rest = np.exp(units["tail_logp"]) + np.exp(units["dropped_logp"])
-    cand_logp[used] = rescaled(np.concatenate([r.cand_logp for r in responses]), counts, rest)
+    kept = np.concatenate([r.cand_logp for r in responses])
+    cand_logp[used] = rescaled(kept, counts, units["tail_logp"], units["dropped_logp"])
     shift = units["credit"] - units["advantage"]
     first = np.where(np.isnan(units["reference_logp"]), units["student_logp"], units["reference_logp"])
     behavior = units["student_logp"] - np.log(units["is_ratio"])

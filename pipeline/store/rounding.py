@@ -18,9 +18,14 @@ LONG = 256
 
 def rounded(logp: np.ndarray, bits: int) -> np.ndarray:
     """Round to so many binary digits after the leading one, none below STEP: still float32 nats; -inf stays -inf."""
-    _, exponent = np.frexp(logp)
-    step = np.maximum(np.ldexp(1.0, exponent - 1 - bits), STEP)
+    step = _step(logp, bits)
     return (np.round(logp / step) * step).astype(np.float32)
+
+
+def _step(logp: np.ndarray, bits: int) -> np.ndarray:
+    """What neighbours of a rounded log-prob differ from it by, nats: it may be off by half of that."""
+    step: np.ndarray = np.maximum(np.ldexp(1.0, np.frexp(logp)[1] - 1 - bits), STEP)
+    return step
 
 
 def candidates(ids: np.ndarray, logp: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -54,16 +59,20 @@ def _order(ids: np.ndarray, logp: np.ndarray, bounds: np.ndarray) -> None:
                 ids[to], logp[to] = token, value
 
 
-def rescaled(logp: np.ndarray, counts: np.ndarray, rest: np.ndarray) -> np.ndarray:
-    """Rounded candidates scaled so that they and the rest hold all mass again: what is known best is how much is left over.
+def rescaled(logp: np.ndarray, counts: np.ndarray, tail_logp: np.ndarray, dropped_logp: np.ndarray) -> np.ndarray:
+    """Rounded candidates scaled so that they, those dropped and the tail hold all mass again: what is known best is how much
+    the tail has. Where it has nearly all, it says less of what is left over than the candidates do, and they stay as they are.
 
     Args:
         logp: float32 (kept,), flat.
         counts: int64 (rows,), kept in each row.
-        rest: (rows,) mass outside of them; rows where it is not a number stay as they are.
+        tail_logp: (rows,) log of the mass outside of all candidates; rows where it is not a number stay as they are.
+        dropped_logp: (rows,) log of what candidates held that are no longer there, rounded as these were.
     """
     row = np.repeat(np.arange(len(counts)), counts)
-    held = np.bincount(row, np.exp(logp.astype(np.float64)), len(counts))
+    held = np.bincount(row, np.exp(logp.astype(np.float64)), len(counts)) + np.exp(dropped_logp.astype(np.float64))
+    tail = np.exp(tail_logp.astype(np.float64))
     with np.errstate(divide="ignore", invalid="ignore"):
-        shift = np.log(np.clip(1 - rest, 0, None) / held)
-    return (logp + np.where(np.isfinite(shift), shift, 0.0)[row]).astype(np.float32)
+        shift = np.log((1 - tail) / held)
+        known = tail / (1 - tail) * _step(tail_logp, STATISTIC_BITS) <= _step(np.log(held), CANDIDATE_BITS)
+    return (logp + np.where(np.isfinite(shift) & known, shift, 0.0)[row]).astype(np.float32)
