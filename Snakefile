@@ -547,9 +547,8 @@ rule diagnostics:
 
 rule evaluate:
     input:
-        lambda wildcards: shards(RUN, f"eval-{wildcards.checkpoint}", "rollouts", "units"),
-        # Of the weights it reads log-probs and ratios, which are those of rollouts and units whatever the loss.
-        ancient(lambda wildcards: shards(RUN, f"eval-{wildcards.checkpoint}", "weights")),
+        # Of the weights it reads what no loss decides, but were they ancient, a run killed after its units would go on without it.
+        lambda wildcards: shards(RUN, f"eval-{wildcards.checkpoint}", "rollouts", "units", "weights"),
         lambda wildcards: RUN.policy_file(RUN.phase(f"eval-{wildcards.checkpoint}").number),
         FOLDER / "prompts.parquet",
         [FOLDER / "also.parquet"] if CONFIG.evaluate.also else [],
