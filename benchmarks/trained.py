@@ -183,7 +183,6 @@ WORKER: Worker | None = None
 def start(base: dict[str, Any], prepared: Path, threads: int) -> None:
     """A worker process begins."""
     global WORKER  # noqa: PLW0603 - what a pool's processes keep between their tasks
-    torch.set_num_threads(threads)
     processors.take(threads)
     WORKER = Worker(base, prepared)
 

@@ -44,10 +44,12 @@ class ControlTokens:
         self._control = {name: chr(CONTROL + i) for i, name in enumerate(self._names)}
         self._shown = str.maketrans({hidden: name for name, hidden in self._hidden.items()})
         self._special, self._any = _any_of(special), _any_of(self._names)
+        in_json = [json.dumps(name, ensure_ascii=False)[1:-1] for name in self._names]
+        self._spelled = _any_of([*self._names, *in_json])
 
     def are_in(self, *texts: str | None) -> bool:
-        """Whether a look-alike is in one of the texts."""
-        return any(text is not None and self._any.search(text) for text in texts)
+        """Whether a look-alike is in one of the texts, or in a string of one that is JSON."""
+        return any(text is not None and self._spelled.search(text) for text in texts)
 
     def hide(self, value: Any) -> Any:
         """A JSON-able value with all look-alikes in its strings, keys included, replaced by private characters.

@@ -1,9 +1,12 @@
 """What a source's row asks: one text or a conversation, in the forms that data sets come in, as one form of messages."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from pipeline import strict_json
 from schemas.errors import OpdError, listed, shown
@@ -83,13 +86,18 @@ def messages_of(value: Any, where: str) -> list[Message]:
 
 
 def reference(answer: Any, where: str) -> str | None:
-    """A reference answer as text: of messages, the last one's content, or its tool calls as JSON where it has none.
+    """A reference answer as text: of messages, the last one's content, or its tool calls as JSON where it has none; a number
+    without an exponent, and whole ones, which data frames keep as floats, without a point.
 
     Raises OpdError, beginning with `where`, when a message is malformed.
     """
     if answer is None:
         return None
+    if isinstance(answer, float) and math.isfinite(answer):
+        return np.format_float_positional(answer, trim="-")
     last = answer[-1] if isinstance(answer, list) and answer else answer
+    if isinstance(last, Mapping) and {"from", "value"} <= last.keys():
+        last = _message(last, where)
     if not isinstance(last, Mapping) or "role" not in last:
         return str(answer)
     if text := _text(last.get("content"), where):

@@ -212,7 +212,9 @@ def _read_as_saved(folder: Path, tokenizer: Any) -> None:
     path = folder / "tokenizer_config.json"
     told = json_object(path) | {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "padding_side": tokenizer.padding_side,  # the one thing that the class says besides
+        # What the class says besides; a plain one of transformers 4 would add `token_type_ids`, which models refuse.
+        "padding_side": tokenizer.padding_side,
+        "model_input_names": tokenizer.model_input_names,
         "added_tokens_decoder": {str(at): one.__getstate__() for at, one in tokenizer.added_tokens_decoder.items()},
     }
     write_text(path, json.dumps(told, indent=1, ensure_ascii=False) + "\n")

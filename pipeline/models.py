@@ -266,17 +266,31 @@ def _open(source: str, folder: Path, layers: bool = True, **options: Any) -> Any
 
 
 def context(config: dict[str, Any]) -> int | None:
-    """Positions that a model with this config.json has, tokens; None where it doesn't say."""
+    """Positions that a model with this config.json has, tokens; None where neither it nor its class says."""
     return _of_text(config, "max_position_embeddings")
 
 
 def embedded(config: dict[str, Any]) -> int | None:
-    """Ids that it has an embedding of, padding included; None where it doesn't say."""
+    """Ids that it has an embedding of, padding included; None where neither it nor its class says."""
     return _of_text(config, "vocab_size")
 
 
 def _of_text(config: dict[str, Any], key: str) -> int | None:
-    return config.get(key) or config.get("text_config", {}).get(key)
+    return config.get(key) or config.get("text_config", {}).get(key) or _by_class(config, key)
+
+
+def _by_class(config: dict[str, Any], key: str) -> int | None:
+    """What `transformers` takes for a key that a config.json leaves out, or calls otherwise: seconds, for the import."""
+    if "model_type" not in config:
+        return None
+    from transformers import AutoConfig  # noqa: PLC0415
+
+    try:
+        told: Any = AutoConfig.for_model(**config).get_text_config()
+    except Exception:  # of any kind, as in `_open`, which tells of it
+        return None
+    value = getattr(told, key, None)
+    return value if isinstance(value, int) and value > 0 else None
 
 
 def vocabulary(source: str, folder: str | Path, tokenizer: Any) -> TokenBytes:

@@ -57,10 +57,15 @@ class PromptTable:
     shard: Shard
 
     @property
+    def imported(self) -> bool:
+        """Whether they are those of imported rollouts."""
+        return "imported" in self.shard.manifest.identity
+
+    @property
     def source(self) -> str:
         """`prompts.source` that they come from; of imported ones the first file."""
         told = self.shard.manifest.identity
-        return str(told["prompts"]["source"] if "prompts" in told else told["imported"][0])
+        return str(told["imported"][0] if self.imported else told["prompts"]["source"])
 
     def split(self, name: str) -> PromptRows:
         """Rows of one split, in order, read when they are asked for."""
@@ -132,7 +137,7 @@ class PreparedModel:
 
     @property
     def context(self) -> int:
-        """Positions the model has, tokens; unlimited when its config doesn't say."""
+        """Positions the model has, tokens; unlimited when neither its config nor its class says."""
         return context(model_config(self.ref.path)) or sys.maxsize
 
     def check(self) -> None:

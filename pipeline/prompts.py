@@ -18,6 +18,8 @@ from schemas.tables import arrow_schema
 RESERVED = ("prompt", "answer", "examples")
 CONVERSATION_FIELDS = ("messages", "conversations")
 """Where data sets keep conversations; looked for where there is no field `prompt`."""
+LATER = "later"
+"""Split of what users say after the first answer in imported conversations: not asked, but told from what is held out."""
 ROW_GROUP = 4096
 """Prompts that are Python objects at once, and those of a row group on disk."""
 KEY_BYTES = 16

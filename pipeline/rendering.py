@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 
 import jinja2
@@ -140,7 +140,8 @@ class Renderer:
             Token ids of each stretch, and whether the assistant wrote it: its turn with the token that ends it, but nothing
             that the template puts around that.
         Raises:
-            OpdError: the model has no chat template, or it writes earlier turns otherwise once later ones follow.
+            OpdError: the model has no chat template, or it leaves out what the assistant thought, opens its turn with what
+                isn't there, or writes earlier turns otherwise once later ones follow.
         """
         if not self.chat:
             raise OpdError(
@@ -157,12 +158,15 @@ class Renderer:
         first = self._messages(row, values, prompt, system)
         tools, mine = _tools(row, values), [turn["role"] == "assistant" for turn in turns]
         whole = self._written(row, [*first, *turns], tools, opens=False)
+        self._check_thoughts(row, [*first, *turns], turns, tools, whole)
         borders = []
         for number in np.flatnonzero(mine).tolist():
             opened = self._written(row, [*first, *turns[:number]], tools)
             if number == 0:
                 opened += prefill
             if not whole.startswith(opened):
+                if number == 0:
+                    raise self._opens_otherwise(row, opened, whole, len(turns) > 1)
                 raise OpdError(
                     f"{row['prompt_id']}: the chat template of {self._name} writes what is before turn {number + 1} otherwise "
                     "once others follow (it leaves out what was thought, say), so that no single sequence is what the model "
@@ -179,6 +183,32 @@ class Renderer:
                 raise OpdError(f"{where}: an assistant's turn has no token that ends it ({text[-40:]!r})")
             stretches += [(ids[: stops[0] + 1], True), (ids[stops[0] + 1 :], False)]
         return stretches[:-1]
+
+    def _check_thoughts(
+        self, row: Mapping[str, Any], messages: Sequence[Message], turns: Sequence[Message], tools: Any, whole: str
+    ) -> None:
+        """Raise OpdError where the rendering of a conversation lacks what the assistant thought in one of the turns."""
+        thoughts = [text for turn in turns for text in _thoughts(turn)]
+        lost = _lost([*_pieces(messages, tools), *thoughts], whole)
+        if not (lost := [text for text in lost if text in thoughts]):
+            return
+        if len(turns) > 1 and not set(lost) & set(_thoughts(turns[-1])):
+            remedy = "such conversations aren't one sequence; import the last answer alone (`--spans last`)"
+        else:
+            remedy = "put it into `content` as the model writes it, or give `response` as text"
+        raise OpdError(
+            f"{row['prompt_id']}: the chat template of {self._name} leaves out what the assistant thought "
+            f"({self._control.show(lost[0])[:60]!r}): {remedy}"
+        )
+
+    def _opens_otherwise(self, row: Mapping[str, Any], opened: str, whole: str, others_follow: bool) -> OpdError:
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(opened, whole, strict=False))
+        lacking = opened[sum(1 for _ in same) :]
+        return OpdError(
+            f"{row['prompt_id']}: the chat template of {self._name} (or `prefill`) opens the assistant's turn with "
+            f"{self._control.show(lacking)[:60]!r}, which this answer lacks as it writes it; give `response` as text"
+            + (", or import the last answer alone (`--spans last`)" if others_follow else "")
+        )
 
     def _looks_like_control(self, row: Mapping[str, Any]) -> bool:
         """Whether the row's text, or that of the examples shown with it, holds a look-alike of a control token."""
@@ -351,6 +381,13 @@ def _pieces(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | No
         found.append(content.rpartition("</think>")[2] if message["role"] == "assistant" else content)
         for call in message.get("tool_calls", ()):
             found += [call["function"]["name"], *_leaves(call["function"]["arguments"])]
+    return [text.strip() for text in found if text.strip()]
+
+
+def _thoughts(message: Message) -> list[str]:
+    """What an assistant's message has of its thinking, as a field of its own and in its content."""
+    before = (message["content"] or "").rpartition("</think>")[0].strip()
+    found = [message.get("reasoning_content") or "", before.removeprefix("<think>")]
     return [text.strip() for text in found if text.strip()]
 
 

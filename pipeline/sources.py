@@ -119,7 +119,7 @@ def _gym(source: str, options: dict[str, Any], seed: int, need: int) -> Iterator
 
 
 def gym_verifies(dataset: str, answer: str, row: Row) -> bool:
-    """Full marks of a reasoning-gym task's own scorer, for an answer to a `prompts` row.
+    """Full marks of a reasoning-gym task's own scorer, for an answer to a `prompts` row; none where the scorer fails at it.
 
     Raises OpdError when reasoning-gym isn't installed or has no such task.
     """
@@ -130,7 +130,10 @@ def gym_verifies(dataset: str, answer: str, row: Row) -> bool:
     except ValueError as error:
         raise OpdError(f"reasoning-gym has no task {dataset!r}: {error}") from error
     entry = {"question": row["prompt"], "answer": row["answer"], "metadata": gym_metadata(row)}
-    return float(scorer(answer, entry)) == 1.0
+    try:
+        return float(scorer(answer, entry)) == 1.0
+    except Exception:  # of any kind: some parse an answer without a look at it
+        return False
 
 
 def gym_metadata(row: Row) -> dict[str, Any]:
@@ -355,15 +358,19 @@ def _rows_of(found: Any) -> Iterator[Row]:
 def _hub(source: str, options: dict[str, Any], seed: int, need: int) -> Iterator[Row]:
     import datasets  # noqa: PLC0415
 
+    if not isinstance(split := options.get("split", "train"), str):
+        raise OpdError(
+            f"prompts: {source}: prompts.options.split: expected the name of one split, found {shown(split)}"
+        )
     try:
-        found = datasets.load_dataset(source, **{"split": "train", **options})
+        found = datasets.load_dataset(source, **options | {"split": split})
         if options.get("streaming"):
             found = found.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
         yield from _rows_of(found)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
         raise OpdError(
             f"prompts: {source!r} is neither a file ({', '.join(ENDINGS)}), nor a folder of datasets.save_to_disk, nor "
-            f"module:function of your own, nor a dataset the hub gives us: {one_line(error)}"
+            f"module:function of your own, nor a dataset the hub gives us: {one_line(error.__cause__ or error)}"
         ) from error
 
 

@@ -84,7 +84,7 @@ STAGES: dict[str, Keys] = {
             "weights.reward",
         )
     ),
-    "reuse": _conversed("student") + Keys(("reuse", "rollouts.max_new_tokens")),
+    "reuse": _conversed("student") + Keys(("reuse",)),
     "answers": _computes("teacher")
     + _conversed("teacher")
     + _on_engine("teacher")
@@ -135,7 +135,7 @@ STAGES: dict[str, Keys] = {
     + _named("student")
     + Keys(
         ("scores.support", "scores.min_p", "scores.mass", "scores.k_max", "scores.log_z"),
-        ("teacher.revision", "scores.batch_tokens", "rollouts.max_new_tokens", "audit", "cache_remote"),
+        ("teacher.revision", "scores.batch_tokens", "audit", "cache_remote"),
     ),
     "units": _named("student") + _named("teacher"),
     "policy": _computes("student") + _on_engine("student") + Keys((), ("scores.batch_tokens",)),

@@ -48,7 +48,8 @@ PROMPTS = (
     Column(
         "split",
         pa.string(),
-        "examples | train | dev | test, no prompt in two of them; in also.parquet the name of a set",
+        "examples | train | dev | test, no prompt in two of them; in also.parquet the name of a set; of imported rollouts "
+        "train, and later for what users say after the first answer",
     ),
     Column(
         "prompt", pa.string(), "the bare question, before any template; of a conversation the last user message's text"

@@ -41,7 +41,8 @@ def main(shard: ShardOption = 0, config_file: ConfigOption = DEFAULT_CONFIG, thr
             console.progress("sft answers", len(wanted), "answers") as advance,
             open_writer(path, "rollouts", identity, inputs, origin) as writer,
         ):
-            tokens, how = 0, (run.settings.seed, options.longest, sft.temperature, sft.top_p)
+            tokens = 0
+            how = (run.settings.seed, options.batch_size, options.longest, sft.temperature, sft.top_p)
             for table in sampled_tables(sampler, model, wanted, BASE, ids, *how, advance=advance):
                 tokens += len(table["response_ids"].combine_chunks().flatten())
                 writer.write(table)

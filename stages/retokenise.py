@@ -3,7 +3,7 @@
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.align.retokenise import retokenise
+from pipeline.align.retokenise import positions, retokenise
 from pipeline.align.tokens import from_table
 from pipeline.measure.scorers import identity as scorer_identity
 from pipeline.measure.scorers import scorer
@@ -40,12 +40,12 @@ def main(shard: ShardOption = 0, config_file: ConfigOption = DEFAULT_CONFIG) -> 
             ids = renderer.ids(prompts.take(group["prompt_id"].to_pylist()), student.context)
             tokens = (student.vocabulary, student.stop)
             table = retokenise(group, behavior, tokens, student.text_tokenizer, student.roles, ids)
-            fits = pc.less_equal(pc.add(lengths(table, "prompt_ids"), lengths(table, "response_ids")), student.context)
+            fits = pc.less_equal(positions(table), student.context)
             figures["too_long"] += pc.sum(pc.invert(fits)).as_py() or 0
             table = table.filter(fits)
             writer.write(table)
             figures["kept"] += len(table)
-            figures["tokens"] += pc.sum(lengths(table, "response_ids")).as_py() or 0
+            figures["tokens"] += pc.sum(pc.list_value_length(table["response_ids"])).as_py() or 0
             figures["stopped"] += pc.sum(pc.equal(table["finish_reason"], "stop")).as_py() or 0
         writer.figures |= {"answers": answers.rows, **figures, "right": figures["right"] if right_only else None}
     console.say(
@@ -58,11 +58,6 @@ def are_right(run: Run, prompts: PromptTable, answers: pa.Table) -> pa.Array:
     judge = scorer(run.settings.evaluate, run.settings.prompts.source)
     judged = judge.all(answers["response"].to_pylist(), prompts.take(answers["prompt_id"].to_pylist()))
     return pa.array([bool(right) for _, right in judged], pa.bool_())
-
-
-def lengths(table: pa.Table, column: str) -> pa.ChunkedArray:
-    """Of the lists in a column."""
-    return pc.list_value_length(table[column])
 
 
 if __name__ == "__main__":

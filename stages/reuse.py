@@ -1,10 +1,12 @@
 """Reuse: take over another run's rollouts and teacher scores for this student; no teacher forward."""
 
-from pipeline.align.retokenise import retokenise
+import pyarrow as pa
+
+from pipeline.align.retokenise import positions, retokenise
 from pipeline.align.tokens import from_table
 from pipeline.align.vocabularies import same_ids
-from pipeline.prepared import PromptTable
-from pipeline.prompts import asked_of
+from pipeline.prepared import PreparedModel, PromptTable
+from pipeline.prompts import LATER, asked_of
 from pipeline.store.cache import link_shard, responses_digest
 from pipeline.store.shards import Shard, open_shard, open_writer
 from schemas.errors import OpdError
@@ -51,7 +53,6 @@ def write_rollouts(place: Place, source: Source, given: Shard) -> None:
     )
     student = policy(run, BASE)
     renderer = student.renderer(prompts)
-    limit = student.context - run.settings.rollouts.longest
     identity = {"student": student.ref.tokenizer, "prompt": renderer.identity, "stop_ids": student.stop.tolist()}
     identity |= {name: given.manifest.identity[name] for name in ("sampling",) if name in given.manifest.identity}
     if not same_ids(behavior[0], student.vocabulary):
@@ -63,23 +64,40 @@ def write_rollouts(place: Place, source: Source, given: Shard) -> None:
         for group in given.row_groups():
             rows = prompts.take(group["prompt_id"].to_pylist())
             tokens = (student.vocabulary, student.stop)
-            writer.write(
-                retokenise(group, behavior, tokens, student.text_tokenizer, student.roles, renderer.ids(rows, limit))
-            )
+            ids = renderer.ids(rows, student.context)
+            table = retokenise(group, behavior, tokens, student.text_tokenizer, student.roles, ids)
+            refuse_long(table, student)
+            writer.write(table)
     what = "responses and their scores" if source.is_scored else "responses"
     console.say(f"{place.phase.name}: {given.rows} {what} reused from {source.folder}")
 
 
-def refuse_leaks(run: Run, prompts: PromptTable, source: Source) -> None:
-    """Raise OpdError when the reused run trained on what this run holds out."""
-    mine = open_prompts(run)
-    held_out = {asked_of(row).key for name in ("dev", "test") for row in mine.split(name)}
-    leaked = sum(asked_of(row).key in held_out for row in prompts.split("train"))
-    if leaked:
+def refuse_long(rollouts: pa.Table, student: PreparedModel) -> None:
+    """Raise OpdError when a prompt and its response are longer than the student's context."""
+    found = positions(rollouts).to_numpy()
+    if len(found) and found.max() > student.context:
+        at = int(found.argmax())
         raise OpdError(
-            f"reuse: {leaked} train prompts of {source.run} are held-out prompts of this run; "
-            f"give both the same `prompts` and `seed`, or hold out others"
+            f"reuse: response {rollouts['rollout_id'][at].as_py()}: it and its prompt take {found[at]} tokens for "
+            f"{student.ref.source}, whose context is {student.context}; take a student that has room for it"
         )
+
+
+def refuse_leaks(run: Run, prompts: PromptTable, source: Source) -> None:
+    """Raise OpdError when the reused run trained on what this run holds out; of imported conversations, in any turn that
+    `opd import` would have left out."""
+    mine = open_prompts(run)
+    held_out = (row for name in ("dev", "test") for row in mine.split(name))
+    if prompts.imported:
+        texts = {row["prompt"] for row in held_out}
+        leaked = sum(row["prompt"] in texts for name in ("train", LATER) for row in prompts.split(name))
+        cure = "import it again with this config, which leaves them out, or hold out others"
+    else:
+        keys = {asked_of(row).key for row in held_out}
+        leaked = sum(asked_of(row).key in keys for row in prompts.split("train"))
+        cure = "give both the same `prompts` and `seed`, or hold out others"
+    if leaked:
+        raise OpdError(f"reuse: {leaked} train prompts of {source.run} are held-out prompts of this run; {cure}")
 
 
 if __name__ == "__main__":

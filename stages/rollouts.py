@@ -69,10 +69,8 @@ def main(
             console.progress(f"{phase} rollouts", len(wanted), "responses") as advance,
             open_writer(path, "rollouts", what, asked, origin) as writer,
         ):
-            tokens, seed = 0, run.settings.seed
-            tables = sampled_tables(
-                sampler, student, wanted, number, ids, seed, options.longest, **sampling, advance=advance
-            )
+            tokens, how = 0, (run.settings.seed, options.batch_size, options.longest)
+            tables = sampled_tables(sampler, student, wanted, number, ids, *how, **sampling, advance=advance)
             for table in tables:
                 tokens += len(table["response_ids"].combine_chunks().flatten())
                 writer.write(table)

@@ -21,6 +21,8 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
+from pipeline.infer.audit import Deltas
+from pipeline.prepared import PreparedModel
 from pipeline.store import cache
 from pipeline.store.shards import manifest_path, open_shard, open_writer
 from pipeline.store.signatures import check_signature, signature_path
@@ -396,6 +398,41 @@ def test_the_audit_is_in_the_manifest_and_stops_what_differs(
     with pytest.raises(OpdError, match=r"differs by 0\.\d+ nats on average"):
         scores.main("round-0", 0, scored.config, None)
     assert not [p for p in (tmp_path / "scores").iterdir() if p.suffix != ".lock"]
+    # Nor do differences pass that are no numbers, here or in `opd audit`.
+    monkeypatch.setattr(score, "_score_chunk", right)
+    nothing = Deltas(np.array([np.nan]), np.zeros(1))
+    monkeypatch.setattr("pipeline.infer.shard_scores.deltas", lambda *_: nothing)
+    with pytest.raises(OpdError, match="differs by nan nats on average"):
+        scores.main("round-0", 0, scored.config, None)
+    monkeypatch.setenv("OPD_CACHE", str(scored.cache))
+    with pytest.raises(OpdError, match="differences above the thresholds"):
+        audit.main(scored.config, 1)
+
+
+def test_a_quantised_teacher_is_audited_in_its_own_dtype(
+    scored: ScoredRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cast to another, FP8 weights lose their scales, and other kinds raise."""
+
+    def quantised(self: PreparedModel) -> Any:
+        model = self.load()
+        model.config.quantization_config = {"quant_method": "bitsandbytes"}
+        monkeypatch.setattr(type(model), "to", lambda *_: pytest.fail("cast"))
+        return model
+
+    monkeypatch.setattr(PreparedModel, "take_model", quantised)
+    before = scored.shard(0).readlink()
+    audit.main(scored.config, 1)
+    assert "recomputed log-probs (bfloat16)" in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.chdir(scored.folder)
+    monkeypatch.setattr(PreparedModel, "take_model", quantised)
+    monkeypatch.setenv("OPD_CACHE", str(tmp_path))
+    try:
+        scores.main("round-0", 0, scored.config, None)
+        assert open_shard(scored.shard(0), "scores").manifest.figures["audit_dtype"] == "bfloat16"
+    finally:
+        cache.link_shard(before, scored.shard(0))
 
 
 @pytest.mark.parametrize("fits", ["bfloat16", "nothing"])
@@ -505,7 +542,7 @@ def test_killed_again_and_again_in_scoring(smollm2: Any, tmp_path: Path, monkeyp
         process.stdin.flush()  # type: ignore[union-attr]
         return int(process.stdout.readline())  # type: ignore[union-attr]
 
-    wanted = int(os.environ.get("OPD_KILLS", "12"))
+    wanted = int(os.environ.get("OPD_KILLS", "8"))
     while kills < wanted or completed < 2:
         child, began = start(), time.monotonic()
         # First an uninterrupted run, which says how long a shard takes; then kills; then one that may finish.

@@ -241,7 +241,7 @@ def test_a_phase_has_its_own_horizon_and_evaluation_the_longest() -> None:
     config = with_horizons(16, 64, 32)
     expected = {"round-0": 16, "round-1": 64, "round-2": 32, "round-3": 32, "round-3@1": 64, "eval-0": 64, "eval-4": 64}
     expected |= {"eval-base": 64, "sft": 64}
-    for stage in ("rollouts", "scores", "reuse", "evaluate"):
+    for stage in ("rollouts", "evaluate"):
         found = {phase: decides.settings(config, stage, phase).rollouts.longest for phase in expected}
         assert found == expected, stage
     plain = decides.settings(with_horizons(16), "rollouts", "round-2").rollouts

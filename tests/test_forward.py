@@ -19,6 +19,8 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
 )
@@ -116,6 +118,14 @@ def test_batches_cover_every_row_once_within_the_budget(lengths: list[int], budg
         assert (len(batch) + 1) * width > budget  # one row more wouldn't have fit
 
 
+def test_a_long_shared_start_has_fewer_rows_go_on_from_it() -> None:
+    """Its keys and values are copied for each row: 10 of 10 tokens fill a batch of 100, 4 after 190 have 8 times as many."""
+    assert [len(batch) for batch in batches([10] * 10, 100)] == [10]
+    assert [len(batch) for batch in batches([10] * 10, 100, 70)] == [10]
+    assert [len(batch) for batch in batches([10] * 10, 100, 190)] == [4, 4, 2]
+    assert [len(batch) for batch in batches([10] * 3, 100, 9000)] == [1, 1, 1]
+
+
 @given(st.lists(st.lists(st.integers(1, 3), max_size=6), min_size=1, max_size=5), st.booleans())
 def test_pad_and_common_start(rows: list[list[int]], left: bool) -> None:
     arrays = [np.array(row, np.int64) for row in rows]
@@ -154,6 +164,14 @@ def squashed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_check_head_refuses_logits_that_are_changed_otherwise() -> None:
     with pytest.raises(OpdError, match=r"llama-tiny.*LlamaForCausalLM"):
         check_head(model_of("llama"), "llama-tiny")
+
+
+def test_a_model_that_is_its_own_body_is_refused() -> None:
+    """Llama 4's text model calls its body otherwise than its class says."""
+    shape = SHAPE | {"num_hidden_layers": 1, "intermediate_size_mlp": 48, "num_local_experts": 2}
+    model = Llama4ForCausalLM(Llama4TextConfig(**shape))
+    with pytest.raises(OpdError, match=r"model scout: Llama4ForCausalLM can't be run without its head"):
+        check_head(model, "scout")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -369,6 +387,30 @@ def test_out_of_memory_halves_what_is_left_and_goes_on() -> None:
         hook.remove()
     assert_scores(result, naive_scores(model, prompts, responses, 0.9, 8))
     assert sizes == [1, 5, 3, 2, 1, 1, 1] and len(said) == 2 and "half as many" in said[0]
+
+
+def test_out_of_memory_in_the_head_halves_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rng = model_of("llama"), np.random.default_rng(8)
+    prompts, responses = rows_with(rng, 3)
+    monkeypatch.setattr(score_module, "CHUNK_BYTES", 4 * VOCAB * 8)  # eight rows of logits at once
+    sizes: list[int] = []
+
+    def full(most: int) -> Any:
+        def logits(hidden: torch.Tensor) -> torch.Tensor:
+            sizes.append(len(hidden))
+            if sizes[-1] > most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return head(model, hidden)
+
+        return logits
+
+    said: list[str] = []
+    rows = list(hidden_rows(model, prompts, responses, 10_000))
+    result = score(rows, full(4), responses, STOP, Candidates(0.9, 8), say=said.append)
+    assert_scores(result, naive_scores(model, prompts, responses, 0.9, 8))
+    assert sizes == [1, 7, 4, 3, 3, 3, 3, 3] and "memory with 7 rows of logits at once" in said[0]
+    with pytest.raises(OpdError, match=r"single token.*scores\.batch_tokens"):
+        score(rows, full(0), responses, STOP, Candidates(0.9, 8))
 
 
 def test_halving_gives_up_on_one_row_and_passes_other_errors_on() -> None:

@@ -1,7 +1,11 @@
 """Rollouts from elsewhere: what a log says, in tokens, scored once and trained on."""
 
 import json
+import re
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,12 +14,15 @@ import pytest
 import tiny
 import torch
 import yaml
+from test_prompts import CHATML, bytes_tokenizer
 from test_tokenizers import npm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.align.vocabularies import end_ids
 from pipeline.infer.logged import read
+from pipeline.prepared import PromptTable
 from pipeline.rendering import Renderer
+from pipeline.store.shards import open_shard
 from schemas.config import Model, load_config
 from schemas.errors import OpdError
 from stages import coverage, models, policy, prompts, reuse, scores, train, units, weights
@@ -38,6 +45,7 @@ LOGS: list[dict[str, Any]] = [
             {"role": "assistant", "content": "Bye."},
         ]
     },
+    {"prompt": "four", "response_ids": [40, 41], "sampler_logp": [-1.0, -2.0], "finish_reason": "stop"},
     {"prompt": "held out", "response": "x"},
 ]
 
@@ -88,7 +96,7 @@ def rollouts() -> list[dict[str, Any]]:
 
 def test_each_form_is_in_the_students_tokens_and_what_is_held_out_is_left_out(there: Path) -> None:
     found = {row["rollout_id"]: row for row in rollouts()}
-    assert list(found) == ["r0-p000-0", "r0-p000-1", "r0-p001-0", "r0-p002-0", "r0-p003-0"]
+    assert list(found) == ["r0-p000-0", "r0-p000-1", "r0-p001-0", "r0-p002-0", "r0-p003-0", "r0-p004-0"]
     tokenizer = AutoTokenizer.from_pretrained("student")
     spelled = tokenizer("ab c").input_ids
     assert found["r0-p000-0"]["response_ids"] == [*spelled, 0] and found["r0-p000-0"]["finish_reason"] == "stop"
@@ -96,6 +104,9 @@ def test_each_form_is_in_the_students_tokens_and_what_is_held_out_is_left_out(th
     assert found["r0-p001-0"]["response_ids"] == [40, 41, 0]
     assert found["r0-p001-0"]["behavior_logp"] == [-1.0, -2.0, -0.5]
     assert [segment["loss"] for segment in found["r0-p002-0"]["segments"]] == [True, False, True]
+    # A stop would have no log-prob of the sampler's.
+    assert found["r0-p004-0"]["response_ids"] == [40, 41] and found["r0-p004-0"]["sampler_logp"] == [-1.0, -2.0]
+    assert len(found["r0-p004-0"]["behavior_logp"]) == 2
     row = found["r0-p003-0"]
     # The template writes the conversation; what rows say stays text.
     messages = LOGS[4]["messages"]
@@ -152,7 +163,8 @@ def test_they_are_scored_and_trained_on_and_what_was_read_carries_no_loss(there:
     )
     assert talk.filter(pl.col("kind") == "context")["advantage"].abs().max() == 0
     # Where the log-probs are the student's own, the policy that trains is the one that sampled.
-    own = found.filter((pl.col("rollout_id") != "r0-p001-0") & ~pl.col("kind").is_in(["masked", "context"]))
+    given = ["r0-p001-0", "r0-p004-0"]
+    own = found.filter(~pl.col("rollout_id").is_in(given) & ~pl.col("kind").is_in(["masked", "context"]))
     assert own["is_ratio"].to_numpy() == pytest.approx(1.0, abs=1e-4)
     other = found.filter((pl.col("rollout_id") == "r0-p001-0") & (pl.col("kind") == "1:1"))
     assert (other["is_ratio"] - 1).abs().min() > 1e-3
@@ -172,8 +184,13 @@ def test_they_are_scored_and_trained_on_and_what_was_read_carries_no_loss(there:
         ({"prompt": "a", "response_ids": [1, 2], "logprobs": [-1.0]}, "`logprobs` has 1 numbers, but there are 2"),
         ({"prompt": "a", "response_ids": [1], "logprobs": [0.5]}, "finite and at most 0"),
         ({"prompt": "a", "response_ids": [1], "logprobs": [float("nan")]}, "finite and at most 0"),
+        ({"prompt": "a", "response_ids": [1, 2], "logprobs": [-0.5, -np.inf]}, "finite and at most 0, found -inf"),
         ({"prompt": "a", "response_ids": ["x"]}, "list of whole numbers"),
         ({"messages": [{"role": "user", "content": "a"}]}, "no response"),
+        (
+            {"messages": [{"role": "assistant", "content": "Hello."}]},
+            "no response: .* an assistant's message after a user's",
+        ),
         ({"prompt": "a", "response": [{"role": "user", "content": "b"}]}, "begin and end with the assistant's"),
     ],
 )
@@ -181,6 +198,71 @@ def test_a_malformed_row_is_named(row: dict[str, Any], named: str) -> None:
     with pytest.raises(OpdError, match=named) as error:
         read(row, "logs.jsonl, row 3", "all")
     assert str(error.value).startswith("logs.jsonl, row 3")
+
+
+@pytest.mark.parametrize("spans", ["all", "last"])
+def test_a_greeting_is_not_an_answer(spans: Any) -> None:
+    greeting, question, answer = (
+        {"role": role, "content": text}
+        for role, text in (("assistant", "Hello."), ("user", "2 + 2?"), ("assistant", "4"))
+    )
+    found = read({"messages": [greeting, question, answer]}, "", spans)
+    assert found.asked.messages == [greeting, question] and found.turns == [answer]
+
+
+def test_what_is_reused_is_what_was_imported_and_fits(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row with its own fields and reference, whatever else asks the same; real lengths count."""
+    talk = [("system", "S"), ("user", "secret A"), ("assistant", "x"), ("user", "secret B"), ("assistant", "y")]
+    rows: list[dict[str, Any]] = [
+        {"prompt": "one", "persona": "A", "response": "a" * 201},
+        {"prompt": "one", "persona": "B", "answer": "7", "response": "b"},
+        {"prompt": "one", "persona": "B", "answer": "7", "response": "c"},
+        {"persona": "C", "messages": [{"role": role, "content": text} for role, text in talk]},
+    ]
+    Path("personas.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = json.loads(Path("a.yaml").read_text())
+    config["student"] |= {"system": "You are {{ persona }}."}
+    config["rollouts"] |= {"shard_size": 8, "max_new_tokens": 2040}
+    Path("c.yaml").write_text(json.dumps(config | {"run": "c"}))
+    import_rollouts.main(["personas.jsonl"], Path("runs/personas"), Path("c.yaml"))
+    where = Path("runs/personas/train.yaml")
+    given = PromptTable(open_shard(Path("runs/personas/prompts.parquet"), "prompts"))
+    assert [(row["prompt"], row["answer"]) for row in given.split("train")] == [
+        *(("one", None), ("one", "7"), ("secret A", None))
+    ]
+    prompts.main(where)
+    for role in ("student", "teacher"):
+        models.main(role, where)  # type: ignore[arg-type]
+    reuse.main("round-0", 0, where)
+    scores.main("round-0", 0, where, None)
+    theirs, mine = (pl.read_parquet(f"runs/{run}/round-0/rollouts/000.parquet") for run in ("personas", "c"))
+    assert mine["rollout_id"].to_list() == ["r0-p000-0", "r0-p001-0", "r0-p001-1", "r0-p002-0"]
+    assert mine.select("prompt_ids", "response_ids").equals(theirs.select("prompt_ids", "response_ids"))
+    # Held out, by itself, behind a system message, or in a later turn of the user's.
+    run = run_of(load_config(where))
+    source = run.phase("round-0").source
+    assert source
+    for question, leaks in (("secret A", True), ("secret B", True), ("one", True), ("y", False)):
+        held_out = {"test": [{"prompt": question, "messages": None, "tools": None}], "dev": []}
+        monkeypatch.setattr(reuse, "open_prompts", lambda _, rows=held_out: SimpleNamespace(split=rows.__getitem__))
+        with pytest.raises(OpdError, match="held-out prompts of this run; import it again") if leaks else nullcontext():
+            reuse.refuse_leaks(run, given, source)
+    monkeypatch.undo()
+    monkeypatch.chdir(there)
+    # The prompts fit into 120 positions, but not the response of 201 tokens.
+    shutil.copytree("student", "short", dirs_exist_ok=True)
+    shape = json.loads(Path("short/config.json").read_text())
+    Path("short/config.json").write_text(json.dumps(shape | {"max_position_embeddings": 120}))
+    values = json.loads(Path("c.yaml").read_text())
+    values |= {"run": "d", "reuse": ["runs/personas"], "student": config["student"] | {"model": "short"}}
+    values["rollouts"] |= {"max_new_tokens": 8}
+    Path("d.yaml").write_text(json.dumps(values))
+    prompts.main(Path("d.yaml"))
+    models.main("student", Path("d.yaml"))
+    with pytest.raises(
+        OpdError, match=r"response r0-p000-0: it and its prompt take 2\d\d tokens for short, whose .* is 120"
+    ):
+        reuse.main("round-0", 0, Path("d.yaml"))
 
 
 def test_ids_of_another_tokenizer_and_a_folder_that_is_there_are_refused(there: Path) -> None:
@@ -204,6 +286,58 @@ CALLS = [
     {"role": "assistant", "content": "It is dry."},
 ]
 TOOLS = json.dumps([{"type": "function", "function": {"name": "rain", "parameters": {"type": "object"}}}])
+
+
+OPENS = CHATML.replace("assistant\n{% if thinks", "assistant\n<think>\n{% if thinks")
+LAST_THOUGHT = CHATML.replace(
+    "{{ m.content }}",
+    "{% if m.reasoning_content and loop.last %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
+    "{{ m.content if loop.last else m.content.split('</think>')[-1] }}",
+)
+"""Of what was thought, that of the last message alone, as Qwen 3 has it."""
+
+
+@pytest.mark.parametrize(
+    ("template", "answers", "refused"),
+    [
+        (
+            CHATML,
+            [{"content": "4", "reasoning_content": "T1"}],
+            r"what the assistant thought .'T1'.: put it into `content`",
+        ),
+        (CHATML, [{"content": "<think>T1</think>4"}], None),
+        (LAST_THOUGHT, [{"content": "4", "reasoning_content": "T1"}], None),
+        (LAST_THOUGHT, [{"content": "4"}, {"content": "5", "reasoning_content": "T2"}], None),
+        (LAST_THOUGHT, [{"content": "T1", "reasoning_content": "T1"}, {"content": "5"}], r"'T1'.: .*--spans last"),
+        (
+            LAST_THOUGHT,
+            [{"content": "<think>\nT1\n</think>4"}, {"content": "<think>T2</think>5"}],
+            r"'T1'.: .*--spans last",
+        ),
+        (OPENS, [{"content": "4"}], r"opens the assistant's turn with '<think>.n', which .*; give `response` as text$"),
+        (
+            OPENS,
+            [{"content": "4"}, {"content": "5"}],
+            r"'<think>.n', which .* as text, or import the last answer alone",
+        ),
+        (OPENS, [{"content": "<think>\nT1</think>4"}], None),
+    ],
+)
+def test_what_was_thought_is_in_the_sequence_or_refused(template: str, answers: Any, refused: str | None) -> None:
+    tokenizer = bytes_tokenizer(template)
+    renderer = Renderer(Model(model="m"), tokenizer, [])
+    row = {"prompt_id": "p0", "prompt": "2 + 2?", "answer": None, "fields": "{}", "messages": None, "tools": None}
+    asks = {"role": "user", "content": "And?"}
+    turns = [turn for answer in answers for turn in (asks, {"role": "assistant", **answer})][1:]
+    stop = np.array([tokenizer.eos_token_id], np.int32)
+    if refused:
+        with pytest.raises(OpdError, match=f"^p0: the chat template of m .*{refused}"):
+            renderer.spans(row, turns, stop)
+        return
+    own = "".join(tokenizer.decode(ids) for ids, mine in renderer.spans(row, turns, stop) if mine)
+    assert all(
+        re.search(rf"T{number}.*{4 + number - 1}", own, re.DOTALL) for number in (1, 2) if f"T{number}" in str(answers)
+    )
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
 from pipeline.align.texts import PROBES, Side
 from pipeline.align.tokens import token_bytes
-from pipeline.models import ModelRef, load_tokenizer, prepare, reference
+from pipeline.gguf_package import _read_as_saved
+from pipeline.models import ModelRef, context, embedded, load_tokenizer, prepare, reference
 from pipeline.store.shards import file_digest
 from schemas.errors import OpdError
 from schemas.manifest import digest
@@ -106,6 +107,30 @@ def test_a_prepared_package_keeps_the_digest_that_caches_were_written_under(smol
         assert real.ref.tokenizer == digest({name: file_digest(path) for name, path in files.items() if path.is_file()})
         names = ("config.json", "generation_config.json", "model.safetensors")
         assert real.ref.weights == digest({name: file_digest(Path(real.ref.path) / name) for name in names})
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "hidden_size": 64}}, (131_072, 262_208)),
+        ({"model_type": "gpt2", "n_positions": 77, "vocab_size": 9}, (77, 9)),  # by another name
+        ({"model_type": "llama", "max_position_embeddings": 7}, (7, 32_000)),
+        ({"model_type": "mamba", "vocab_size": 9}, (None, 9)),  # has no positions
+        ({"model_type": "of tomorrow"}, (None, None)),
+        ({}, (None, None)),
+    ],
+)
+def test_what_a_config_leaves_out_is_what_its_class_says(config: dict[str, Any], expected: tuple[Any, Any]) -> None:
+    assert (context(config), embedded(config)) == expected
+
+
+def test_a_converted_tokenizer_gives_a_plain_class_its_inputs(folder: Path) -> None:
+    """`PreTrainedTokenizerFast` of transformers 4 gives `token_type_ids` where nobody says otherwise, which models refuse."""
+    tokenizer = load_tokenizer("a", folder)
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    _read_as_saved(folder, tokenizer)
+    told = json.loads((folder / "tokenizer_config.json").read_text())
+    assert told["model_input_names"] == ["input_ids", "attention_mask"]
 
 
 def side(tokenizer: Tokenizer) -> Side:

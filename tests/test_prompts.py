@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline import sources
 from pipeline.align.tokens import text_tokenizer
-from pipeline.conversations import Asked, asked
+from pipeline.conversations import Asked, asked, reference
 from pipeline.prepared import PromptTable
 from pipeline.prompts import collect
 from pipeline.rendering import Renderer
@@ -344,6 +344,44 @@ def test_conversations_have_one_form(value: Any, expected: Asked) -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (7, "7"),
+        (72.0, "72"),
+        (1e-05, "0.00001"),
+        (0.5, "0.5"),
+        (-3e20, "-300000000000000000000"),
+        (True, "True"),
+        ([{"from": "gpt", "value": "Paris"}], "Paris"),
+        ([1, 2], "[1, 2]"),
+        (None, None),
+        ("7.0", "7.0"),
+    ],
+)
+def test_reference_answers_are_texts(given: Any, text: str | None) -> None:
+    assert reference(given, "here") == text
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "said"),
+    [
+        ('{"prompt": "a"}\n{oops\n', {}, "nor a dataset the hub gives us: .*[Jj][Ss][Oo][Nn]"),
+        ('{"prompt": "a"}\n', {"split": ["train"]}, r"prompts\.options\.split: expected the name of one split, found"),
+        ('{"prompt": "a"}\n', {"name": 3}, "nor a dataset the hub gives us: "),
+    ],
+)
+def test_what_datasets_cannot_read_is_told(
+    content: str, options: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder with a broken file; options that it takes badly."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/p.jsonl").write_text(content)
+    with pytest.raises(OpdError, match=said):
+        collect(Prompts(source=str(tmp_path / "data"), options=options, splits=SPLITS), seed=0)
+
+
+@pytest.mark.parametrize(
     "given", [[WEATHER], json.dumps([WEATHER]), [{"type": "function", "function": WEATHER}], [json.dumps(WEATHER)]]
 )
 def test_tools_have_one_form(given: Any) -> None:
@@ -584,6 +622,22 @@ def test_text_of_a_row_is_never_a_control_token(given: Any, config: Any, pieces:
     (ids,) = Renderer(Model(model="m", **config), tokenizer, []).ids([given], 1000)
     end = ["<|im_end|>", "\n", "<|im_start|>", "assistant\n"]
     assert ids.tolist() == byte_ids(tokenizer, *pieces, *end)
+
+
+def test_a_control_token_with_a_quote_is_seen_in_what_is_stored_as_json() -> None:
+    tokenizer = bytes_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ['<|"|>']})
+    renderer, quote = Renderer(Model(model="m"), tokenizer, []), tokenizer.convert_tokens_to_ids('<|"|>')
+    said = row("b", messages=[{"role": "system", "content": 'a<|"|>b'}, {"role": "user", "content": "b"}])
+    (ids,) = renderer.ids([said], 1000)
+    assert quote not in ids and 'system\na<|"|>b<|im_end|>' in tokenizer.decode(ids)
+    turns = [
+        {"role": "assistant", "content": "x"},
+        {"role": "tool", "content": '<|"|>'},
+        {"role": "assistant", "content": "y"},
+    ]
+    spans = renderer.spans(row("b"), turns, np.array([tokenizer.eos_token_id], np.int32))
+    assert not any(quote in ids for ids, _ in spans)
 
 
 def test_examples_are_data_too_and_private_characters_are_refused() -> None:

@@ -1,17 +1,22 @@
 """Row groups and shards are cut by tokens; what later stages hold at once doesn't depend on how long responses are."""
 
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 import tiny
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.align.segments import LARGEST_OFFSET, list_offsets
 from pipeline.infer import rollout_table
-from pipeline.infer.rollout_table import row_groups
+from pipeline.infer.rollout_table import row_groups, sampled_tables
+from pipeline.infer.sample import sample
 from pipeline.store.shards import open_writer
 from pipeline.weights.phase import Part, _open
 from schemas.config import Rollouts, Weights
@@ -36,6 +41,34 @@ def test_the_default_runs_row_groups_are_those_of_256_responses() -> None:
     assert row_groups([16] * 600) == [slice(0, 256), slice(256, 512), slice(512, 600)]
     assert row_groups([4096] * 20) == [slice(0, 16), slice(16, 20)]
     assert row_groups([1 << 20, 1 << 20]) == [slice(0, 1), slice(1, 2)]
+
+
+def test_a_batch_may_be_larger_than_a_row_group_and_changes_no_response(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout_table, "ROW_GROUP", 4)
+    monkeypatch.setattr(rollout_table, "rollout_table", lambda *arguments: arguments[3])
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )
+    wanted: Any = [SimpleNamespace(rollout_id=str(i)) for i in range(11)]
+    prompts, calls = [np.arange(1, 3 + i % 3) for i in range(11)], []
+
+    def sampled(batch_size: int) -> list[list[Any]]:
+        def draw(own: Any, seeds: Any, steps: int, temperature: float, top_p: float, top_k: int, advance: Any) -> Any:
+            calls.append(len(own))
+            return sample(model, own, seeds, np.arange(9), steps, temperature, top_p, batch_size, top_k, advance)
+
+        sampler: Any = SimpleNamespace(sample=draw)
+        return list(sampled_tables(sampler, None, wanted, 0, prompts, 0, batch_size, 6, 1.0, 1.0))  # type: ignore[arg-type]
+
+    few, many = sampled(2), sampled(10)
+    assert calls == [4, 4, 3, 10, 1]
+    assert [len(group) for group in few] == [4, 4, 3] and [len(group) for group in many] == [4, 4, 2, 1]
+    for one, other in zip(
+        (each for group in few for each in group), (each for group in many for each in group), strict=True
+    ):
+        np.testing.assert_array_equal(one.ids, other.ids)
+        np.testing.assert_allclose(one.behavior_logp, other.behavior_logp, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -460,6 +460,9 @@ def test_cases(program: str, passes: bool, why: str) -> None:
         ('[{"input": "1\\n", "output": "2\\n"}]', Cases((("1\n", "2\n"),))),
         ('{"inputs": ["1", "2"], "outputs": ["2", "3"]}', Cases((("1", "2"), ("2", "3")))),
         ('{"1": "2"}', Cases((("1", "2"),))),
+        ('{"input": "1", "output": "2"}', Cases((("1", "2"),))),
+        ('{"inputs": "1", "outputs": ["2"]}', Cases((("1", "2"),))),
+        ('{"inputs": "1", "outputs": 2}', None),
         ('{"inputs": ["1", "2"], "outputs": ["2"]}', None),
         ('[{"input": "1", "output": "2", "testtype": "functional"}]', None),
         (

@@ -201,6 +201,34 @@ def test_options_in_the_prompt() -> None:
     assert score("D", asked) == ("", False)  # there is none
 
 
+@pytest.mark.parametrize(
+    ("choices", "reference", "letter", "text"),
+    [
+        ({"label": ["1", "2", "3"], "text": ["red", "green", "blue"]}, "1", "A", "red"),
+        ({"label": ["1", "2", "3"], "text": ["red", "green", "blue"]}, "3", "C", "blue"),
+        ({"label": [1, 2], "text": ["red", "green"]}, "2", "B", "green"),
+        ({"label": ["B", "A"], "text": ["red", "green"]}, "B", "B", "red"),
+        (["red", "green"], "1", "B", "green"),
+        (["4", "5", "6"], "1", "B", "5"),
+        (["7", "8"], "7", "A", "7"),
+        (["1", "2", "3"], "1", None, "1"),  # the second option, or the first one's text
+        ([f"option {i}" for i in range(12)], "10", None, "option 9"),
+    ],
+)
+def test_how_data_sets_name_the_right_option(choices: Any, reference: str, letter: str | None, text: str) -> None:
+    asked, score = row(reference, choices=choices), scorer(Evaluate(scorer="choice"), "rows.jsonl")
+    right = None if letter is None else True
+    assert score(f"The answer is {text}", asked)[1] is right and score(f"({letter or 'A'})", asked)[1] is right
+
+
+def test_an_answer_that_a_verifier_fails_at_is_wrong() -> None:
+    """reasoning-gym's own reads factors with int()."""
+    config = Prompts(source="reasoning-gym:prime_factorization", splits=Splits(examples=0, train=1, test=4))
+    asked = collect(config, seed=1).to_pylist()[0]
+    score = scorer(Evaluate(extract="whole"), config.source)
+    assert score("3.5", asked) == ("3.5", False) and score(asked["answer"], asked)[1] is True
+
+
 def test_capitals_count_unless_ignored() -> None:
     for ignored in (False, True):
         score = scorer(Evaluate(scorer="exact", ignore_case=ignored), "rows.jsonl")

@@ -43,6 +43,11 @@ def retokenise(
     return pa.table({name: replaced.get(name, rollouts[name]) for name in schema.names}).cast(schema)
 
 
+def positions(rollouts: pa.Table) -> pa.ChunkedArray:
+    """int32, tokens of each prompt and response together: what the context must have."""
+    return pc.add(*(pc.list_value_length(rollouts[name]) for name in ("prompt_ids", "response_ids")))
+
+
 def _retold(
     rollouts: pa.Table,
     behavior: tuple[TokenBytes, np.ndarray],

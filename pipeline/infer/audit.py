@@ -18,6 +18,9 @@ from schemas.records import Audited
 LIKELY = -4.0
 """nats; candidates below it are not compared, for they are stored with fewer digits than the comparison needs."""
 
+CHUNK_BYTES = 64 << 20
+"""float64 log-probs held at once, bytes: 32 rows of a 262k vocabulary."""
+
 UNAUDITED = "unaudited"
 """Figure of a scores shard's manifest that says why its audit could not be done."""
 
@@ -47,6 +50,14 @@ def choose(total: int, count: int, seed: str) -> np.ndarray:
     return np.sort(rng.choice(total, min(count, total), replace=False))
 
 
+def in_precision(model: Any, dtype: str, own: str) -> tuple[Any, str]:
+    """A model in another precision, and which one it is in then: a quantised one stays in its `own`, for what its weights are
+    without their scales is no model."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        return model, own
+    return model.to(getattr(torch, dtype)), dtype
+
+
 @dataclass(frozen=True)
 class Deltas:
     """|stored - recomputed| of one response, nats, float64: of realised tokens and the end's stopping; of candidates."""
@@ -72,26 +83,38 @@ def deltas(model: Any, prompt: np.ndarray, response: np.ndarray, stop: np.ndarra
     kept = len(response) + 1
     told = inspect.signature(model.forward).parameters
     fewer = {"logits_to_keep": kept} if "logits_to_keep" in told else {}
-    logits = model(input_ids=ids, **fewer).logits[0, -kept:].double()
-    logp = torch.log_softmax(logits, -1).cpu().numpy()
-    stopping = np.logaddexp.reduce(logp[-1, stop])
-    realised = np.append(logp[np.arange(len(response)), response], stopping)
+    logits = model(input_ids=ids, **fewer).logits[0, -kept:]
     counts = rows["cand_id"].combine_chunks().value_lengths().to_numpy()
     ids_kept, stored = (rows[name].combine_chunks().flatten().to_numpy() for name in ("cand_id", "cand_logp"))
-    recomputed = logp[np.repeat(np.arange(len(counts)), counts), ids_kept]
-    likely = stored > LIKELY
-    return Deltas(np.abs(rows["logp"].to_numpy() - realised), np.abs(stored[likely] - recomputed[likely]))
+    ends = np.cumsum([0, *counts])
+    realised, recomputed, step = [], [], max(1, CHUNK_BYTES // (8 * logits.shape[1]))
+    for start in range(0, kept, step):
+        logp = torch.log_softmax(logits[start : start + step].double(), -1)
+        own, of_row = response[start : start + step], np.repeat(np.arange(len(logp)), counts[start : start + step])
+        realised.append(_at(logp, np.arange(len(own)), own))
+        recomputed.append(_at(logp, of_row, ids_kept[ends[start] : ends[start + len(logp)]]))
+    realised.append(np.logaddexp.reduce(_at(logp, np.full(len(stop), -1), stop), keepdims=True))
+    likely = ~(stored <= LIKELY)  # what is no number is compared
+    return Deltas(
+        np.abs(rows["logp"].to_numpy() - np.concatenate(realised)),
+        np.abs(stored[likely] - np.concatenate(recomputed)[likely]),
+    )
+
+
+def _at(logp: torch.Tensor, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    at = (torch.from_numpy(index.astype(np.int64)).to(logp.device) for index in (rows, ids))
+    return logp[tuple(at)].cpu().numpy()
 
 
 def figures(found: Iterable[Deltas], dtype: str) -> dict[str, Any]:
     """What the manifest keeps of an audit: what was compared, the largest difference, and the mean difference of the realised
-    tokens or of the candidates, whichever is larger."""
+    tokens or of the candidates, whichever is larger; NaN where something compared is."""
     every = list(found)
     pools = [np.concatenate([getattr(one, name) for one in every] or [[]]) for name in ("realised", "candidates")]
     return {
         "audit_dtype": dtype,
         "audit_responses": len(every),
         "audit_logps": sum(map(len, pools)),
-        "audit_max_delta": round(max(float(pool.max(initial=0)) for pool in pools), 6),
-        "audit_mean_delta": round(max(float(pool.mean()) if len(pool) else 0.0 for pool in pools), 6),
+        "audit_max_delta": round(float(np.max([pool.max(initial=0) for pool in pools])), 6),
+        "audit_mean_delta": round(float(np.max([pool.mean() if len(pool) else 0.0 for pool in pools])), 6),
     }

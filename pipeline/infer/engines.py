@@ -43,7 +43,7 @@ class Teacher(Protocol):
         Returns:
             rows of response 0, one for each of its tokens, its end row, rows of response 1, ... Nats.
         Raises:
-            OpdError: a single response is more than memory holds.
+            OpdError: a single response is more than memory holds, or what the model gives is not a number.
         """
 
 
@@ -69,7 +69,7 @@ class Sampler(Protocol):
             top_k: how many of the likeliest ids to record at each position.
             advance: called with the number of finished responses.
         Raises:
-            OpdError: a single response is more than memory holds.
+            OpdError: a single response is more than memory holds, or what the model gives is not a number.
         """
 
 
@@ -96,6 +96,48 @@ def read_model(model: PreparedModel) -> Any:
     return model.model
 
 
+def _opened_model(opening: Opening) -> Any:
+    """The same, for sequences as long; raises OpdError as `check_rope` does too."""
+    model = read_model(opening.model)
+    check_rope(model.config.get_text_config(), opening.model.ref.source, opening.longest)
+    return model
+
+
+def check_rope(config: Any, name: str, longest: int) -> None:
+    """Refuse rotary embeddings whose factors `transformers` takes by the furthest position of a call (Phi-3's `longrope`,
+    `dynamic`): neighbours in a batch, and a start that is read before the rest, would change a row's log-probs.
+
+    Args:
+        config: of the text model.
+        longest: tokens of the longest prompt and response together.
+    Raises:
+        OpdError: that is more than the factors are the same for.
+    """
+    told = getattr(config, "rope_parameters", None) or {}
+    # One for all layers, or by kind of layer.
+    for rope in [told] if "rope_type" in told else filter(None, told.values()):
+        kind = rope.get("rope_type", "default")
+        if kind != "longrope" and "dynamic" not in kind:
+            continue
+        limit = rope["original_max_position_embeddings"] if kind == "longrope" else config.max_position_embeddings
+        if longest > limit:
+            raise OpdError(
+                f"model {name}: with its positions (`{kind}`) `transformers` gives other log-probs to all rows of a batch "
+                f"once one is longer than {limit} tokens, and prompt and response take up to {longest}; exact are at most "
+                f"{limit} together (lower rollouts.max_new_tokens, take shorter prompts), or `engine: vllm`"
+            )
+
+
+def _check_numbers(model: str, *arrays: np.ndarray) -> None:
+    # -inf is what a model gives to what it rules out.
+    if not all((array < np.inf).all() for array in arrays):
+        raise OpdError(f"model {model} gives log-probs that are not numbers; take bfloat16 or float32 as its `dtype`")
+
+
+def _told(model: PreparedModel) -> str:
+    return f"{model.ref.source} in {model.dtype}"
+
+
 # ---- teachers ----
 
 
@@ -107,11 +149,15 @@ class LocalTeacher:
         hidden_rows: prompts and responses -> what `score.score` reads.
         logits: (n, d) -> (n, vocab).
         stop: the model's stop ids.
+        model: its name and dtype, for errors.
+        say: called with a line for the person watching.
     """
 
     hidden_rows: Callable[..., Iterator[tuple[np.ndarray, list[torch.Tensor]]]]
     logits: Callable[[torch.Tensor], torch.Tensor]
     stop: np.ndarray
+    model: str
+    say: Callable[[str], None]
 
     def score(
         self,
@@ -122,12 +168,14 @@ class LocalTeacher:
     ) -> Scores:
         """See `Teacher`."""
         rows = self.hidden_rows(prompts, responses)
-        return score.score(rows, self.logits, responses, self.stop, candidates, advance)
+        scores = score.score(rows, self.logits, responses, self.stop, candidates, advance, self.say)
+        _check_numbers(self.model, scores.log_z, scores.logp)
+        return scores
 
 
 @contextmanager
 def _transformers_teacher(opening: Opening) -> Iterator[Teacher]:
-    model = read_model(opening.model)
+    model = _opened_model(opening)
     tokens = max(opening.size, opening.longest)
     takes = scoring(model.config.get_text_config(), model.dtype.itemsize, tokens, score.CHUNK_BYTES)
     if takes > (left := free(model.device)):
@@ -137,7 +185,7 @@ def _transformers_teacher(opening: Opening) -> Iterator[Teacher]:
             + (f", which one response of {opening.longest:,} tokens exceeds" * (opening.longest > opening.size))
         )
     hidden_rows = partial(score.hidden_rows, model, batch_tokens=opening.size, say=opening.say)
-    yield LocalTeacher(hidden_rows, partial(head, model), opening.model.stop)
+    yield LocalTeacher(hidden_rows, partial(head, model), opening.model.stop, _told(opening.model), opening.say)
 
 
 @contextmanager
@@ -149,7 +197,7 @@ def _vllm_teacher(opening: Opening) -> Iterator[Teacher]:
     options = {"max_num_batched_tokens": max(opening.size, 256)} | prepared.config.engine_options
     with vllm.open_engine(prepared.ref.path, prepared.dtype, opening.longest, True, options) as llm:
         hidden_rows = partial(vllm.hidden_rows, llm, device=headed.device)
-        yield LocalTeacher(hidden_rows, partial(head, headed), prepared.stop)
+        yield LocalTeacher(hidden_rows, partial(head, headed), prepared.stop, _told(prepared), opening.say)
 
 
 TEACHERS: Mapping[str, Callable[[Opening], AbstractContextManager[Teacher]]] = {
@@ -164,10 +212,11 @@ TEACHERS: Mapping[str, Callable[[Opening], AbstractContextManager[Teacher]]] = {
 
 @dataclass(frozen=True)
 class LocalSampler:
-    """Samples with a function that takes what `Sampler.sample` does and the model's stop ids."""
+    """Samples with a function that takes what `Sampler.sample` does and the model's stop ids; `model` is its name and dtype."""
 
     draw: Callable[..., list[Response]]
     stop: np.ndarray
+    model: str
 
     def sample(
         self,
@@ -180,7 +229,7 @@ class LocalSampler:
         advance: Callable[[int], None] = lambda _: None,
     ) -> list[Response]:
         """See `Sampler`."""
-        return self.draw(
+        responses = self.draw(
             prompts=prompts,
             seeds=seeds,
             stop=self.stop,
@@ -190,12 +239,15 @@ class LocalSampler:
             top_k=top_k,
             advance=advance,
         )
+        # Once for a call: to look at each step would have a GPU wait.
+        _check_numbers(self.model, *(response.behavior_logp for response in responses))
+        return responses
 
 
 @contextmanager
 def _transformers_sampler(opening: Opening) -> Iterator[Sampler]:
-    draw = partial(sample.sample, read_model(opening.model), batch_size=opening.size)
-    yield LocalSampler(draw, opening.model.stop)
+    draw = partial(sample.sample, _opened_model(opening), batch_size=opening.size)
+    yield LocalSampler(draw, opening.model.stop, _told(opening.model))
 
 
 @contextmanager
@@ -204,7 +256,7 @@ def _vllm_sampler(opening: Opening) -> Iterator[Sampler]:
     prepared.check()
     options = {"max_num_seqs": opening.size} | prepared.config.engine_options
     with vllm.open_engine(prepared.ref.path, prepared.dtype, opening.longest, False, options) as llm:
-        yield LocalSampler(partial(vllm.sample, llm), prepared.stop)
+        yield LocalSampler(partial(vllm.sample, llm), prepared.stop, _told(prepared))
 
 
 SAMPLERS: Mapping[str, Callable[[Opening], AbstractContextManager[Sampler]]] = {

@@ -118,8 +118,10 @@ def _first(given: Mapping[str, Any], names: Sequence[str]) -> str | None:
 
 
 def _split(messages: list[Message], spans: Spans, where: str) -> tuple[list[Message], list[Message]]:
-    """What was asked, and what was answered."""
-    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    """What was asked, and what was answered; what the assistant says before any user (a greeting) is part of the former."""
+    roles = [message["role"] for message in messages]
+    asked_at = roles.index("user") if "user" in roles else len(roles)
+    answers = [number for number in range(asked_at, len(roles)) if roles[number] == "assistant"]
     if not answers:
         raise _no_response(where)
     first = answers[0] if spans == "all" else answers[-1]
@@ -128,7 +130,7 @@ def _split(messages: list[Message], spans: Spans, where: str) -> tuple[list[Mess
 
 def _no_response(where: str) -> OpdError:
     return OpdError(
-        f"{where}: has no response: neither a field {', '.join(RESPONSES + IDS)} nor an assistant's message"
+        f"{where}: has no response: neither a field {', '.join(RESPONSES + IDS)} nor an assistant's message after a user's"
     )
 
 
@@ -152,8 +154,8 @@ def _numbers(given: Mapping[str, Any], name: str, kind: Any, where: str, count: 
         ) from error
     if count is not None and len(found) != count:
         raise OpdError(f"{where}: `{name}` has {len(found)} numbers, but there are {count} response ids")
-    if kind is np.float32 and not (np.isfinite(found) & (found <= 1e-3)).all():
-        raise OpdError(f"{where}: `{name}` must be log-probs, finite and at most 0, found {found.max()}")
+    if kind is np.float32 and len(wrong := found[~(np.isfinite(found) & (found <= 1e-3))]):
+        raise OpdError(f"{where}: `{name}` must be log-probs, finite and at most 0, found {wrong[0]}")
     return found
 
 
@@ -210,7 +212,8 @@ def in_tokens(logged: Logged, prompt: Mapping[str, Any], student: PreparedModel,
     mask = logged.loss
     # A stop that carries no loss is nothing to train on.
     own_stop = stopped and (mask is None or bool(mask[-1]))
-    added = not stopped and logged.cut is False and logged.logps is None
+    has_logps = logged.logps is not None or logged.sampler_logps is not None
+    added = not stopped and logged.cut is False and not has_logps
     return Told(logged.ids[:kept].astype(np.int32), own_stop or added, None if mask is None else mask[:kept])
 
 

@@ -67,6 +67,7 @@ def sampled_tables(
     number: int,
     prompts: Sequence[np.ndarray],
     seed: int,
+    batch_size: int,
     max_new_tokens: int,
     temperature: float,
     top_p: float,
@@ -79,11 +80,13 @@ def sampled_tables(
         sampler: `policy`, opened.
         number: of its checkpoint, see `rollout_table`.
         prompts: token ids of each response's prompt.
+        batch_size: responses that the sampler has under way at once; a call has no fewer, however small a row group is.
         advance: called with the number of finished responses.
     """
     warped = temperature != 1 or top_p != 1
-    for start in range(0, len(wanted), ROW_GROUP):
-        group = slice(start, start + ROW_GROUP)
+    size = max(ROW_GROUP, batch_size)
+    for start in range(0, len(wanted), size):
+        group = slice(start, start + size)
         seeds = [seed_of(seed, one.rollout_id) for one in wanted[group]]
         responses = sampler.sample(prompts[group], seeds, max_new_tokens, temperature, top_p, top_k, advance=advance)
         for cut in row_groups([len(response.ids) for response in responses]):

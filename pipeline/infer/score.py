@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,7 @@ def score(
     stop: np.ndarray,
     candidates: Candidates,
     advance: Callable[[int], None] = lambda _: None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Scores:
     """Score responses under a teacher.
 
@@ -73,8 +75,11 @@ def score(
         stop: the teacher's stop ids; their mass is one candidate of its own, kept as `stop_logp`.
         candidates: which are kept.
         advance: called with the number of scored teacher tokens.
+        say: told when memory runs out in the head, which then takes half as many rows at once.
     Returns:
         Rows of response 0, its end row, rows of response 1, ...
+    Raises:
+        OpdError: logits of one row are more than memory holds.
     """
     parts: list[dict[str, np.ndarray]] = [{} for _ in responses]
     stop_index = torch.from_numpy(stop.astype(np.int64))
@@ -84,7 +89,7 @@ def score(
         realised = torch.from_numpy(np.concatenate([np.append(responses[i], -1) for i in batch]))
         ids = candidates.requested
         requested = torch.from_numpy(np.concatenate([ids[i] for i in batch])) if ids is not None else None
-        scored = _score_rows(logits, torch.cat(hidden), realised, stop_index, candidates, requested)
+        scored = _score_rows(logits, torch.cat(hidden), realised, stop_index, candidates, requested, say)
         split = np.cumsum(counts)[:-1]
         kept_split = np.cumsum(scored["cand_count"])[split - 1]
         for name, values in scored.items():
@@ -107,7 +112,7 @@ def hidden_rows(
 
     Args:
         prompts, responses: token ids, row by row; a response may be empty, a prompt not.
-        batch_tokens: padded tokens per forward pass; halved when memory runs out, which `say` is told.
+        batch_tokens: padded tokens per forward pass (see `batches`); halved when memory runs out, which `say` is told.
     """
     shared = shared_start(prompts, sum(map(len, responses)))
     cache = prefix_cache(model, prompts[0][:shared]) if shared else None
@@ -122,7 +127,7 @@ def hidden_rows(
         with causal(model):
             return body(model, ids.to(model.device), kept, use_cache=cache is not None)[0]
 
-    for batch, hidden in halving(batches([len(i) for i in inputs], batch_tokens), forward, say):
+    for batch, hidden in halving(batches([len(i) for i in inputs], batch_tokens, shared), forward, say):
         ends = [len(inputs[i]) for i in batch]
         yield (
             batch,
@@ -137,22 +142,26 @@ def _score_rows(
     stop: torch.Tensor,
     candidates: Candidates,
     requested: torch.Tensor | None,
+    say: Callable[[str], None],
 ) -> dict[str, np.ndarray]:
     device = hidden.device
     stop = stop.to(device)
-    # Chunks of equal size: a short one costs the head nearly as much as a full one.
-    row_bytes = logits(hidden[:1]).nbytes
-    rows = torch.arange(len(hidden)).chunk(-(-len(hidden) * row_bytes // CHUNK_BYTES))
-    parts = [
-        _score_chunk(
+
+    def work(part: np.ndarray) -> dict[str, np.ndarray]:
+        return _score_chunk(
             logits(hidden[part]),
             realised[part].to(device),
             stop,
             candidates,
             None if requested is None else requested[part].to(device),
         )
-        for part in rows
-    ]
+
+    alone = "out of memory with the logits of a single token; use a machine with more, or lower scores.batch_tokens"
+    attempt = partial(halving, say=say, rows="rows of logits", alone=alone)
+    ((_, row_bytes),) = attempt([np.arange(1)], lambda one: logits(hidden[one]).nbytes)
+    # Chunks of equal size: a short one costs the head nearly as much as a full one.
+    chunks = np.array_split(np.arange(len(hidden)), -(-len(hidden) * row_bytes // CHUNK_BYTES))
+    parts = [part for _, part in attempt(chunks, work)]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 

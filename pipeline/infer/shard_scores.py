@@ -16,7 +16,7 @@ from pipeline.align.segments import Segments, read_by, sampled_tokens
 from pipeline.align.student_candidates import requested_ids
 from pipeline.align.tokens import Spelling
 from pipeline.align.vocabularies import pair_ids, same_ids
-from pipeline.infer.audit import UNAUDITED, Deltas, choose, deltas, figures, out_of_memory
+from pipeline.infer.audit import UNAUDITED, Deltas, choose, deltas, figures, in_precision, out_of_memory
 from pipeline.infer.engines import open_teacher
 from pipeline.infer.score import Candidates
 from pipeline.infer.score_table import score_table
@@ -94,8 +94,9 @@ class ShardScores:
 
     @cached_property
     def teacher_prompts(self) -> list[list[np.ndarray]]:
-        """Prompt ids of each response, by row group. Raises OpdError when one leaves too little room for a response."""
-        limit = self.teacher.context - self.config.rollouts.longest
+        """Prompt ids of each response, by row group. Raises OpdError when one is longer than the teacher's context; `longest`
+        takes the response too."""
+        limit = self.teacher.context
         groups = (group["prompt_id"].to_pylist() for group in self.rollouts.row_groups())
         return [self.renderer.ids((self.asked or self.prompts).take(names), limit) for names in groups]
 
@@ -173,8 +174,8 @@ class ShardScores:
     def _audit(self, kept: list[tuple[np.ndarray, np.ndarray, pa.Table]], say: Callable[[str], None]) -> dict[str, Any]:
         """Score (prompt, response, rows of the shard) again and compare: figures for the manifest.
 
-        Where `audit.dtype` doesn't fit into memory it is done in the teacher's own, and where that doesn't fit either the shard
-        is kept, UNAUDITED. Raises OpdError when they differ by more than the config allows.
+        Where `audit.dtype` doesn't fit into memory, or the teacher is quantised, it is done in the teacher's own, and where
+        that doesn't fit either the shard is kept, UNAUDITED. Raises OpdError when they differ by more than the config allows.
         """
         limits, found = self.config.audit, None
         for dtype in dict.fromkeys((limits.dtype, self.teacher.dtype)):
@@ -193,7 +194,7 @@ class ShardScores:
             f"audit: {found['audit_logps']:,} log-probs of {len(kept)} responses in {found['audit_dtype']}: "
             f"mean difference {mean:.3f}, max {largest:.3f} nats"
         )
-        if largest > limits.max_delta or mean > limits.max_mean_delta:
+        if not (largest <= limits.max_delta and mean <= limits.max_mean_delta):  # not numbers neither
             raise OpdError(
                 f"scores of {self.rollouts.path}: the audit differs by {mean:.3f} nats on average and {largest:.3f} at "
                 f"most; audit.max_mean_delta is {limits.max_mean_delta}, audit.max_delta {limits.max_delta}"
@@ -201,7 +202,7 @@ class ShardScores:
         return found
 
     def _compared(self, kept: list[tuple[np.ndarray, np.ndarray, pa.Table]], dtype: str) -> dict[str, Any]:
-        model = self.teacher.take_model().to(getattr(torch, dtype))
+        model, dtype = in_precision(self.teacher.take_model(), dtype, self.teacher.dtype)
         return figures((deltas(model, *sample[:2], self.teacher.stop, sample[2]) for sample in kept), dtype)
 
     def stored_deltas(self, model: Any, scores: Shard, count: int, seed: str) -> list[Deltas]:

@@ -58,7 +58,8 @@ def open_engine(folder: str, dtype: str, longest: int, pooling: bool, options: d
         pooling: for `hidden_rows`; else for `sample`.
         options: keyword arguments of `vllm.LLM` that say how to run it, not what to compute.
     Raises:
-        OpdError: vllm isn't installed, can't run this model, or runs out of memory; also from within the context.
+        OpdError: vllm isn't installed, can't run this model or sequences as long, or runs out of memory; also from within the
+            context.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -94,6 +95,12 @@ def open_engine(folder: str, dtype: str, longest: int, pooling: bool, options: d
 
 
 def _load(folder: str, dtype: str, longest: int, pooling: bool, options: dict[str, Any]) -> Any:
+    room = options.get("max_model_len")
+    if isinstance(room, int) and 0 < room < longest:  # -1: as many as memory holds
+        raise OpdError(
+            f"`engine_options: max_model_len: {room}` is less than prompt and response take, up to {longest} tokens: vLLM "
+            "would cut responses there; leave the key out, or lower rollouts.max_new_tokens"
+        )
     try:
         from vllm import LLM  # noqa: PLC0415 - half a minute; nothing else needs it
         from vllm.config import PoolerConfig  # noqa: PLC0415

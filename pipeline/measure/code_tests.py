@@ -108,10 +108,12 @@ def _data(reference: str) -> Any:
 
 def _cases(data: Any) -> tuple[tuple[str, str], ...]:
     if isinstance(data, dict):
-        if isinstance(data.get("inputs"), list) and isinstance(data.get("outputs"), list):
-            pairs = list(zip(data["inputs"], data["outputs"], strict=False))
-            if len(data["inputs"]) != len(data["outputs"]):
+        if data.keys() in ({"input", "output"}, {"inputs", "outputs"}):
+            data = {"inputs": data.get("inputs", data.get("input")), "outputs": data.get("outputs", data.get("output"))}
+            given, wanted = ([text] if isinstance(text, str) else text for text in data.values())
+            if not isinstance(given, list) or not isinstance(wanted, list) or len(given) != len(wanted):
                 return ()
+            pairs = list(zip(given, wanted, strict=True))
         else:
             pairs = list(data.items())
     elif isinstance(data, list) and all(isinstance(item, dict) and {"input", "output"} <= item.keys() for item in data):

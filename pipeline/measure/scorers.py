@@ -222,32 +222,41 @@ def choice(config: Judged, source: str) -> Judge:
     """Whether the letter chosen is the reference's."""
 
     def read(row: Row) -> str | None:
-        texts, letters = _options(row)
+        texts, letters, labels = _options(row)
         reference = row["answer"].strip()
-        if found := answers.named(reference, texts, letters):
-            return found
-        return letters[int(reference)] if texts and reference.isdecimal() and int(reference) < len(texts) else None
+        if reference in labels[: len(letters)]:
+            return letters[labels.index(reference)]
+        found = answers.named(reference, texts, letters)
+        counted = letters[int(reference)] if texts and reference.isdecimal() and int(reference) < len(letters) else ""
+        # A number may be an option's index and another one's text: nothing says which is meant.
+        return None if found and counted and found != counted else found or counted or None
 
     return Judge(
         read,
-        lambda text, row: answers.choice(text, *_options(row)),
+        lambda text, row: answers.choice(text, *_options(row)[:2]),
         lambda answer, gold, _: (answer, answer == gold),
         "letters, texts of options and their indices",
     )
 
 
-def _options(row: Row) -> tuple[list[str], str]:
-    """The texts of a row's options, as far as they are told, and the letters that they have."""
+def _options(row: Row) -> tuple[list[str], str, list[str]]:
+    """The texts of a row's options, as far as they are told, the letters that they have, and what the data calls them where
+    that is told."""
     fields = variables(row)
     given = fields.get("choices", fields.get("options"))
+    labels: list[Any] = []
     if isinstance(given, dict):  # ARC has {label: [...], text: [...]}, others {A: ..., B: ...}
+        labels = given["label"] if isinstance(given.get("label"), list) else []
         given = given["text"] if isinstance(given.get("text"), list) else [given[name] for name in sorted(given)]
     if not isinstance(given, list):
         lines = re.findall(r"(?:^|\s)[(\[]?([A-J])[)\].:]\s+(.+?)(?=\s*$|\s+[(\[]?[B-J][)\].:]\s)", row["prompt"], re.M)
         named = dict(lines)
         given = [named[letter] for letter in answers.LETTERS[: len(named)] if letter in named]
     texts = [str(text) for text in given]
-    return texts, answers.LETTERS[: len(texts)] or "ABCDE"
+    letters, told = answers.LETTERS[: len(texts)] or "ABCDE", [str(label) for label in labels[: len(answers.LETTERS)]]
+    if set(told) <= set(letters) and len(set(told)) == len(letters):
+        return texts, "".join(told), told
+    return texts, letters, told
 
 
 def by_value(config: Judged, source: str) -> Judge:

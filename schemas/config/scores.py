@@ -31,7 +31,7 @@ class Audit(Section):
     responses: int = Field(4, ge=0, description="responses per shard that are scored again, one by one; 0: none")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32",
-        description="precision of the audit; the teacher's own takes its place where it doesn't fit into memory",
+        description="precision of the audit; the teacher's own where it doesn't fit into memory, or the teacher is quantised",
     )
     required: bool = Field(
         True, description="train on no scores that could not be audited for want of memory; false: train on them too"

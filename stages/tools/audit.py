@@ -2,11 +2,11 @@
 
 from typing import Annotated
 
-import torch
+import numpy as np
 import typer
 from rich.table import Table
 
-from pipeline.infer.audit import figures, unaudited
+from pipeline.infer.audit import figures, in_precision, unaudited
 from pipeline.infer.shard_scores import ShardScores
 from pipeline.store.cache import audit_note
 from pipeline.store.records import write_record
@@ -45,8 +45,8 @@ def main(
         raise OpdError(f"{run.root}: no scores of this run's own to audit")
     judge, student, prompts = teacher(run), policy(run, BASE), open_prompts(run)
     limits = config.audit
-    model = judge.take_model().to(getattr(torch, limits.dtype))
-    table = Table(title=f"{config.run}: stored against recomputed log-probs ({limits.dtype})", title_justify="left")
+    model, dtype = in_precision(judge.take_model(), limits.dtype, judge.dtype)
+    table = Table(title=f"{config.run}: stored against recomputed log-probs ({dtype})", title_justify="left")
     for heading in ("shard", "responses", "log-probs", "mean difference", "max", "when written"):
         table.add_column(heading, justify="left" if heading == "shard" else "right")
     worst_mean = worst = 0.0
@@ -54,9 +54,9 @@ def main(
         for place in places:
             about = ShardScores(config, place.rollouts, prompts, judge, student, prompts_of(place.phase))
             scores = open_shard(place.path("scores"), "scores", about.identity, about.inputs)
-            result = figures(about.stored_deltas(model, scores, responses, f"{seed:016x}"), limits.dtype)
+            result = figures(about.stored_deltas(model, scores, responses, f"{seed:016x}"), dtype)
             mean, largest = result["audit_mean_delta"], result["audit_max_delta"]
-            worst_mean, worst = max(worst_mean, mean), max(worst, largest)
+            worst_mean, worst = np.maximum(worst_mean, mean), np.maximum(worst, largest)  # one that is no number stays
             then = scores.manifest.figures.get("audit_max_delta")
             before = "" if then is None else f"{then:.4f}"
             if mean <= limits.max_mean_delta and largest <= limits.max_delta and unaudited(scores.path):
@@ -72,7 +72,7 @@ def main(
             )
             advance(1)
     console.out.print(table)
-    if worst > limits.max_delta or worst_mean > limits.max_mean_delta:
+    if not (worst <= limits.max_delta and worst_mean <= limits.max_mean_delta):
         raise OpdError(
             f"differences above the thresholds audit.max_mean_delta {limits.max_mean_delta} or audit.max_delta "
             f"{limits.max_delta}"

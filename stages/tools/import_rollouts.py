@@ -1,5 +1,7 @@
 """Import: rollouts that were made elsewhere, as a folder whose rollouts a run scores and trains on."""
 
+import hashlib
+import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -18,8 +20,8 @@ from pipeline.infer.logged import Logged, Told, columns_of, in_tokens, read
 from pipeline.infer.policy_logps import policy_table
 from pipeline.infer.rollout_table import row_groups
 from pipeline.prepared import PreparedModel, PromptTable
+from pipeline.prompts import KEY_BYTES, LATER, collect
 from pipeline.prompts import ROW_GROUP as PROMPT_GROUP
-from pipeline.prompts import collect
 from pipeline.rendering import Renderer
 from pipeline.sources import kind_of
 from pipeline.store.shards import file_digest, open_shard, open_writer, write_text
@@ -96,7 +98,8 @@ def main(
     made_in.rename(run.root / "round-0")
     after = _next(run, config_file, into)
     console.say(
-        f"{into}: {responses} responses in {shards} shards, {lacking} of them without log-probs, which the student gave; "
+        f"{into}: {responses} responses to {len(prompts.split('train'))} prompts in {shards} shards, {lacking} of them without "
+        "log-probs, which the student gave; "
         f"{left_out} left out, whose prompts are held out"
     )
     console.say(f"score them and train: snakemake --cores all --configfile {after}")
@@ -111,8 +114,17 @@ def _held_out(run: Run) -> set[str]:
 
 def _asks(logged: Logged, held_out: set[str]) -> bool:
     """Whether a row's prompt, or a user's turn after it, is a question that is held out."""
-    later = [turn["content"] for turn in logged.turns or () if turn["role"] == "user"]
-    return not held_out.isdisjoint([logged.asked.prompt, *later])
+    return not held_out.isdisjoint([logged.asked.prompt, *_later(logged)])
+
+
+def _later(logged: Logged) -> list[str]:
+    """What the user says after the first answer."""
+    return [turn["content"] for turn in logged.turns or () if turn["role"] == "user"]
+
+
+def _key(logged: Logged) -> bytes:
+    """A digest, the same for rows that are samples of one prompt: all that templates and scorers may read of them is alike."""
+    return hashlib.blake2b(json.dumps(list(logged.prompt.values())).encode(), digest_size=KEY_BYTES).digest()
 
 
 def _logged(files: Iterable[str], spans: Any) -> Iterator[Logged]:
@@ -122,22 +134,31 @@ def _logged(files: Iterable[str], spans: Any) -> Iterator[Logged]:
 
 
 def _write_prompts(run: Run, files: list[str], spans: str, held_out: set[str]) -> tuple[PromptTable, int]:
-    """The prompts of all rows, each once, and how many rows are left out."""
-    left_out, seen, group = 0, set[str](), []
+    """The prompts of all rows, each once, and how many rows are left out.
+
+    Texts of users' later turns follow them, as a split of their own, by which a run that holds one out tells it.
+    """
+    left_out, seen, later, group = 0, set[bytes](), set[str](), []
     identity = {"imported": files}
     with open_writer(run.prompts, "prompts", identity, {}) as writer:
         for logged in _logged(files, spans):
-            key = logged.asked.key
             asks = _asks(logged, held_out)
             left_out += asks
-            if asks or key in seen:
+            if asks:
+                continue
+            later.update(_later(logged))
+            if (key := _key(logged)) in seen:
                 continue
             group.append({"prompt_id": f"p{len(seen):03}", "split": "train", **logged.prompt})
             seen.add(key)
             if len(group) == PROMPT_GROUP:
                 writer.write(pa.Table.from_pylist(group, arrow_schema("prompts")))
                 group = []
-        writer.write(pa.Table.from_pylist(group, arrow_schema("prompts")))
+        for number, text in enumerate(sorted(later)):
+            nothing_else = {"messages": None, "tools": None, "answer": None, "fields": "{}"}
+            group.append({"prompt_id": f"{LATER}-{number:03}", "split": LATER, "prompt": text, **nothing_else})
+        for start in range(0, len(group) or 1, PROMPT_GROUP):
+            writer.write(pa.Table.from_pylist(group[start : start + PROMPT_GROUP], arrow_schema("prompts")))
     return PromptTable(open_shard(run.prompts, "prompts")), left_out
 
 
@@ -148,13 +169,12 @@ def _rows(
     files: list[str], spans: str, held_out: set[str], student: PreparedModel, renderer: Renderer
 ) -> Iterator[Row]:
     """Of each response its names, its row, the ids of its prompt, and itself in tokens."""
-    numbers: dict[str, int] = {}
+    numbers: dict[bytes, int] = {}
     samples: list[int] = []
     for logged in _logged(files, spans):
-        key = logged.asked.key
         if _asks(logged, held_out):
             continue
-        number = numbers.setdefault(key, len(numbers))
+        number = numbers.setdefault(_key(logged), len(numbers))
         if number == len(samples):
             samples.append(0)
         name, sample = f"p{number:03}", samples[number]

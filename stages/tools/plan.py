@@ -40,7 +40,7 @@ FIXED = (8, 16, 20, 32, 64, 128, 256)
 FLOORS = (0.01, 0.005, 0.002, 0.001, 0.0005, 0.0002)
 MASSES = (0.9, 0.99)
 OPENED_FOR = 1024
-"""Longest prompt and response that an engine is opened for when its opening is timed, which hardly depends on it."""
+"""Longest prompt and response that an engine is opened for, at most, when its opening is timed, which hardly depends on it."""
 MEASURED = 32
 """Prompts to measure on, where it isn't said."""
 VARIANTS = (1, 2, 5)
@@ -142,9 +142,10 @@ def _measure(config: Config, where: Path, horizons: list[int]) -> dict[str, Any]
         models.main(role, where)
     student, judge = policy(run, 0), teacher(run)
     # Opened for others than the two above, which would keep the models in memory.
+    opened_for = min(OPENED_FOR, config.rollouts.longest)
     load = {
-        "rollouts": _opening(open_sampler(policy(run, 0), OPENED_FOR, config.rollouts.batch_size)),
-        "scores": _opening(open_teacher(teacher(run), OPENED_FOR, config.scores.batch_tokens)),
+        "rollouts": _opening(open_sampler(policy(run, 0), opened_for, config.rollouts.batch_size)),
+        "scores": _opening(open_teacher(teacher(run), opened_for, config.scores.batch_tokens)),
     }
     spent = {
         "rollouts": _seconds(lambda: rollouts.main(phase, 0, where, None)) - load["rollouts"],
