@@ -54,6 +54,9 @@ try:
     RUN = run_of(parse_config(config, " ".join(map(str, workflow.configfiles))))
     REUSED, TAKEN = reused_phases(RUN, scored=True), reused_phases(RUN, scored=False)
     SAMPLED, SCORED = sampled_phases(RUN), scored_phases(RUN)
+    PROMPTS = local_files(RUN.config.prompts.source)
+    ALSO = [path for held_out in RUN.config.evaluate.also.values() for path in local_files(held_out.source)]
+    MODELS = {role: local_files(getattr(RUN.config, role).model) for role in ("student", "teacher")}
 except OpdError as error:
     sys.exit(f"error: {error}")
 
@@ -91,7 +94,7 @@ rule all:
 
 rule prompts:
     input:
-        local_files(CONFIG.prompts.source),
+        PROMPTS,
     output:
         FOLDER / "prompts.parquet",
         FOLDER / "prompts.json",
@@ -110,7 +113,7 @@ rule prompts:
 
 rule also:
     input:
-        [path for held_out in CONFIG.evaluate.also.values() for path in local_files(held_out.source)],
+        ALSO,
     output:
         FOLDER / "also.parquet",
         FOLDER / "also.json",
@@ -129,7 +132,7 @@ rule also:
 
 rule models:
     input:
-        lambda wildcards: local_files(getattr(CONFIG, wildcards.role).model),
+        lambda wildcards: MODELS[wildcards.role],
     output:
         FOLDER / "models/{role}.json",
         FOLDER / "models/{role}-vocabulary.parquet",
@@ -283,9 +286,9 @@ rule take:
     output:
         shard_of(RUN, "rollouts"),
     log:
-        FOLDER / "logs/{phase}-take-{shard}.log",
+        FOLDER / "logs/{phase}-reuse-{shard}.log",
     benchmark:
-        FOLDER / "timings/{phase}-take-{shard}.tsv"
+        FOLDER / "timings/{phase}-reuse-{shard}.tsv"
     wildcard_constraints:
         phase=TAKEN,
     conda:
@@ -544,6 +547,7 @@ rule diagnostics:
 
 rule evaluate:
     input:
+        # Of the weights it reads what no loss decides, but were they ancient, a run killed after its units would go on without it.
         lambda wildcards: shards(RUN, f"eval-{wildcards.checkpoint}", "rollouts", "units", "weights"),
         lambda wildcards: RUN.policy_file(RUN.phase(f"eval-{wildcards.checkpoint}").number),
         FOLDER / "prompts.parquet",

@@ -26,7 +26,7 @@ from pipeline.prepared import PreparedModel
 from pipeline.store import cache
 from pipeline.store.shards import manifest_path, open_shard, open_writer
 from pipeline.store.signatures import check_signature, signature_path
-from schemas.config import load_config
+from schemas.config import Config, load_config
 from schemas.errors import OpdError
 from schemas.tables import arrow_schema
 from stages import models, prompts, rollouts, scores, train, units
@@ -292,6 +292,21 @@ def test_what_another_run_has_sampled_is_not_sampled_again(
     assert sum(row["tokens"] for row in rows if row["entry"] == entry.stem) > 0
     assert CliRunner().invoke(app, ["cache", "gc", "--delete"]).exit_code == 0
     assert not list(cache.entries(tmp_path / "cache")) and taken[0].rollouts.rows == 4
+
+
+def test_gc_tells_of_the_bytes_that_it_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And an empty OPD_CACHE is none."""
+    for i in range(2):
+        fetch(tmp_path / "c", tmp_path / f"run/round-0/scores/{i:03}.parquet", maker(count=9**i), {"responses": str(i)})
+    shutil.rmtree(tmp_path / "run")
+    kept, gone = cache.entries(tmp_path / "c")
+    size, remove = gone.bytes, cache.remove
+    monkeypatch.setattr(cache, "remove", lambda folder, entry: entry.path != kept.path and remove(folder, entry))
+    monkeypatch.setattr("stages.tools.cache.MEGABYTE", 1)
+    monkeypatch.setenv("OPD_CACHE", "")
+    monkeypatch.setattr(Config.model_fields["cache"], "default", str(tmp_path / "c"))
+    told = CliRunner().invoke(app, ["cache", "gc", "--delete"]).output
+    assert f"1 entries ({size}.0 MB) and 0 leftovers removed" in told and not gone.path.exists()
 
 
 def test_ls_verify_and_gc(tmp_path: Path) -> None:

@@ -149,7 +149,8 @@ def test_every_recipe_is_printed_with_its_source_presets_keys_and_departures(mon
 
 def test_a_check_tells_what_the_recipe_presets_otherwise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "my.yaml"
-    path.write_text(yaml.safe_dump(MINIMAL | {"objective": {"recipe": "simct"}, "scores": {"k_max": 20}}))
+    changes = {"prompts": {"source": "org/data"}, "objective": {"recipe": "simct"}, "scores": {"k_max": 20}}
+    path.write_text(yaml.safe_dump(MINIMAL | changes))
     config_keys(path)
     assert "`scores.k_max: 20`, where `objective.recipe: simct` presets 1024" in " ".join(
         capsys.readouterr().err.split()

@@ -19,6 +19,7 @@ from schemas.config import Config, Judged, Rollouts, Section, parse_config
 from stages import models, prompts, reuse
 from stages.run import run as runs
 from stages.run import workflow
+from stages.tools.cli import STAGES
 
 ROOT = Path(__file__).parents[1]
 Reads = dict[str, set[str]]
@@ -178,6 +179,9 @@ def test_rules_and_stages_ask_for_the_same_entries() -> None:
     rules = {name: asked[0] for name, asked in found.items() if name != "all"}
     stages = {name: "reuse" if name == "take" else name for name in rules}  # with scores, and without
     assert rules == stages
+    of = r"(?:\{phase\}-|eval-\{checkpoint\}-|round-\{round\}-|sft-)?"
+    jobs = re.findall(rf'FOLDER / "timings/{of}(\w+)', "".join(parts))  # by which their seconds are summed
+    assert len(jobs) == len(rules) - 1 and set(jobs) <= set(STAGES)  # the report's isn't timed
     assert set(stages.values()) == {stage.partition(" ")[0] for stage in decides.STAGES}
     for stage in stages.values():
         source = (ROOT / "stages" / ("report/page.py" if stage == "report" else f"{stage}.py")).read_text()

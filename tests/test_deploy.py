@@ -79,6 +79,24 @@ def test_init_without_answers_and_with_the_default_teacher(here: Path) -> None:
     assert config.teacher == load_config(ROOT / "examples/own-prompts.yaml").teacher
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt-field", "answer"], "`prompt_field`, `answer_field` and `tools_field` must differ"),
+        (["--answer-field", ""], "`prompts.answer_field`: "),
+        (["--answer-field", "nope"], "has no field 'nope'; it has 'prompt', 'gold'"),
+        (["--prompts", "promtps.jsonl"], "promtps.jsonl: no such file"),
+    ],
+)
+def test_init_refuses_in_one_line_and_leaves_nothing(here: Path, arguments: list[str], message: str) -> None:
+    Path("q.jsonl").write_text("\n".join(json.dumps({"prompt": f"{n}?", "gold": "1"}) for n in range(10)))
+    given = ["--prompts", "q.jsonl", "--copy", "examples"]
+    status, said = written(*given, *arguments)
+    assert status == 2 and message in said and [path.name for path in here.iterdir()] == ["q.jsonl"], said
+    assert written(*given, "--answer-field", "gold")[0] == 0 and Path("examples").is_dir()
+    assert load_config(Path("config/config.yaml")).prompts.answer_field == "gold"
+
+
 def test_init_takes_data_sets_of_the_hub_on_trust(here: Path) -> None:
     assert written("--prompts", "org/data")[0] == 0
     assert load_config(Path("config/config.yaml")).prompts.splits.train == init.TRAIN
@@ -102,13 +120,23 @@ def test_run_calls_snakemake_with_what_ships(here: Path) -> None:
     # A module `train` in the working directory hides none of ours, and `python` of the jobs is this one.
     assert environment["PYTHONSAFEPATH"] == "1" and environment["PATH"].startswith(str(Path(sys.executable).parent))
     assert snakemake(Path("mine.yaml"))[0][-2:] == ["--cores", "all"]
-    for bound in (["--cores=4"], ["-c", "4"], ["--executor", "slurm"], [f"--profile={slurm}"]):
+    by_profile = [[f"--profile={slurm}"], ["--workflow-profile", slurm]]
+    for bound in (["--cores=4"], ["-c", "4"], ["--executor", "slurm"], *by_profile):
         assert "all" not in snakemake(Path("mine.yaml"), bound)[0]
     assert snakemake(Path("mine.yaml"), ["--", "--cores"])[0][-4:] == ["--cores", "all", "--", "--cores"]
     Path("profiles/slurm").mkdir(parents=True)  # one's own goes first
     assert snakemake(Path("mine.yaml"), ["--profile=profiles/slurm"])[0][-1] == "--profile=profiles/slurm"
     with pytest.raises(OpdError, match=r"none\.yaml: no such file; `opd init` writes one"):
         snakemake(Path("none.yaml"))
+    for text, message in {
+        "": "expected a mapping",
+        "- a": "expected a mapping",
+        "a: [": "not YAML",
+        "a: 1\na: 2": "twice",
+    }.items():
+        Path("bad.yaml").write_text(text)
+        with pytest.raises(OpdError, match=rf"bad\.yaml: .*{message}"):
+            snakemake(Path("bad.yaml"))
 
 
 def test_the_wheel_is_told_of_all_that_ships() -> None:

@@ -37,7 +37,7 @@ def changed(folder: str, file: str, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def config(**changes: dict[str, Any]) -> dict[str, Any]:
+def config(**changes: Any) -> dict[str, Any]:
     values: dict[str, Any] = {
         "run": "r",
         "prompts": {"source": "p.jsonl", "splits": {"examples": 1, "train": 16, "test": 4}},
@@ -47,10 +47,12 @@ def config(**changes: dict[str, Any]) -> dict[str, Any]:
         "train": {"micro_batch_tokens": 64},
         "evaluate": {"kl_items": 2},
     }
-    return values | {name: values.get(name, {}) | keys for name, keys in changes.items()}
+    return values | {
+        name: values.get(name, {}) | given if isinstance(given, dict) else given for name, given in changes.items()
+    }
 
 
-def examined(*options: str, status: int, **changes: dict[str, Any]) -> dict[str, Any]:
+def examined(*options: str, status: int, **changes: Any) -> dict[str, Any]:
     """What doctor says of a config, as JSON."""
     Path("c.yaml").write_text(json.dumps(config(**changes)))
     result = CliRunner().invoke(app, ["doctor", "--config", "c.yaml", "--json", *options])
@@ -139,8 +141,18 @@ def test_without_a_config_the_machine_is_looked_at(place: Path) -> None:
 
 
 def test_a_disk_that_is_full_or_not_ours(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
-    found = examined("--no-measure", status=1)
+    asked: list[Path] = []
+
+    def usage(folder: Path) -> SimpleNamespace:
+        asked.append(Path(folder).resolve())
+        return SimpleNamespace(free=10)
+
+    monkeypatch.setattr(room.shutil, "disk_usage", usage)
+    source = Path("runs/other/round-0/rollouts")  # without scores, so that the teacher is needed
+    source.mkdir(parents=True)
+    (source / "000.parquet").touch()
+    found = examined("--no-measure", status=1, reuse=["runs/other"], evaluate={"kl_items": None})
+    assert asked[-2:] == [place, place / "runs"]  # the cache isn't there yet
     told = {check["name"]: check["told"] for check in found["checks"] if check["status"] == "error"}
     assert told.keys() == {"disk, cache", "disk, run"} and "where 0.00 MB are free: make room" in told["disk, run"]
     monkeypatch.setattr(doctor, "os", SimpleNamespace(access=lambda *_: False, W_OK=2, cpu_count=lambda: 2))

@@ -199,6 +199,8 @@ def prepared(where: Path) -> None:
             r"evaluate\.also\.b, .* holds 30 different",
         ),
         ({"prompts": {"source": "p.jsonl", "prompt_field": "question"}}, r"no field 'question'"),
+        ({"prompts": {"source": "data/missing.jsonl"}}, r"data/missing\.jsonl: no such file"),
+        ({"evaluate": {"also": {"b": {"source": "missing.csv.gz", "count": 1}}}}, r"missing\.csv\.gz: no such file"),
     ],
 )
 def test_a_check_of_the_config_looks_into_local_files(place: Path, changes: dict[str, Any], message: str) -> None:

@@ -27,7 +27,7 @@ from schemas.config import Model, load_config
 from schemas.errors import OpdError
 from stages import coverage, models, policy, prompts, reuse, scores, train, units, weights
 from stages.run.run import run_of
-from stages.tools import import_rollouts
+from stages.tools import audit, import_rollouts
 
 LOGS: list[dict[str, Any]] = [
     {"prompt": "one", "response": "ab c"},
@@ -148,6 +148,7 @@ def test_they_are_scored_and_trained_on_and_what_was_read_carries_no_loss(there:
         scores.main("round-0", shard, where, None)
         units.main("round-0", shard, where)
         policy.main("round-0", shard, where, None)
+    audit.main(where, 1)  # its own scores of responses that aren't
     weights.main("round-0", where)
     coverage.main("round-0", where)
     train.main(0, where, None)

@@ -5,6 +5,7 @@ Through Snakemake. Runs of their own (killed, stale, other pairs) are in test_ot
 
 import ast
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ from schemas.config import load_config
 from schemas.diagnostics import Diagnostics
 from stages.report import page as report
 from stages.run.run import run_of
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +66,36 @@ def test_the_jobs_of_a_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def jobs_to_run(where: Path) -> dict[str, list[Path]]:
+    """Jobs that Snakemake would run, by rule and wildcards, and what each makes."""
+    from snakemake.api import SnakemakeApi
+    from snakemake.settings import types
+
+    with SnakemakeApi(types.OutputSettings(quiet={types.Quietness.ALL})) as api:
+        workflow = api.workflow(
+            types.ResourceSettings(cores=1), types.ConfigSettings(configfiles=[where]), snakefile=ROOT / "Snakefile"
+        )
+        workflow.dag().execute_workflow(executor="dryrun")
+        jobs = workflow._workflow.dag.needrun_jobs(exclude_finished=False)
+        return {" ".join([job.rule.name, *job.wildcards]): list(map(Path, job.output)) for job in jobs if job.output}
+
+
+def test_a_run_killed_after_its_units_is_evaluated_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside it: a file whose name Snakemake would misread is refused by name."""
+    monkeypatch.chdir(tmp_path)
+    where = small.written(rollouts={"rounds": 1})
+    for path in (path for made in jobs_to_run(where).values() for path in made):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, (1e9, 1e9))
+    assert not jobs_to_run(where)
+    Path("runs/a/eval-0/units/000.parquet").touch()
+    assert sorted(jobs_to_run(where)) == ["diagnostics eval-0", "evaluate 0", "report", "weights eval-0"]
+    Path("{rows}.jsonl").touch()
+    with pytest.raises(SystemExit, match=r"error: \{rows\}\.jsonl: Snakemake takes braces in a file's name"):
+        jobs_to_run(small.written(prompts={"source": "{rows}.jsonl"}))
+
+
 def test_every_table_is_there_and_readable(run: Run) -> None:
     rollouts, units, weights = (
         pl.read_parquet(run.run / f"round-0/{table}/*.parquet") for table in ("rollouts", "units", "weights")
@@ -157,6 +190,11 @@ def test_without_references_teacher_and_times_the_report_says_not_measured(
     assert summary["fixed"] is None and summary["seconds"] == {}
     shown = capsys.readouterr().err
     assert shown.count("not measured") >= 4 and "fixed" not in shown
+    timings = Path("runs/a/timings")
+    timings.mkdir()
+    (timings / "eval-2-answers.tsv").write_text("s\th:m:s\n3\t0\n")
+    report.main(where)
+    assert json.loads(Path("runs/a/summary.json").read_text())["seconds"] == {"eval-2-answers": 3}
 
 
 @pytest.mark.slow

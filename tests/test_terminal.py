@@ -17,6 +17,7 @@ from schemas.config import parse_config
 from stages.run import console, terminal
 from stages.run.run import Run, run_of
 from stages.run.terminal import START, Job, Terminal, last_words, result, work
+from stages.tools.run import snakemake
 
 ROOT = Path(__file__).parents[1]
 SAYS = {
@@ -249,6 +250,22 @@ def test_a_failed_job_is_told_once_with_its_error_its_log_and_how_to_go_on(
         "  error: x.parquet: damaged; run it again",
         "1 of 38 jobs failed; what is done is kept. Then go on with: snakemake --cores 2 --config 'run=my run'",
     ]
+
+
+def test_a_failed_run_of_opd_run_goes_on_with_opd_run(
+    clock: Clock, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("my run.yaml").write_text("{}")
+    command, environment = snakemake(Path("my run.yaml"), ["--cores", "2"])
+    monkeypatch.setattr(sys, "argv", ["/site-packages/snakemake/__main__.py", *command[3:]])
+    monkeypatch.setattr(terminal.os, "environ", environment)
+    run = default()
+    jobs = planned(run)
+    shown = begun(run, jobs)
+    error = {"jobid": jobs[0].jobid, "rule_name": "prompts", "log": ["none.log"]}
+    shown.emit(event(LogEvent.JOB_ERROR, "Error in rule prompts", logging.ERROR, **error))
+    shown.close()
+    assert capsys.readouterr().err.endswith("Then go on with: opd run --config 'my run.yaml' --cores 2\n")
 
 
 def test_last_words_of_a_traceback_of_a_table_and_of_none(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,6 +112,8 @@ def summarise(run: Run, results: Sequence[dict[str, Any]], answers: Sequence[pl.
     before, *_, after = answers
     split = results[0]["split"]
     sft_jobs = ["sft-"] if run.config.sft.prompts else []
+    # A phase that is only answered is none of `phases`.
+    own_jobs = [f"{name}-" for name in (*(phase.phase for phase in phases), *(f"eval-{c}" for c in run.checkpoints))]
     of_set = {name: (before.filter(set=name), after.filter(set=name)) for name in (split, *results[0]["also"])}
     pairs = of_set[split][0].join(of_set[split][1], on=["prompt_id", "sample"], suffix="_after")
     greedy = results[0]["samples"] == 1 and bool(results[0]["judged"])
@@ -128,9 +130,7 @@ def summarise(run: Run, results: Sequence[dict[str, Any]], answers: Sequence[pl.
         "phases": [phase.model_dump(mode="json") for phase in phases],
         "teacher_tokens": dict(sum((Counter(phase.teacher.tokens) for phase in phases), Counter())),
         # Files that a longer run left behind don't count.
-        "seconds": timings(
-            run, "prompts", "also", "models-", "fit", *sft_jobs, *(f"{phase.phase}-" for phase in phases)
-        ),
+        "seconds": timings(run, "prompts", "also", "models-", "fit", *sft_jobs, *own_jobs),
         "checkpoint": str(named.checkpoint(run.rounds[-1])),
         "report": str(named.root / "report.html"),
     }

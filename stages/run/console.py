@@ -30,6 +30,8 @@ REPORT = re.compile(r"[^:]+: (?P<done>[\d,]+)/(?P<total>[\d,]+), .* left$")
 RATE = re.compile(r"[^:]+: (?P<amount>[\d,]+) (?P<unit>.+) in [\d.]+ s \([\d.,]+/s\)$")
 """and the one at its end, as `stages.run.terminal` reads them in logs."""
 WARNING = "warning: "
+AGAIN = "OPD_RUN"
+"""Variable of the environment with the command by which `opd run` was called, for Snakemake that it calls."""
 is_stage = False
 """Whether this process is a stage's command and nothing else, as Snakemake starts it."""
 

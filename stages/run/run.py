@@ -572,8 +572,8 @@ def open_run(config_file: Path, stage: str = "", phase: str = "") -> Run:
 
 
 def cache_root(configured: str) -> Path:
-    """The configured cache, unless OPD_CACHE says otherwise."""
-    return Path(os.environ.get("OPD_CACHE", configured)).expanduser().absolute()
+    """The configured cache, unless OPD_CACHE says otherwise; empty it says nothing."""
+    return Path(os.environ.get("OPD_CACHE") or configured).expanduser().absolute()
 
 
 def config_text(config: Config) -> str:

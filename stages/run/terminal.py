@@ -6,6 +6,7 @@ that a job on a cluster is shown as one here is. Snakemake's own log file has ev
 """
 
 import logging
+import os
 import re
 import shlex
 import sys
@@ -264,7 +265,7 @@ class Terminal(MemoryHandler):
         """Take the progress off the terminal, and say how a run that failed is gone on with."""
         self.stop()
         if self.began and self.failed:
-            again = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+            again = os.environ.get(console.AGAIN) or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
             console.say(
                 f"{len(self.failed)} of {len(self.jobs)} jobs failed; what is done is kept. Then go on with: {again}"
             )

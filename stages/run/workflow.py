@@ -91,11 +91,14 @@ def local_files(source: str) -> list[str]:
     """The user's own files that a model's or the prompts' source names, so that an edit is seen; none of packages and the hub.
 
     Of a folder that is what identifies a model, and what `datasets.save_to_disk` wrote. No storage has them: jobs that read
-    them run where Snakemake does.
+    them run where Snakemake does. Raises OpdError where Snakemake would take a part of a name for a wildcard.
     """
     path = Path(source).expanduser()
     patterns = {*IDENTITY_FILES, *TOKENIZER_FILES, *SAVED_FILES} if path.is_dir() else ()
     found = sorted({file for pattern in patterns for file in path.glob(pattern)}) or [path] * path.is_file()
+    for file in found:
+        if "{" in str(file):
+            raise OpdError(f"{file}: Snakemake takes braces in a file's name for a wildcard; give it another name")
     return [local(str(file)) for file in found]
 
 

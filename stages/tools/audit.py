@@ -39,7 +39,7 @@ def main(
     run = open_run(config_file)
     config = run.config
     processors.take(threads)
-    own = [phase for phase in run.phases if not phase.is_foreign]
+    own = [phase for phase in run.phases if phase.sampled_in == phase and not (phase.source and phase.source.is_scored)]
     places = [place for phase in own for place in phase if place.path("scores").exists()]
     if not places:
         raise OpdError(f"{run.root}: no scores of this run's own to audit")

@@ -190,18 +190,21 @@ def collect(
     Of rollouts runs hold copies: their entries go too, and another run samples again. Say --days to keep the young ones.
     """
     folder = _folder(cache)
-    unused = [entry for entry in store.entries(folder) if not entry.users and entry.days >= days]
+    unused = [(entry, entry.bytes) for entry in store.entries(folder) if not entry.users and entry.days >= days]
     stray = store.leftovers(folder)
-    size = sum(entry.bytes for entry in unused) / MEGABYTE
     if not delete:
-        for entry in unused:
-            console.out.print(f"{entry.path.stem}  {entry.bytes / MEGABYTE:.2f} MB", markup=False)
-        console.out.print(f"{len(unused)} entries ({size:.1f} MB) and {len(stray)} leftovers would go; say --delete")
+        for entry, size in unused:
+            console.out.print(f"{entry.path.stem}  {size / MEGABYTE:.2f} MB", markup=False)
+        console.out.print(f"{_counted(unused)} and {len(stray)} leftovers would go; say --delete")
         return
-    gone = [entry for entry in unused if store.remove(folder, entry)]
+    gone = [(entry, size) for entry, size in unused if store.remove(folder, entry)]
     for path in stray:
         path.unlink(missing_ok=True)
-    console.out.print(f"{len(gone)} entries ({size:.1f} MB) and {len(stray)} leftovers removed")
+    console.out.print(f"{_counted(gone)} and {len(stray)} leftovers removed")
+
+
+def _counted(entries: list[tuple[store.Entry, int]]) -> str:
+    return f"{len(entries)} entries ({sum(size for _, size in entries) / MEGABYTE:.1f} MB)"
 
 
 app.command("ls")(console.reporting(list_entries))

@@ -79,10 +79,15 @@ class Side:
                 str(number): found.model_dump(mode="json", exclude={"decided"})
                 for number, (found, _) in self.evaluations.items()
             },
-            "seconds": dict(sorted(stage_seconds(self.run).items(), key=lambda spent: STAGES.index(spent[0]))),
+            "seconds": dict(sorted(stage_seconds(self.run).items(), key=lambda spent: _place(spent[0]))),
             "teacher_tokens": self.teacher_tokens,
             "disk": self.disk,
         }
+
+
+def _place(stage: str) -> int:
+    """Where a stage comes; one of another version's last."""
+    return STAGES.index(stage) if stage in STAGES else len(STAGES)
 
 
 def main(runs: RunsArgument, as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:

@@ -8,6 +8,7 @@ import typer
 from pipeline import own_code
 from pipeline.models import model_config
 from pipeline.prompts import collect, collect_also
+from pipeline.sources import SOURCES, kind_of
 from schemas.config import Config, Section, credit_in_part, load_config, overridden, section, variants
 from schemas.config.objective import RECIPES
 from schemas.errors import OpdError
@@ -17,6 +18,8 @@ from stages.run.run import run_of
 from stages.run.workflow import own_code_in
 
 ROLES: tuple[Literal["student", "teacher"], ...] = ("student", "teacher")
+FILES = ("jsonl", "json", "csv", "parquet")
+"""Kinds of sources of prompts that are a file."""
 SMALL = 64 << 20
 """Bytes of a file that a check reads through."""
 
@@ -48,13 +51,19 @@ def check_at_hand(config: Config) -> None:
 
     Raises OpdError as the stages would.
     """
-    if is_small_file(config.prompts.source):
+    if is_at_hand(config.prompts.source):
         collect(config.prompts, config.seed)
-    collect_also({name: one for name, one in config.evaluate.also.items() if is_small_file(one.source)}, config.seed)
+    collect_also({name: one for name, one in config.evaluate.also.items() if is_at_hand(one.source)}, config.seed)
     for role in ROLES:
         folder = Path(getattr(config, role).model).expanduser()
         if folder.is_dir():
             check_limits(config, role, model_config(folder))
+
+
+def is_at_hand(source: str) -> bool:
+    """Whether a source of prompts can be told of at once: a small file, or one that should be there by its name and isn't."""
+    is_file = kind_of(source) in (SOURCES[name] for name in FILES)
+    return is_small_file(source) or (is_file and not Path(source).expanduser().exists())
 
 
 def is_small_file(source: str) -> bool:

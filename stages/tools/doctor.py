@@ -208,7 +208,7 @@ def of_config(found: Findings, config_file: Path, measure: bool, threads: int | 
             of_models(found, there, where)
             sizes = of_room(found, config, there)
             rates = of_speed(found, there) if measure and sizes and not found.failed else None
-            of_cost(found, config, sizes, rates)
+    of_cost(found, config, sizes, rates)  # of the folder in which the run would be
     return None
 
 
@@ -389,12 +389,13 @@ def _forward(model: Any, prompts: list[Any]) -> float:
 
 
 def of_cost(found: Findings, config: Config, sizes: dict[str, Sizes] | None, rates: dict[str, float] | None) -> None:
-    """Hours and bytes of the run at most: with responses as long as they may be."""
+    """Hours of responses that are as long as they may be, and bytes of the run at most."""
     tokens = tokens_of(config, run_of(config).kl_items, len(run_of(config).checkpoints))
     if rates:
         hours = {stage: tokens[stage] / rates[stage] / 3600 for stage in rates}
         parts = ", ".join(f"{stage} {of:,.2f}" for stage, of in hours.items())
-        found.add("time", "ok", f"{sum(hours.values()):,.2f} h at most ({parts}); `opd plan` measures it closer")
+        told = f"{sum(hours.values()):,.2f} h for responses as long as they may be ({parts}), without prompts and `sft`"
+        found.add("time", "ok", f"{told}; `opd plan` measures it closer")
     disk = disk_needs(config, tokens, sizes)
     for name, place, need in (
         ("disk, cache", cache_root(config.cache), disk["cache"]),

@@ -35,8 +35,8 @@ def main(
     ] = None,
     prompt_field: Annotated[str, typer.Option(help="its field with the question, text or a conversation")] = "prompt",
     answer_field: Annotated[
-        str, typer.Option(help="its field with the reference answer, where there is one")
-    ] = "answer",
+        str | None, typer.Option(help="its field with the reference answer; without it `answer`, where there is one")
+    ] = None,
     run: Annotated[str, typer.Option(help="the run's name; its results are under runs/<name>")] = "default",
     copy: Annotated[
         list[str] | None, typer.Option(help="a shipped folder to copy here and edit: examples, profiles/slurm, ...")
@@ -46,11 +46,13 @@ def main(
     if file.exists():
         raise OpdError(f"{file}: exists already; give another name, or delete it")
     for name in copy or ():
-        _copy(name)
+        _check_copy(name)
     given: dict[str, Any] = {"run": run, "student": student, "teacher": teacher, "prompts": prompts}
     if prompts:
-        source = PromptSource(source=prompts, prompt_field=prompt_field, answer_field=answer_field)
-        given |= {"prompts": _with_answers(source), "splits": _shared_out(source, examples=0 if teacher else 2)}
+        source = _source(prompts, prompt_field, answer_field)
+        if answer_field is None:
+            source = _with_answers(source)
+        given |= {"prompts": source, "splits": _shared_out(source, examples=0 if teacher else 2)}
     text = _rendered(given)
     try:
         check_at_hand(parse_config(yaml.safe_load(text), str(file)))
@@ -63,6 +65,16 @@ def main(
     )
     if not all((student, teacher, prompts)):
         console.say("what it has of the default run needs: pip install 'offline-opd[demo]'")
+    for name in copy or ():
+        shutil.copytree(shipped() / name, name)
+        console.say(f"{name}: copied")
+
+
+def _source(source: str, prompt_field: str, answer_field: str | None) -> PromptSource:
+    """The section `prompts` of a config. Raises OpdError for what is none."""
+    fields = {"prompt_field": prompt_field} | ({} if answer_field is None else {"answer_field": answer_field})
+    models = {role: {"model": "-"} for role in ("student", "teacher")}  # which play no part in it
+    return parse_config({"prompts": {"source": source, **fields}, **models}, f"--prompts {source}").prompts
 
 
 def _with_answers(source: PromptSource) -> PromptSource:
@@ -110,12 +122,10 @@ def _scalar(value: str) -> str:
     return yaml.safe_dump(value, allow_unicode=True, width=10_000).removesuffix("...\n").strip()
 
 
-def _copy(name: str) -> None:
-    """A shipped folder to the working directory. Raises OpdError where there is none, or one is here already."""
+def _check_copy(name: str) -> None:
+    """Raise OpdError where no such folder ships, or one is here already."""
     there = ["examples", *(f"profiles/{path.name}" for path in sorted((shipped() / "profiles").iterdir()))]
     if name not in there:
         raise OpdError(f"--copy {name}: expected one of {', '.join(there)}")
     if Path(name).exists():
         raise OpdError(f"--copy {name}: is here already")
-    shutil.copytree(shipped() / name, name)
-    console.say(f"{name}: copied")

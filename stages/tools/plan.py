@@ -5,7 +5,9 @@ import io
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +19,7 @@ import typer
 import yaml
 from rich.table import Table
 
+from pipeline import own_code
 from pipeline.infer.engines import open_sampler, open_teacher
 from pipeline.infer.shard_scores import ShardScores
 from schemas.config import Config, Recipe
@@ -27,9 +30,9 @@ from stages.run import console, processors
 from stages.run.context import DEFAULT_CONFIG, ConfigOption, ThreadsOption, open_prompts, policy, teacher
 from stages.run.results import steps_of
 from stages.run.run import open_run, run_of
+from stages.run.workflow import own_code_in
 from stages.tools.choices import RECORDED, SUGGESTED, Choice, compare
 from stages.tools.folders import from_anywhere
-from train.recipes import identity
 
 WIDTH = 512
 """Candidates looked at; what a rule would keep beyond them is not seen."""
@@ -38,13 +41,18 @@ FLOORS = (0.01, 0.005, 0.002, 0.001, 0.0005, 0.0002)
 MASSES = (0.9, 0.99)
 OPENED_FOR = 1024
 """Longest prompt and response that an engine is opened for, at most, when its opening is timed, which hardly depends on it."""
+MEASURED = 32
+"""Prompts to measure on, where it isn't said."""
 VARIANTS = (1, 2, 5)
 """Runs (other students, objectives, learning rates) that the offline and online costs are compared for."""
 
 
 def main(
     config_file: ConfigOption = DEFAULT_CONFIG,
-    responses: Annotated[int, typer.Option(min=2, help="prompts to measure on")] = 32,
+    responses: Annotated[
+        int | None,
+        typer.Option(min=2, help=f"prompts to measure on; without it {MEASURED}, or all where there are fewer"),
+    ] = None,
     rollout_rate: Annotated[
         float | None, typer.Option(min=0.1, max=1e12, help="student tokens sampled per second there")
     ] = None,
@@ -70,10 +78,11 @@ def main(
     Rates are measured on this machine, unless they are given, for another one.
     """
     config = open_run(config_file).config
-    identity(config.objective)  # a recipe of one's own is found from here, not from the folder below
+    for reference in own_code_in(config.model_dump(mode="json")):
+        own_code.load(reference, reference)  # one's own is found from here, not from the folder below
     processors.take(threads)
     with tempfile.TemporaryDirectory(prefix="opd-plan-") as folder:
-        small = _small(config, responses)
+        small = _small(config, responses or min(MEASURED, config.prompts.splits.train))
         where = Path(folder) / "config.yaml"
         where.write_text(yaml.safe_dump(small.model_dump(mode="json"), allow_unicode=True))
         with contextlib.chdir(folder):
@@ -255,31 +264,69 @@ def _bytes(table: pa.Table, kept: np.ndarray, flat: dict[str, np.ndarray]) -> in
 
 
 def costs_of(config: Config, measured: dict[str, Any]) -> dict[str, Any]:
-    """Tokens, hours and bytes of the configured run, and hours of several variants offline and online."""
-    options, lengths, rates = config.rollouts, measured["lengths"], measured["rates"]
-    total = options.rounds * options.prompts * options.samples
-    whole = options.prompts * options.samples * sum(measured["kept"])  # responses, cut ones by what is left of them
+    """Tokens, hours and bytes of the configured run, and hours of several variants offline and online.
+
+    Of rounds that it reuses the run samples and scores nothing; held-out answers are counted as long as those that were
+    measured. Not counted: the teacher's answers of `sft`, log-probs under other policies (`reuse`, `replay`, a reference), the
+    on-policy KL's forward pass, audits, and opening models.
+    """
+    run, rates = run_of(config), measured["rates"]
+    each = _TokensEach(**measured["lengths"])
+    phases = [run.phase(f"round-{number}") for number in run.rounds]
+    rounds = [(phase.responses, phase.responses * kept) for phase, kept in zip(phases, measured["kept"], strict=True)]
+    scored = [of for phase, of in zip(phases, rounds, strict=True) if not (phase.source and phase.source.is_scored)]
+    sampled = [of for phase, of in zip(phases, rounds, strict=True) if not phase.source]
+    trained = [rounds[part.sampled_in.number] for number in run.rounds for part in run.trained_on(number)]
+    kl = (run.kl_items * len(run.checkpoints),) * 2
+    asked = config.held_out + sum(one.count for one in config.evaluate.also.values())
+    answers = (asked * config.evaluate.samples * len(run.checkpoints),) * 2
+    tuned = (config.sft.prompts * config.sft.samples,) * 2
+    evaluated = {"rollouts": each.sampled([kl, answers]), "scores": each.scored([kl])}
     tokens = {
-        "rollouts": whole * lengths["student_response"],
-        "scores": total * lengths["teacher_prompt"] + whole * lengths["teacher_response"],
-        "train": config.train.epochs * (total * lengths["student_prompt"] + whole * lengths["student_response"]),
+        "rollouts": each.sampled(sampled),
+        "scores": each.scored(scored),
+        "train": config.train.epochs * each.trained(trained),
+        **({"sft": config.sft.epochs * each.trained([tuned])} if config.sft.prompts else {}),
+        "evaluate": sum(evaluated.values()),
     }
-    hours = {name: tokens[name] / rates[name] / 3600 for name in tokens}
+    rates = rates | {"sft": rates["train"]}
+    hours = {name: tokens[name] / rates[name] / 3600 for name in tokens if name != "evaluate"}
+    hours["evaluate"] = sum(evaluated[name] / rates[name] / 3600 for name in evaluated)
     # Variants offline: other objectives, weights or students on the same rollouts and scores; online each makes its own.
+    own = sum(of for name, of in hours.items() if name not in ("rollouts", "scores"))
+    shared = (each.sampled(rounds) / rates["rollouts"] + each.scored(rounds) / rates["scores"]) / 3600
     return {
-        "responses": total,
+        "responses": sum(count for count, _ in rounds),
         "tokens": tokens,
         "hours": hours,
-        "scored_tokens": whole * lengths["teacher_response"] + total,
+        "scored_tokens": sum(whole * each.teacher_response + count for count, whole in [*scored, kl]),
         "variants": [
-            {
-                "runs": n,
-                "offline_hours": hours["rollouts"] + hours["scores"] + n * hours["train"],
-                "online_hours": n * sum(hours.values()),
-            }
-            for n in VARIANTS
+            {"runs": n, "offline_hours": shared + n * own, "online_hours": n * (shared + own)} for n in VARIANTS
         ],
     }
+
+
+@dataclass(frozen=True)
+class _TokensEach:
+    """Mean tokens of a prompt and of a response, and of groups of them: each group is how many responses, and how many whole
+    ones their tokens would make, cut ones counted by what is left of them."""
+
+    student_prompt: float
+    student_response: float
+    teacher_prompt: float
+    teacher_response: float
+
+    def sampled(self, groups: Sequence[tuple[float, float]]) -> float:
+        """Tokens that the student samples."""
+        return sum(whole * self.student_response for _, whole in groups)
+
+    def scored(self, groups: Sequence[tuple[float, float]]) -> float:
+        """Tokens that the teacher reads."""
+        return sum(count * self.teacher_prompt + whole * self.teacher_response for count, whole in groups)
+
+    def trained(self, groups: Sequence[tuple[float, float]]) -> float:
+        """Tokens that the student reads once in training."""
+        return sum(count * self.student_prompt + whole * self.student_response for count, whole in groups)
 
 
 def _print_choices(exact: dict[str, Any], *choices: dict[str, Any]) -> None:
@@ -318,9 +365,14 @@ def _print(config: Config, result: dict[str, Any]) -> None:
     for heading in ("stage", "tokens", "tokens/s", "hours"):
         table.add_column(heading, justify="left" if heading == "stage" else "right")
     for name, tokens in costs["tokens"].items():
-        table.add_row(name, f"{tokens:,.0f}", f"{result['rates'][name]:,.0f}", f"{costs['hours'][name]:,.3f}")
+        rate = result["rates"].get({"sft": "train"}.get(name, name))
+        table.add_row(name, f"{tokens:,.0f}", f"{rate:,.0f}" if rate else "", f"{costs['hours'][name]:,.3f}")
     table.add_row("all", "", "", f"{sum(costs['hours'].values()):,.3f}")
     console.out.print(table)
+    console.out.print(
+        "evaluate: held-out answers and the on-policy KL's rollouts and scores. Reused rounds are neither sampled nor scored. "
+        "Not counted: sft's answers of the teacher, log-probs under other policies, audits, opening models\n"
+    )
     table = Table(title="offline against online, hours", title_justify="left")
     for heading in ("runs on the same prompts", "offline", "online", "ratio"):
         table.add_column(heading, justify="right")

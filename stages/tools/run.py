@@ -2,19 +2,21 @@
 
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import typer
 
+from schemas.config.strict_yaml import read_yaml
 from schemas.errors import OpdError
 from stages.run import console
 from stages.run.context import DEFAULT_CONFIG, ConfigOption
 from stages.run.shipped import shipped
 
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
-SAY_WHERE = ("--cores", "-c", "--jobs", "-j", "--profile", "--executor", "-e")
+SAY_WHERE = ("--cores", "-c", "--jobs", "-j", "--profile", "--workflow-profile", "--executor", "-e")
 """Options of Snakemake's that say how much may run at once; without any it is all that this machine has."""
 SHORT = re.compile(r"-[cj]\d+$")
 """The same with their number behind them."""
@@ -35,13 +37,15 @@ def main(context: typer.Context, config_file: ConfigOption = DEFAULT_CONFIG) -> 
 
 
 def snakemake(config_file: Path, arguments: Sequence[str] = ()) -> tuple[list[str], dict[str, str]]:
-    """The command that runs the workflow, and its environment. Raises OpdError where there is no such config.
+    """The command that runs the workflow, and its environment. Raises OpdError where the config is not there or no mapping.
 
     Jobs find the Python that this is, and its packages rather than modules of the same names (`train.py`) in the working
     directory.
     """
     if not config_file.is_file():
         raise OpdError(f"--config {config_file}: no such file; `opd init` writes one")
+    if config_file.suffix != ".json" and not isinstance(values := read_yaml(config_file), dict):
+        raise OpdError(f"{config_file}: expected a mapping of keys, found {type(values).__name__}")
     folder = shipped()
     given = [_beside(folder, before, argument) for before, argument in zip(["", *arguments], arguments, strict=False)]
     # The config's option would take files to make, which come next, for further configs.
@@ -52,7 +56,8 @@ def snakemake(config_file: Path, arguments: Sequence[str] = ()) -> tuple[list[st
     if not says and "SNAKEMAKE_PROFILE" not in os.environ:
         command += ["--cores", "all"]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    return [*command, *given], {**os.environ, "PATH": path, "PYTHONSAFEPATH": "1"}
+    again = shlex.join(["opd", "run", "--config", str(config_file), *arguments])
+    return [*command, *given], {**os.environ, "PATH": path, "PYTHONSAFEPATH": "1", console.AGAIN: again}
 
 
 def _beside(folder: Path, before: str, argument: str) -> str:
