@@ -93,7 +93,8 @@ def test_the_examples_are_whole_and_valid(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_check_tells_where_credit_has_no_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for recipe, credit, told in (("hybrid", "gae", True), ("hybrid", "immediate", False), ("sampled", "gae", False)):
         file = tmp_path / "c.yaml"
-        file.write_text(yaml.safe_dump({**MINIMAL, "objective": {"recipe": recipe}, "weights": {"credit": credit}}))
+        changes = {"prompts": {"source": "org/data"}, "objective": {"recipe": recipe}, "weights": {"credit": credit}}
+        file.write_text(yaml.safe_dump(MINIMAL | changes))
         config_keys(file)
         said = "`weights.credit: gae` acts on units longer than a token alone" in " ".join(
             capsys.readouterr().err.split()
