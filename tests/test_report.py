@@ -400,7 +400,7 @@ def test_intervals_of_the_score_and_of_its_change(page: Tables) -> None:
         at = round(end * 17 / 100) + 17
         assert below[at - 1] - 0.005 < level < below[at] + 0.005
     fixed, broken = (difference == 1).sum(), (difference == -1).sum()
-    assert change.endswith(f"p {sign_test(fixed, broken):.2g}") and sign_test(fixed, broken) < 1
+    assert change.endswith(f"p {sign_test(fixed, broken):.2g}") and fixed and broken
     points = f"{told[0]:+.1f} points (95 %: {told[1]:+.1f} to {told[2]:+.1f}, p {told[3]:.2g})"
     went = " to ".join(f"{100 * answers['right'].mean():.1f} %" for answers in (before, after))
     assert f"Held-out accuracy went from {went} on 17 items: {points}." in page.text
@@ -427,8 +427,9 @@ def kl_of_responses(phase: str, checkpoint: str) -> pl.DataFrame:
             own = sum(float(logp[len(prompt) - 1 + first + k, token]) for k, token in enumerate(said))
             log_ratio = own - unit["teacher_logp"]
             cand = np.array(unit["cand_logp"], np.float64)
-            rest = math.exp(unit["tail_logp"]) + math.exp(unit["dropped_logp"])
-            teacher = dict(zip(unit["cand_id"], cand + math.log((1 - rest) / np.exp(cand).sum()), strict=True))
+            held = np.exp(cand).sum() + math.exp(unit["dropped_logp"])
+            rescaled = cand + math.log((1 - math.exp(unit["tail_logp"])) / held)
+            teacher = dict(zip(unit["cand_id"], rescaled, strict=True))
             f = {token: float(here[token]) - value for token, value in teacher.items()}
             full = log_ratio - f.get(said[0], 0.0) + sum(math.exp(float(here[token])) * f[token] for token in f)
             bound = log_ratio
