@@ -65,7 +65,6 @@ def test_the_jobs_of_a_run(tmp_path: Path) -> None:
     assert planned(tuned) == {**per_phase, **once, **beside, "total": 48}
 
 
-@pytest.mark.slow
 def jobs_to_run(where: Path) -> dict[str, list[Path]]:
     """Jobs that Snakemake would run, by rule and wildcards, and what each makes."""
     from snakemake.api import SnakemakeApi
@@ -96,6 +95,7 @@ def test_a_run_killed_after_its_units_is_evaluated_anew(tmp_path: Path, monkeypa
         jobs_to_run(small.written(prompts={"source": "{rows}.jsonl"}))
 
 
+@pytest.mark.slow
 def test_every_table_is_there_and_readable(run: Run) -> None:
     rollouts, units, weights = (
         pl.read_parquet(run.run / f"round-0/{table}/*.parquet") for table in ("rollouts", "units", "weights")
