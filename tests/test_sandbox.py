@@ -463,6 +463,7 @@ def test_cases(program: str, passes: bool, why: str) -> None:
         ('{"input": "1", "output": "2"}', Cases((("1", "2"),))),
         ('{"inputs": "1", "outputs": ["2"]}', Cases((("1", "2"),))),
         ('{"inputs": "1", "outputs": 2}', None),
+        ('{"inputs": ["1"], "outputs": ["2"], "difficulty": "hard"}', Cases((("1", "2"),))),
         ('{"inputs": ["1", "2"], "outputs": ["2"]}', None),
         ('[{"input": "1", "output": "2", "testtype": "functional"}]', None),
         (

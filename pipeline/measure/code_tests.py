@@ -9,6 +9,9 @@ from typing import Any, Protocol
 from pipeline.measure.sandbox import Confined, Limits
 from schemas.errors import excerpt
 
+NAMED = (("inputs", "outputs"), ("input", "output"))
+"""What data sets call the texts, or lists of them, that a program reads and writes."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -108,9 +111,8 @@ def _data(reference: str) -> Any:
 
 def _cases(data: Any) -> tuple[tuple[str, str], ...]:
     if isinstance(data, dict):
-        if data.keys() in ({"input", "output"}, {"inputs", "outputs"}):
-            data = {"inputs": data.get("inputs", data.get("input")), "outputs": data.get("outputs", data.get("output"))}
-            given, wanted = ([text] if isinstance(text, str) else text for text in data.values())
+        if names := next((pair for pair in NAMED if set(pair) <= data.keys()), None):
+            given, wanted = ([text] if isinstance(text, str) else text for text in map(data.get, names))
             if not isinstance(given, list) or not isinstance(wanted, list) or len(given) != len(wanted):
                 return ()
             pairs = list(zip(given, wanted, strict=True))
