@@ -1,5 +1,6 @@
 """Bad input: one line that names the file or key, exit status 2, no traceback."""
 
+import gc
 import importlib
 import json
 import os
@@ -70,6 +71,23 @@ def one_line_of(status: int, said: str) -> str:
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Workplace:
     return Workplace(tmp_path, monkeypatch, capfd)
+
+
+def test_garbage_is_collected_while_a_stage_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`stages` turns it off while a command's libraries are imported."""
+    told = subprocess.run(
+        [sys.executable, "-c", "import gc, stages; print(gc.isenabled())"], capture_output=True, check=True
+    )
+    assert told.stdout.split() == [b"True"]
+    seen: list[bool] = []
+    monkeypatch.setattr(sys, "argv", ["stage"])
+    gc.disable()
+    try:
+        with pytest.raises(SystemExit):
+            console.run(lambda: seen.append(gc.isenabled()))
+    finally:
+        gc.enable()
+    assert seen == [True]
 
 
 def test_config_keys_and_types(place: Workplace) -> None:

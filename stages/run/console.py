@@ -1,5 +1,6 @@
 """How stages meet the person at the terminal: errors in one line, progress with rate and time left."""
 
+import gc
 import logging
 import os
 import re
@@ -68,7 +69,12 @@ def run(main: Callable[..., Any]) -> None:
     quiet_libraries()
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(reporting(main))
-    app()
+    gc.freeze()
+    gc.enable()
+    try:
+        app()
+    finally:
+        gc.freeze()  # an interpreter that ends looks through all that is left, twice: the system takes it back in any case
 
 
 def reporting(main: Callable[..., Any]) -> Callable[..., Any]:
