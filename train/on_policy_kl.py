@@ -9,6 +9,7 @@ import torch
 from pipeline.measure.answers import bootstrap_ratio
 from schemas.config import Config, Strict1to1
 from train.batch import Batch
+from train.packing import pack
 from train.policy import UnitLogps, unit_logps
 from train.recipes import candidate_kl, one_to_one
 from train.staleness import MAX_LOG_RATIO
@@ -27,12 +28,14 @@ def on_policy_kl(model: Any, stop: np.ndarray, shards: Sequence[Triple], config:
     lies within that class; the sampled log-ratio at longer units. Intervals (`_95`): bootstrap over responses.
 
     Args:
-        model: the checkpoint, a `transformers` model whose head `check_head` knows.
+        model: the checkpoint, a `transformers` model whose head `check_head` knows; its passes are packed from now on, as the
+            trainer's are, where `pack` can.
         stop: its stop ids.
         shards: of the phase in which it sampled.
     Raises:
         OpdError: tables are not in step.
     """
+    pack(model)
     stop_ids = torch.from_numpy(stop.astype(np.int64)).to(model.device)
     size = config.train.batch_size
     steps = batches(shards, size, config.train.micro_batch_tokens, config.seed, range(count_steps(shards, size)))

@@ -31,7 +31,8 @@ def unit_logps(model: Any, batch: Batch, stop: torch.Tensor) -> UnitLogps:
     """Run the student over a batch.
 
     Tokens of masked units get no logits. Those of the others are made, reduced to the log-probs that are requested, and made
-    again in backward, chunk by chunk: memory doesn't grow with tokens times vocabulary.
+    again in backward, chunk by chunk: memory doesn't grow with tokens times vocabulary. Those of the last chunk, with which
+    backward begins, are kept.
 
     Args:
         stop: int64, the student's stop ids; stopping is one event with the log-sum-exp of their log-probs.
@@ -74,9 +75,10 @@ def _chunked(
 
     row_bytes = 4 * model.config.get_text_config().vocab_size
     chunks = max(1, -(-len(hidden) * row_bytes // CHUNK_BYTES))
+    *before, last = zip(hidden.chunk(chunks), ids.chunk(chunks), strict=True)
     parts: list[tuple[torch.Tensor, torch.Tensor]] = [
-        checkpoint(logps, *part, use_reentrant=False, preserve_rng_state=False)
-        for part in zip(hidden.chunk(chunks), ids.chunk(chunks), strict=True)
+        *(checkpoint(logps, *part, use_reentrant=False, preserve_rng_state=False) for part in before),
+        logps(*last),
     ]
     found, log_z = zip(*parts, strict=True)
     return torch.cat(found), torch.cat(log_z)
