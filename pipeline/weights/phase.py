@@ -87,7 +87,7 @@ def compute(parts: Sequence[Part], options: Weights, loss: Loss = PLAIN) -> Summ
     """
     work = tasks(parts, options, loss)
     if options.scheduler == "local":
-        return sum(dask.compute(*work, scheduler="synchronous"), Summary())
+        return sum(dask.compute(*work, scheduler=dask.get), Summary())  # by its name dask would import `distributed`
     from distributed import Client  # noqa: PLC0415 - it takes a second
 
     try:
