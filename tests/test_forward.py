@@ -1,5 +1,6 @@
 """Forward passes, scoring and sampling against small random models of `transformers`, one plain forward at a time."""
 
+import copy
 import math
 from collections.abc import Sequence
 from functools import cache, partial
@@ -13,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
+    DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -27,6 +29,7 @@ from transformers import (
 
 from pipeline.infer import score as score_module
 from pipeline.infer.forward import batches, check_head, common_start, halving, head, pad, top_k
+from pipeline.infer.room import RoomyLayer, make_room
 from pipeline.infer.sample import Response, _draw, sample, seed_of
 from pipeline.infer.score import Candidates, Scores, hidden_rows, score
 from pipeline.models import ModelRef, load_model
@@ -514,6 +517,52 @@ def test_same_seed_same_response_whatever_the_batch(name: str) -> None:
             np.testing.assert_allclose(response.behavior_logp, alone[i].behavior_logp, atol=2e-5)
     other = sample(model, prompts, [seed + 1 for seed in seeds], STOP, 12)
     assert [r.ids.tolist() for r in other] != [r.ids.tolist() for r in alone]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.one_of(st.integers(1, 20), st.lists(st.integers(0, 2), min_size=1, max_size=4)), min_size=1, max_size=12
+    )
+)
+def test_keys_and_values_with_room_are_those_put_together_anew(done: list[int | list[int]]) -> None:
+    """Numbers are new positions, lists the rows that are kept of them; now and then another one replaces what is kept."""
+    generator = torch.Generator().manual_seed(len(done))
+    usual, rows = DynamicCache(), 3
+
+    def grow(kept: DynamicCache, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return kept.update(states, states + 1, 0)
+
+    first = torch.randn(rows, 2, 4, 5, generator=generator)
+    grow(usual, first)
+    roomy = copy.deepcopy(usual)
+    make_room(roomy)
+    assert type(roomy.layers[0]) is RoomyLayer
+    for at, step in enumerate(done):
+        if isinstance(step, int):
+            new = torch.randn(rows, 2, step, 5, generator=generator)
+            expected, found = grow(usual, new), grow(roomy, new)
+            assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+        else:
+            chosen = torch.tensor(step) % rows
+            for kept in (usual, roomy):
+                (kept.reorder_cache if at % 3 == 0 else kept.batch_select_indices)(chosen)
+            rows = len(step)
+        layer, same = roomy.layers[0], usual.layers[0]
+        assert torch.equal(layer.keys, same.keys) and torch.equal(layer.values, same.values)
+        assert layer.get_seq_length() == same.get_seq_length() and layer.get_mask_sizes(1) == same.get_mask_sizes(1)
+
+
+def test_new_positions_move_the_earlier_ones_now_and_then() -> None:
+    kept = DynamicCache()
+    kept.update(torch.zeros(2, 1, 400, 8), torch.zeros(2, 1, 400, 8), 0)
+    make_room(kept)
+    places = set()
+    for _ in range(200):
+        keys, values = kept.update(torch.ones(2, 1, 1, 8), torch.ones(2, 1, 1, 8), 0)
+        places.add((keys.data_ptr(), values.data_ptr()))
+    assert keys.shape == (2, 1, 600, 8) and len(places) <= 5
+    assert keys.untyped_storage().nbytes() <= 1.15 * keys.numel() * 4
 
 
 def test_a_shorter_horizon_samples_the_beginning_of_the_same_responses() -> None:

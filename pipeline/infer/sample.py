@@ -88,6 +88,8 @@ def _sample_batch(
     top_k: int,
 ) -> list[Response]:
     """One response per prompt. A prompt that several rows have is read once, and so is the start that all prompts share."""
+    from pipeline.infer.room import make_room  # noqa: PLC0415 - `transformers` takes seconds to import
+
     rows = len(prompts)
     device = model.device
     uniforms = torch.from_numpy(np.stack([uniforms_of(seed, steps) for seed in seeds]))
@@ -106,9 +108,11 @@ def _sample_batch(
         seen = mask if cache is None or has_keys(cache) else None
         hidden, cache = body(model, ids, cache, attention_mask=seen, position_ids=positions, use_cache=True)
         hidden = hidden[:, -1]
-        if step == 0 and len(read) < rows:
-            hidden, mask = hidden[again], mask[again]
-            select_rows(cache, again)
+        if step == 0:
+            make_room(cache)
+            if len(read) < rows:
+                hidden, mask = hidden[again], mask[again]
+                select_rows(cache, again)
         logits = head(model, hidden)
         draws = draw(logits, uniforms[live.cpu(), step].to(device), stop_index, temperature, top_p, top_k)
         at = live.cpu().numpy()
