@@ -13,9 +13,11 @@ def make_room(kept: Any) -> None:
     """Let the layers of what `body` returned that hold all keys and values take new ones in place.
 
     `transformers` puts old and new together anew for each token: two more readings of them all, and memory for both. Layers of
-    another kind, with a sliding window or a recurrent state, do as before.
+    another kind, with a sliding window or a recurrent state, and those without keys of their own do as before.
     """
-    kept.layers[:] = [RoomyLayer(layer) if type(layer) is DynamicLayer else layer for layer in kept.layers]
+    kept.layers[:] = [
+        RoomyLayer(layer) if type(layer) is DynamicLayer and layer.is_initialized else layer for layer in kept.layers
+    ]
 
 
 class RoomyLayer(DynamicLayer):
@@ -29,8 +31,6 @@ class RoomyLayer(DynamicLayer):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
         """As `DynamicLayer.update`; returns views."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
         length, new = self.get_seq_length(), key_states.shape[2]
         if not self._has_room(length + new):
             spare = max(LEAST, length // SPARE)
@@ -38,9 +38,8 @@ class RoomyLayer(DynamicLayer):
                 states.new_empty(*states.shape[:2], length + new + spare, states.shape[3])
                 for states in (key_states, value_states)
             )
-            if length:
-                for room, seen in zip(self._rooms, (self.keys, self.values), strict=True):
-                    room[:, :, :length] = seen
+            for room, seen in zip(self._rooms, (self.keys, self.values), strict=True):
+                room[:, :, :length] = seen
         for room, states in zip(self._rooms, (key_states, value_states), strict=True):
             room[:, :, length : length + new] = states
         return self._show(length + new)
