@@ -518,10 +518,13 @@ def test_scores_of_a_moved_run_need_no_forward(scored: ScoredRun, monkeypatch: p
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_in_scoring(smollm2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Byte-identical to the uninterrupted run, nothing finished is made again, nothing temporary left."""
+def test_killed_again_and_again_in_scoring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Byte-identical to the uninterrupted run, nothing finished is made again, nothing temporary left.
+
+    A tiny model, so that most of the time is what a kill could break: opening, writing, renaming."""
     (tmp_path / "run").mkdir()
-    scored = ScoredRun(tmp_path / "run", smollm2.ref.path).make(monkeypatch)
+    tiny.saved(tmp_path / "model", [("a", "b"), ("1", "2")])
+    scored = ScoredRun(tmp_path / "run", str(tmp_path / "model")).make(monkeypatch)
     again = tmp_path / "again"  # the cache that is killed at
     expected = {scored.shard(n).resolve().name: scored.shard(n).read_bytes() for n in range(scored.shards)}
     environment = {**os.environ, "OPD_CACHE": str(again), "OMP_WAIT_POLICY": "passive"}
@@ -549,7 +552,7 @@ def test_killed_again_and_again_in_scoring(smollm2: Any, tmp_path: Path, monkeyp
         deadline = began + rng.uniform(0, 2 * one) if completed and kills < wanted else float("inf")
         while time.monotonic() < deadline and Path(f"/proc/{child}").exists() and not _gone(child):
             time.sleep(0.002)
-        in_writing += bool(list(again.glob("scores/.*.tmp")))
+        in_writing += bool(list(again.glob(f"scores/.*.{child}.*.tmp")))
         if time.monotonic() >= deadline:
             os.kill(child, signal.SIGKILL)
         status = int(process.stdout.readline())

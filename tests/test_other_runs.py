@@ -1,4 +1,4 @@
-"""Runs of their own on the two real models: killed, stale, other pairs. They train adapters, whose states take megabytes.
+"""Runs of their own: killed, and of other pairs, on the two real models (adapters, whose states take megabytes); a stale one.
 
 Through Snakemake where it is about what Snakemake does, else all stages in this process: most of a tiny run's time is start-up.
 """
@@ -12,6 +12,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+import small
 import whole_run
 from real_run import ADAPTERS, GEMMA3, SMOLLM2, Run
 
@@ -45,29 +46,34 @@ def test_killed_in_scoring_and_in_training_it_goes_on(models: Path, place: Path)
 
 @pytest.mark.slow
 def test_a_stale_round_ends_early_and_the_next_one_replays_it(
-    models: Path, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A large learning rate: the round says why it ended, the next one samples afresh with the steps that were left, and
     trains on the earlier rollouts too, weighed by its own policy."""
-    rollouts = {"rounds": 2, "replay": 1, "prompts": 12, "max_new_tokens": 16, "shard_size": 6}
-    train = {**ADAPTERS, "warmup_steps": 0, "learning_rate": 5e-3, "epochs": 3, "min_ess": 0.9}
-    changes = {"rollouts": rollouts, "train": train, "weights": {"truncate": 2.0}, "evaluate": {"kl_items": 0}}
-    stale = Run(place, models, **changes)
-    monkeypatch.chdir(place)
-    monkeypatch.setenv("OPD_CACHE", str(stale.cache))
-    whole_run.stages_of(Path("config.yaml"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPD_CACHE", str(tmp_path / "cache"))
+    small.laid_out()
+    where = small.written(
+        prompts={"splits": {"examples": 1, "train": 24, "test": 4}},
+        rollouts={"rounds": 2, "replay": 1, "prompts": 12, "shard_size": 6},
+        weights={"scheme": "uniform", "truncate": 2.0},
+        train={"warmup_steps": 0, "learning_rate": 0.3, "epochs": 3, "min_ess": 0.9},
+        evaluate={"kl_items": 0},
+    )
+    whole_run.stages_of(where)
+    stale = tmp_path / "runs/a"
     output = " ".join(capsys.readouterr().err.split())
-    first, second = (json.loads((stale.run / f"round-{r}/train/result.json").read_text()) for r in (0, 1))
+    first, second = (json.loads((stale / f"round-{r}/train/result.json").read_text()) for r in (0, 1))
     assert first["budget"] == 9 and first["steps"] < 9 and first["ended"] == "min_ess" and first["ess"] < 0.9
     assert f"round-0 train: ended after {first['steps']} of 9 steps: the effective sample size" in output
     assert "below train.min_ess = 0.9" in output
     assert second["budget"] == 18 + 9 - first["steps"]
-    replayed, fresh = (pl.read_parquet(stale.run / phase / "weights/*.parquet") for phase in ("round-1@0", "round-1"))
+    replayed, fresh = (pl.read_parquet(stale / phase / "weights/*.parquet") for phase in ("round-1@0", "round-1"))
     assert replayed["is_ratio"].n_unique() > 10 and set(fresh["is_ratio"]) == {1.0}
     assert replayed.select("rollout_id", "unit").equals(
-        pl.read_parquet(stale.run / "round-0/weights/*.parquet", columns=["rollout_id", "unit"])
+        pl.read_parquet(stale / "round-0/weights/*.parquet", columns=["rollout_id", "unit"])
     )
-    summary = json.loads((stale.run / "summary.json").read_text())
+    summary = json.loads((stale / "summary.json").read_text())
     phases = {phase["phase"]: phase for phase in summary["phases"]}
     assert phases["round-0"]["training"]["ended"] == "min_ess" and phases["round-1@0"]["training"] is None
     assert phases["round-1@0"]["staleness"]["rounds_behind"] == 1
@@ -76,7 +82,7 @@ def test_a_stale_round_ends_early_and_the_next_one_replays_it(
     # What is replayed is old from the start; how far the round has moved is counted from its own start.
     began = phases["round-1"]["training"]["first"]
     assert began["units"]["ess"] < 0.9 < began["since_start"]["ess"]
-    page = (stale.run / "report.html").read_text()
+    page = (stale / "report.html").read_text()
     assert "round-1@0" in page and "(stale)" in page and "round-0 ended after" in " ".join(page.split())
 
 
