@@ -1,4 +1,4 @@
-"""Runs of their own: killed, and of other pairs, on the two real models (adapters, whose states take megabytes); a stale one.
+"""Runs of their own: killed and stale, on tiny models; other pairs on the two real ones (adapters: states take megabytes).
 
 Through Snakemake where it is about what Snakemake does, else all stages in this process: most of a tiny run's time is start-up.
 """
@@ -20,27 +20,40 @@ from pipeline.store.shards import open_shard
 
 
 @pytest.mark.slow
-def test_killed_in_scoring_and_in_training_it_goes_on(models: Path, place: Path) -> None:
+def test_killed_in_scoring_and_in_training_it_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGKILL of Snakemake and all its jobs in the middle of a stage; the same command then finishes, bit for bit."""
-    fresh, trained = Run(place, models, train=ADAPTERS), "runs/default/round-0/checkpoint.json"
-    for sign, delay in (("rule scores", 6.0), ("rule train", 8.0)):
+    rollouts, trained = {"rounds": 1, "prompts": 12, "shard_size": 12}, "runs/default/round-0/checkpoint.json"
+    runs = {name: Run(place / name) for name in ("whole", "killed")}
+    for run in runs.values():
+        monkeypatch.chdir(run.folder)
+        small.laid_out()
+        where = small.written(run="default", rollouts=rollouts, train={"epochs": 50}, evaluate={"kl_items": 0})
+    monkeypatch.setenv("OPD_CACHE", str(runs["whole"].cache))
+    monkeypatch.chdir(runs["whole"].folder)
+    whole_run.stages_of(where)
+    fresh = runs["killed"]
+    for sign, written in (("rule scores", fresh.cache / "scores"), ("rule train", fresh.run / "round-0/train/states")):
         process = fresh.start(trained, "--printshellcmds")  # in Snakemake's own words, which tell of starts
         assert process.stdout
-        for line in process.stdout:
-            if sign in line:
-                time.sleep(delay)
-                break
+        assert any(sign in line for line in process.stdout)
+        while not any(written.glob("*")):  # what has a temporary name too
+            assert process.poll() is None
+            time.sleep(0.005)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         for shard in fresh.run.glob("*/*/*.parquet"):
             if shard.with_suffix(".json").exists():
                 open_shard(shard, shard.parent.name)
+    assert not (fresh.folder / trained).exists()
     fresh.snakemake(trained)
-    tables = list(fresh.run.glob("round-0/*/*.parquet"))
-    assert {path.parent.name for path in tables} == {"rollouts", "scores", "units", "weights"}
-    for path in tables:
-        open_shard(path, path.parent.name)
-    assert json.loads((fresh.run / "round-0/train/result.json").read_text())["steps"] == 3
+    tables = {path: shard for path, shard in fresh.shards().items() if path.startswith("round-0/")}
+    assert {path.split("/")[1] for path in tables} == {"rollouts", "scores", "units", "weights"}
+    assert tables == {path: shard for path, shard in runs["whole"].shards().items() if path in tables}
+    assert json.loads((fresh.run / "round-0/train/result.json").read_text())["steps"] == 150
+    found, expected = (
+        (run.run / "round-0/checkpoint/model.safetensors").read_bytes() for run in (fresh, runs["whole"])
+    )
+    assert found == expected
     assert "Nothing to be done" in fresh.snakemake(trained)
 
 
