@@ -521,7 +521,7 @@ def test_scores_of_a_moved_run_need_no_forward(scored: ScoredRun, monkeypatch: p
 def test_killed_again_and_again_in_scoring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Byte-identical to the uninterrupted run, nothing finished is made again, nothing temporary left.
 
-    A tiny model, so that most of the time is what a kill could break: opening, writing, renaming."""
+    A tiny model: about half of the kills hit a shard that is being written."""
     (tmp_path / "run").mkdir()
     tiny.saved(tmp_path / "model", [("a", "b"), ("1", "2")])
     scored = ScoredRun(tmp_path / "run", str(tmp_path / "model")).make(monkeypatch)

@@ -23,15 +23,13 @@ from pipeline.store.shards import open_shard
 def test_killed_in_scoring_and_in_training_it_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGKILL of Snakemake and all its jobs in the middle of a stage; the same command then finishes, bit for bit."""
     rollouts, trained = {"rounds": 1, "prompts": 12, "shard_size": 12}, "runs/default/round-0/checkpoint.json"
-    runs = {name: Run(place / name) for name in ("whole", "killed")}
-    for run in runs.values():
+    fresh, whole = Run(place / "killed"), Run(place / "whole")
+    for run in (fresh, whole):
         monkeypatch.chdir(run.folder)
         small.laid_out()
         where = small.written(run="default", rollouts=rollouts, train={"epochs": 50}, evaluate={"kl_items": 0})
-    monkeypatch.setenv("OPD_CACHE", str(runs["whole"].cache))
-    monkeypatch.chdir(runs["whole"].folder)
+    monkeypatch.setenv("OPD_CACHE", str(whole.cache))
     whole_run.stages_of(where)
-    fresh = runs["killed"]
     for sign, written in (("rule scores", fresh.cache / "scores"), ("rule train", fresh.run / "round-0/train/states")):
         process = fresh.start(trained, "--printshellcmds")  # in Snakemake's own words, which tell of starts
         assert process.stdout
@@ -47,13 +45,13 @@ def test_killed_in_scoring_and_in_training_it_goes_on(place: Path, monkeypatch: 
     assert not (fresh.folder / trained).exists()
     fresh.snakemake(trained)
     tables = {path: shard for path, shard in fresh.shards().items() if path.startswith("round-0/")}
-    assert {path.split("/")[1] for path in tables} == {"rollouts", "scores", "units", "weights"}
-    assert tables == {path: shard for path, shard in runs["whole"].shards().items() if path in tables}
+    assert {Path(path).parent.name for path in tables} == {"rollouts", "scores", "units", "weights"}
+    for path in map(Path, tables):
+        open_shard(fresh.run / path, path.parent.name)
+    assert tables.items() <= whole.shards().items()
     assert json.loads((fresh.run / "round-0/train/result.json").read_text())["steps"] == 150
-    found, expected = (
-        (run.run / "round-0/checkpoint/model.safetensors").read_bytes() for run in (fresh, runs["whole"])
-    )
-    assert found == expected
+    found, expected = (run.run / "round-0/checkpoint/model.safetensors" for run in (fresh, whole))
+    assert found.read_bytes() == expected.read_bytes()
     assert "Nothing to be done" in fresh.snakemake(trained)
 
 
